@@ -1,0 +1,37 @@
+# `make serve` and `make test` need nothing but Python 3.11+ and a package index.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CHECKPOINT ?= checkpoints/demo
+PROTOS := $(wildcard proto/expertmesh/v1/*.proto)
+
+.PHONY: setup serve test check proto clean
+
+setup: $(VENV)/.installed
+
+# torch first and alone: what depends on it would otherwise bring the CUDA build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+$(CHECKPOINT)/config.json: | setup
+	$(BIN)/expertmesh make-checkpoint --preset demo --out $(CHECKPOINT)
+
+serve: setup $(CHECKPOINT)/config.json
+	$(BIN)/expertmesh serve --model $(CHECKPOINT) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+proto: setup
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto $(PROTOS)
+
+clean:
+	rm -rf $(VENV) checkpoints .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,118 @@
+"""The exchange protocol: what an attention worker and an expert worker may ask of a transport.
+
+Two verbs per end. An attention worker dispatches parcels and combines their replies; an expert worker
+receives parcels and replies. Every transport passes the one conformance suite in `tests/contracts`.
+
+Legend: n rows of one parcel · r routes of one parcel (a row goes to one or more experts) · H hidden.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from router.placement import EpochId, Member
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An expert worker as an attention worker reaches it."""
+
+    member: Member
+    address: str
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Rows of one microbatch at one layer bound for one expert worker, each row sent once."""
+
+    sender: Member
+    to: Member
+    epoch: EpochId
+    ticket: int  # the sender's number for the dispatch this belongs to
+    layer: int
+    rows: Tensor  # [n, H]
+    route_rows: Tensor  # [r] int32: which of the n rows
+    route_experts: Tensor  # [r] int32: which expert computes it
+
+
+class RefusalReason(enum.IntEnum):
+    """Why a parcel has no rows in reply."""
+
+    PEER_LOST = 1  # socket closed, process gone
+    DEADLINE = 2  # no answer within the time given
+    STALE_EPOCH = 3  # the epoch is retired
+    NOT_RESIDENT = 4  # an expert it names is not held (any more)
+    WRONG_INCARNATION = 5  # addressed to an earlier life of the worker, or sent by one
+    OVERLOADED = 6  # beyond the link's capacity
+    MALFORMED = 7  # sizes, dtype or ids that do not fit
+
+
+@dataclass(frozen=True)
+class Reply:
+    rows: Tensor  # [r, H], in the order of the parcel's routes
+
+
+@dataclass(frozen=True)
+class Refusal:
+    reason: RefusalReason
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Parcels in flight. Combined once, then released."""
+
+    number: int
+    parcels: tuple[Parcel, ...]
+
+
+class AttentionEnd(Protocol):
+    def connect(self, peers: Sequence[Peer], timeout_s: float) -> dict[Member, str]:
+        """Make these the peers: new ones are linked, absent ones closed, present ones kept.
+
+        Returns the peers that could not be linked, with the reason; the others are usable.
+        """
+
+    def dispatch(self, parcels: Sequence[Parcel]) -> Ticket:
+        """Send, and return at once. A parcel that cannot be sent is refused at `combine`."""
+
+    def combine(self, ticket: Ticket, timeout_s: float) -> list[Reply | Refusal]:
+        """One outcome per parcel, in order. Never waits beyond `timeout_s`.
+
+        Reply rows may be views of the link's memory: valid until `release(ticket)`.
+        """
+
+    def release(self, ticket: Ticket) -> None:
+        """The replies of this ticket are no longer read. Idempotent."""
+
+    def lost(self) -> frozenset[Member]:
+        """Peers whose link has broken since they were connected."""
+
+    def close(self) -> None:
+        """Idempotent. Leaves no thread, descriptor or segment."""
+
+
+class ExpertEnd(Protocol):
+    address: str  # what Peer.address says
+
+    def receive(self, timeout_s: float) -> Parcel | None:
+        """The next parcel of any peer, fairly between them; None when none came in time.
+
+        Its tensors may be views of the link's memory: valid until `reply` or `refuse`.
+        """
+
+    def reply(self, parcel: Parcel, rows: Tensor) -> None:
+        """rows: [r, H]. A peer that has gone meanwhile is not an error."""
+
+    def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None: ...
+
+    def wake(self) -> None:
+        """Make a `receive` that waits in another thread return None at once."""
+
+    def close(self) -> None:
+        """Idempotent. Leaves no thread, descriptor or segment."""
