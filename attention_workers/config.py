@@ -1,0 +1,42 @@
+"""What one attention worker is told at birth. Everything it learns later comes by plan or placement."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from router.config import RouterConfig
+
+
+class AttentionConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    numerics: Literal["exact", "fast"] = "exact"
+    """exact: logits do not depend on who else is in the batch, on chunking or placement (rule 2)."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: what the checkpoint says."""
+
+    threads: int = Field(1, ge=1, le=256)
+    """Compute threads. One per worker and more workers beats more threads on small machines."""
+
+    kv_bytes: int = Field(0, ge=0)
+    """Memory for keys and values; 0: a quarter of what is free when the weights are loaded, 4 GiB at most."""
+
+    model_len_max: int = Field(0, ge=0)
+    """Longest prompt and answer together, in tokens; 0: what the checkpoint allows."""
+
+    sequences_max: int = Field(256, ge=1, le=4096)
+    """Sequences that run at once on this worker."""
+
+    microbatches: int = Field(1, ge=1, le=4)
+    """Slices of a step in flight at once. On two cores one is best (DESIGN section 11)."""
+
+    experts_wait_s: float = Field(30.0, gt=0)
+    """How long a step's sequences wait for an expert that no live worker holds before they fail."""
+
+    token_backlog_max: int = Field(1024, ge=1)
+    """Token batches waiting for one gateway before its sequences are given back to it."""
+
+    router: RouterConfig = RouterConfig()

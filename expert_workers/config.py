@@ -1,0 +1,23 @@
+"""What one expert worker is told at birth. Which experts it holds comes by placement."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ExpertConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    numerics: Literal["exact", "fast"] = "exact"
+    """exact: a row's result does not depend on the rows beside it (rule 2)."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: what the checkpoint says."""
+
+    threads: int = Field(1, ge=1, le=256)
+    """Compute threads. One per worker and more workers beats more threads on small machines."""
+
+    batch_rows_max: int = Field(4096, ge=1)
+    """Routes joined into one computation of a layer."""
