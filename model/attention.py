@@ -1,0 +1,181 @@
+"""Grouped-query attention over paged keys and values, the same bits for prefill and decode.
+
+Keys come in tiles of `TILE` tokens at absolute positions, one KV block each. Every (query tile, key tile)
+pair is one product of fixed inner and outer size; a row's maximum is exact in any order; its sums are folded
+as a binary tree over absolute tile numbers, in which a tile that is masked or absent adds exactly zero. So
+neither the chunking of a prompt nor the batch shows in a row's bits (DESIGN rule 2).
+
+Legend: M query tiles · R rows of a query tile (its tokens x G) · P pairs · N kv heads · G query heads per kv
+head · D head width · B blocks of the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import exact
+
+TILE = 32
+"""Tokens of a key tile and of a KV block. Part of the definition of exact results: not a setting."""
+
+QUERY_TOKENS = 16
+"""Prompt tokens of one sequence that share a query tile."""
+
+_PAIR_ELEMENTS_MAX = 1 << 23
+"""Elements of the largest temporary of one slab of pairs: bounds memory on long prompts."""
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """Query tiles of equal height, and the key tiles each may see.
+
+    `rows` and `positions` name, for each row of a tile, the token of the microbatch and its position in its
+    sequence; unused rows name token 0 and position 0, and are not in `used`.
+    """
+
+    tokens: Tensor  # [M, C] int64: token of the microbatch, C tokens a tile
+    positions: Tensor  # [M, C] int64
+    used: Tensor  # [M, C] bool
+    pair_query: Tensor  # [P] int64, ascending
+    pair_tile: Tensor  # [P] int64: absolute key tile number, ascending within a query tile
+    pair_block: Tensor  # [P] int64: where it lies in the pool
+
+
+def query_tiles(spans: list[tuple[int, int, int, list[int]]]) -> list[QueryTiles]:
+    """Cut spans into query tiles: (first token of the microbatch, first position, count, block table) each.
+
+    Single tokens make one group, longer spans another, so that decoding pays for no empty rows.
+    """
+    singles = [s for s in spans if s[2] == 1]
+    longer = [
+        (token + at, position + at, min(QUERY_TOKENS, count - at), blocks)
+        for token, position, count, blocks in spans
+        if count > 1
+        for at in range(0, count, QUERY_TOKENS)
+    ]
+    return [_group(group, height) for group, height in ((singles, 1), (longer, QUERY_TOKENS)) if group]
+
+
+def _group(cuts: list[tuple[int, int, int, list[int]]], height: int) -> QueryTiles:
+    tokens, positions, used = [], [], []
+    query, tile, block = [], [], []
+    for m, (token, position, count, blocks) in enumerate(cuts):
+        pad = height - count
+        tokens.append([*range(token, token + count), *[0] * pad])
+        positions.append([*range(position, position + count), *[0] * pad])
+        used.append([True] * count + [False] * pad)
+        tiles = (position + count - 1) // TILE + 1
+        query += [m] * tiles
+        tile += range(tiles)
+        block += blocks[:tiles]
+    return QueryTiles(*(torch.tensor(x) for x in (tokens, positions, used, query, tile, block)))
+
+
+class PagedAttention:
+    """softmax(q k^T / sqrt(D) + causal) v for one layer's worth of heads."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, numerics: exact.Numerics) -> None:
+        self.kv_heads = num_kv_heads
+        self.group = num_heads // num_kv_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
+        self._ladder: tuple[int, ...] | None = None
+        if numerics == "exact":
+            shapes = ((head_dim, TILE), (TILE, head_dim))
+            self._ladder = exact.batched_ladder(shapes, torch.get_num_threads())
+            exact.probe_row_sum([TILE])
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, groups: list[QueryTiles]) -> Tensor:
+        """q [T, N*G, D]; keys, values [B, N, TILE, D] -> [T, N*G*D] in q's dtype."""
+        out = torch.empty_like(q)
+        for tiles in groups:
+            for slab in self._slabs(tiles):
+                self._attend(q, keys, values, slab, out)
+        return out.view(len(q), -1)
+
+    def _height(self, tokens: int) -> int:
+        rows = tokens * self.group
+        return rows if self._ladder is None else sum(
+            exact.padded(min(exact.ROWS_MAX, rows - at), self._ladder) for at in range(0, rows, exact.ROWS_MAX)
+        )
+
+    def _slabs(self, tiles: QueryTiles) -> list[QueryTiles]:
+        """Split by query tile so that no temporary outgrows its bound."""
+        num, tokens = tiles.tokens.shape
+        per_pair = self.kv_heads * max(self._height(tokens), TILE) * max(self.head_dim, TILE)
+        counts = torch.bincount(tiles.pair_query, minlength=num).tolist()
+        if sum(counts) * per_pair <= _PAIR_ELEMENTS_MAX:
+            return [tiles]
+        slabs, first, pairs = [], 0, 0
+        for m, count in enumerate([*counts, None]):
+            if count is None or (m > first and (pairs + count) * per_pair > _PAIR_ELEMENTS_MAX):
+                slabs.append(_cut(tiles, first, m))
+                first, pairs = m, 0
+            pairs += count or 0
+        return slabs
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, tiles: QueryTiles, out: Tensor) -> None:
+        num, tokens = tiles.tokens.shape
+        rows = tokens * self.group
+        height = self._height(tokens)
+        n, g, d = self.kv_heads, self.group, self.head_dim
+        grouped = q[tiles.tokens].float().view(num, tokens, n, g, d).permute(0, 2, 1, 3, 4)
+        queries = F.pad(grouped.reshape(num, n, rows, d) * self.scale, (0, 0, 0, height - rows))  # [M, N, R, D]
+        limit = F.pad(tiles.positions.repeat_interleave(g, 1), (0, height - rows))  # [M, R]
+
+        pairs = len(tiles.pair_query)
+        k = keys[tiles.pair_block].float().view(pairs * n, TILE, d)
+        scores = self._product(queries[tiles.pair_query].view(pairs * n, height, d), k.transpose(1, 2))
+        scores = scores.view(pairs, n, height, TILE)
+        key_position = tiles.pair_tile[:, None] * TILE + torch.arange(TILE)  # [P, TILE]
+        hidden = key_position[:, None, :] > limit[tiles.pair_query][:, :, None]  # [P, R, TILE]
+        scores.masked_fill_(hidden[:, None], float("-inf"))
+
+        place = _places(tiles, num)  # [M, W] pair or P
+        highest = _gather(scores.amax(-1), place, float("-inf")).amax(1)  # [M, N, R]
+        probs = exact.exp(scores - highest[tiles.pair_query][..., None])
+        v = values[tiles.pair_block].float().view(pairs * n, TILE, d)
+        weighted = self._product(probs.view(pairs * n, height, TILE), v).view(pairs, n, height, d)
+        total = _fold(_gather(exact.row_sum(probs), place, 0.0))  # [M, N, R]
+        mixed = _fold(_gather(weighted, place, 0.0)) / total[..., None]  # [M, N, R, D]
+
+        mixed = mixed[:, :, :rows].view(num, n, tokens, g, d).permute(0, 2, 1, 3, 4).reshape(num, tokens, n * g, d)
+        out[tiles.tokens[tiles.used]] = mixed[tiles.used].to(out.dtype)
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Batched product over row counts of the ladder: [b, m, I] x [b, I, O] -> [b, m, O]."""
+        if left.shape[1] <= exact.ROWS_MAX or self._ladder is None:
+            return torch.bmm(left, right)
+        return torch.cat([torch.bmm(piece.contiguous(), right) for piece in left.split(exact.ROWS_MAX, 1)], 1)
+
+
+def _cut(tiles: QueryTiles, first: int, end: int) -> QueryTiles:
+    mine = (tiles.pair_query >= first) & (tiles.pair_query < end)
+    return QueryTiles(
+        tiles.tokens[first:end], tiles.positions[first:end], tiles.used[first:end],
+        tiles.pair_query[mine] - first, tiles.pair_tile[mine], tiles.pair_block[mine],
+    )
+
+
+def _places(tiles: QueryTiles, num: int) -> Tensor:
+    """[M, W]: which pair holds key tile w of query tile m; P where there is none. W is a power of two."""
+    widest = int(tiles.pair_tile.max()) + 1
+    place = torch.full((num, 1 << (widest - 1).bit_length()), len(tiles.pair_query))
+    place[tiles.pair_query, tiles.pair_tile] = torch.arange(len(tiles.pair_query))
+    return place
+
+
+def _gather(x: Tensor, place: Tensor, absent: float) -> Tensor:
+    """x [P, ...] -> [M, W, ...], `absent` where a query tile has no such key tile."""
+    return torch.cat((x, torch.full_like(x[:1], absent)))[place]
+
+
+def _fold(x: Tensor) -> Tensor:
+    """[M, W, ...] -> [M, ...]: a sum as a binary tree over absolute tile numbers."""
+    while x.shape[1] > 1:
+        x = x[:, 0::2] + x[:, 1::2]
+    return x[:, 0]

@@ -1,0 +1,233 @@
+"""Arithmetic whose result for one row does not depend on the rows beside it (DESIGN rule 2).
+
+Libraries choose kernels by the number of rows, and kernels differ in their last bits. Here every matrix
+product runs with a row count from a short ladder, and each rung is compared with the others when weights
+are loaded: what was not seen to agree is not used. Everything else is built from operations that IEEE 754
+rounds correctly, plus `exp`, `log`, `cos` and `sin` on whole vectors only.
+
+`numerics="fast"` skips padding and probing; it promises nothing about bits.
+
+Legend: n rows · I inputs · O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Numerics = Literal["exact", "fast"]
+
+LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Row counts a product may run with: fine where weights dominate, coarse where rows do."""
+
+ROWS_MAX = LADDER[-1]
+_FIRST_RUNGS = (1, 2, 4, 8, 16, 32)
+_VECTOR = 64  # elements; two AVX-512 registers of float32, twice over
+_SERIAL_MAX = 32768  # ATen's grain: at or below it an elementwise operation is not split over threads
+_PACK_MIN = 1 << 18  # weight elements; below it the packed kernel's call costs more than it saves
+
+
+class NumericsError(Exception):
+    """No way was found to compute a shape exactly on this machine."""
+
+
+# --- elementwise ---------------------------------------------------------------------------------
+
+
+def _on_whole_vectors(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply fn so that every element is computed by the vector kernel, none by a scalar tail."""
+    flat = x.reshape(-1)
+    n = flat.numel()
+    pad = -n % _VECTOR
+    if pad:
+        flat = F.pad(flat, (0, pad))
+    if n <= _SERIAL_MAX or torch.get_num_threads() == 1:
+        out = fn(flat)
+    else:
+        out = torch.cat([fn(piece) for piece in flat.split(_SERIAL_MAX)])
+    return out[:n].view(x.shape)
+
+
+def exp(x: Tensor) -> Tensor:
+    return _on_whole_vectors(torch.exp, x)
+
+
+def log(x: Tensor) -> Tensor:
+    return _on_whole_vectors(torch.log, x)
+
+
+def cos_sin(angle: Tensor) -> tuple[Tensor, Tensor]:
+    return _on_whole_vectors(torch.cos, angle), _on_whole_vectors(torch.sin, angle)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1.0 / (1.0 + exp(-x))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1.0 + exp(-x))
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Sum over the last axis: [..., n] -> [...]. Wide rows in two levels, so that no thread splits a row."""
+    width = x.shape[-1]
+    if width <= 4096:
+        return x.contiguous().sum(-1)
+    x = F.pad(x, (0, -width % 1024))
+    return x.view(*x.shape[:-1], -1, 1024).sum(-1).contiguous().sum(-1)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """[n, V] float32 -> [n, V]."""
+    shifted = logits - logits.amax(-1, keepdim=True)
+    return shifted - log(row_sum(exp(shifted))).unsqueeze(-1)
+
+
+# --- matrix products -----------------------------------------------------------------------------
+
+
+def rungs(first: int) -> tuple[int, ...]:
+    return tuple(m for m in LADDER if m >= first and m % first == 0)
+
+
+def padded(n: int, ladder: tuple[int, ...]) -> int:
+    """The smallest rung that holds n rows."""
+    return next(m for m in ladder if m >= n)
+
+
+def _smallest_first_rung(agrees: Callable[[int], bool], what: str) -> int:
+    """The smallest first rung from which every rung of its ladder agrees."""
+    seen = {m: agrees(m) for m in LADDER}
+    for first in _FIRST_RUNGS:
+        if all(seen[m] for m in rungs(first)):
+            return first
+    raise NumericsError(
+        f"{what}: no row count up to {ROWS_MAX} gives a row the same bits as others under"
+        f" {torch.get_num_threads()} threads; accepted: --threads 1, or --numerics fast"
+    )
+
+
+class _OneThread:
+    """The truth that other thread counts are compared with."""
+
+    def __enter__(self) -> None:
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.threads)
+
+
+def _sample(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(17)).to(dtype)
+
+
+_first_rungs: dict[tuple[object, ...], int] = {}
+
+
+def bf16_products() -> bool:
+    """Whether this CPU multiplies bf16 itself; elsewhere bf16 weights are kept as float32, which loses nothing."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Linear:
+    """x [n, I] -> x W^T [n, O] in x's dtype, for weights [O, I] of the model's dtype."""
+
+    def __init__(self, weight: Tensor, numerics: Numerics) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.compute_dtype = weight.dtype
+        if weight.dtype == torch.bfloat16 and not bf16_products():
+            self.compute_dtype = torch.float32
+        weight = weight.to(self.compute_dtype).contiguous()
+        self.nbytes = weight.nbytes
+        self._is_packed = self.compute_dtype == torch.bfloat16 or weight.numel() >= _PACK_MIN
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._is_packed else weight
+        self._ladder = rungs(self._first_rung()) if numerics == "exact" else None
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self._is_packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+        return F.linear(x, self._weight)
+
+    def _first_rung(self) -> int:
+        key = (self.out_features, self.in_features, self.compute_dtype, self._is_packed, torch.get_num_threads())
+        if key not in _first_rungs:
+            x = _sample(ROWS_MAX, self.in_features, dtype=self.compute_dtype)
+            with _OneThread():
+                truth = self._product(x)
+
+            def agrees(m: int) -> bool:
+                return all(
+                    torch.equal(self._product(x[at : at + m].clone()), truth[at : at + m])
+                    for at in (0, (ROWS_MAX - m) // 2, ROWS_MAX - m)
+                )
+
+            _first_rungs[key] = _smallest_first_rung(agrees, f"weight {self.out_features}x{self.in_features}")
+        return _first_rungs[key]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.compute_dtype)
+        if self._ladder is None:
+            return self._product(x).to(self.dtype)
+        pieces = [self._rung(piece) for piece in x.split(ROWS_MAX)] if len(x) > ROWS_MAX else [self._rung(x)]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.dtype)
+
+    def _rung(self, x: Tensor) -> Tensor:
+        assert self._ladder is not None
+        n = len(x)
+        if n == 0:
+            return x.new_zeros(0, self.out_features)
+        m = padded(n, self._ladder)
+        if m != n:
+            x = F.pad(x, (0, 0, 0, m - n))
+        elif x.data_ptr() % 64 or not x.is_contiguous():
+            x = x.clone(memory_format=torch.contiguous_format)  # kernels may choose by alignment
+        return self._product(x)[:n]
+
+
+@functools.cache
+def batched_ladder(shapes: tuple[tuple[int, int], ...], threads: int) -> tuple[int, ...]:
+    """Row counts at which batched products [b, m, I] x [b, I, O] agree for every (I, O) and batch b.
+
+    `threads` keys the cache: the probe runs under the process's current thread count.
+    """
+    assert threads == torch.get_num_threads()
+    first = 1
+    for inner, outer in shapes:
+        x = _sample(5, ROWS_MAX, inner, dtype=torch.float32)
+        y = _sample(5, outer, inner, dtype=torch.float32)
+        for right in (y.transpose(1, 2), y.transpose(1, 2).contiguous()):
+            with _OneThread():
+                truth = torch.bmm(x, right)
+            first = max(first, _smallest_first_rung(
+                functools.partial(_batch_agrees, x, right, truth), f"batched product {inner}x{outer}"
+            ))
+    return rungs(first)
+
+
+def _batch_agrees(x: Tensor, right: Tensor, truth: Tensor, m: int) -> bool:
+    def same(batches: Iterable[int], at: int) -> bool:
+        pick = torch.tensor(list(batches))
+        got = torch.bmm(x[pick, at : at + m].clone(), right[pick])
+        return torch.equal(got, truth[pick, at : at + m])
+
+    many = [i % len(x) for i in range(37)]
+    return all(same(batches, at) for batches in ([0], [3], [0, 1], [2, 4, 1], many) for at in (0, ROWS_MAX - m))
+
+
+def probe_row_sum(widths: Iterable[int]) -> None:
+    """Raise NumericsError unless `row_sum` gives a row the same bits alone and among others."""
+    for width in sorted(set(widths)):
+        x = _sample(64, width, dtype=torch.float32)
+        with _OneThread():
+            truth = row_sum(x)
+        for n in (1, 2, 3, 5, 8, 17, 64):
+            for at in {0, 64 - n}:
+                if not torch.equal(row_sum(x[at : at + n]), truth[at : at + n]):
+                    raise NumericsError(f"row sum of width {width}: {n} rows differ from 64; accepted: --numerics fast")

@@ -1,0 +1,44 @@
+"""SwiGLU experts: w2(silu(w1 x) * w3 x), each expert's rows computed together.
+
+Legend: H hidden · F expert hidden · r routes, each one row for one expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model import exact
+
+
+class Expert:
+    """One expert's weights, ready to multiply."""
+
+    def __init__(self, w1: Tensor, w3: Tensor, w2: Tensor, numerics: exact.Numerics) -> None:
+        """w1 (gate), w3 (up): [F, H]; w2 (down): [H, F]."""
+        self.width = w1.shape[0]
+        self.gate_up = exact.Linear(torch.cat((w1, w3)), numerics)  # one product instead of two
+        self.down = exact.Linear(w2, numerics)
+        self.nbytes = self.gate_up.nbytes + self.down.nbytes
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[n, H] -> [n, H] in the weights' dtype; bf16 is rounded after each product and the activation."""
+        both = self.gate_up(rows).float()
+        hidden = exact.silu(both[:, : self.width].contiguous()) * both[:, self.width :]
+        return self.down(hidden.to(rows.dtype))
+
+
+def grouped(experts: dict[int, Expert], rows: Tensor, expert_ids: Tensor) -> Tensor:
+    """Row i through expert expert_ids[i]: rows [r, H], expert_ids [r] -> [r, H].
+
+    Every id must be a key of `experts`. The loop over experts present is the oracle of faster kernels.
+    """
+    out = torch.empty_like(rows)
+    order = torch.argsort(expert_ids, stable=True)
+    present, counts = torch.unique_consecutive(expert_ids[order], return_counts=True)
+    at = 0
+    for expert_id, count in zip(present.tolist(), counts.tolist(), strict=True):
+        mine = order[at : at + count]
+        out[mine] = experts[expert_id](rows[mine])
+        at += count
+    return out
