@@ -1,0 +1,236 @@
+"""A checkpoint folder: the tensors of one model, read by memory map, only where asked for.
+
+`Checkpoint.open` reads config.json, the shard index and every shard's header, and refuses what does not fit
+together: nothing is found missing later, in the middle of loading. Contents are mapped, not copied; a page
+comes into memory when it is used. Knows which tensors each role needs, nothing of what is done with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model.config import ModelConfig, parse_config, read_config
+from model.errors import CheckpointError
+from model.shard import Shard, TensorEntry, read_shard
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILE = "tokenizer.json"
+INDEX_BYTES_MAX = 1 << 28
+DTYPES = ("BF16", "F32")
+WHOLE_SHARD_BYTES_MAX = 8 << 20
+SAMPLE_BYTES = 4096
+EXPERT_SAMPLES_MAX = 128  # per shard
+
+Shape = tuple[int, ...]
+
+
+def attention_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """All that an attention worker loads: everything but the experts, in order of use."""
+    hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        attention, moe = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.block_sparse_moe"
+        shapes[f"model.layers.{layer}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{attention}.q_proj.weight"] = (q, hidden)
+        shapes[f"{attention}.k_proj.weight"] = (kv, hidden)
+        shapes[f"{attention}.v_proj.weight"] = (kv, hidden)
+        if config.qk_norm == "per_layer":
+            shapes[f"{attention}.q_norm.weight"] = (q,)
+            shapes[f"{attention}.k_norm.weight"] = (kv,)
+        shapes[f"{attention}.o_proj.weight"] = (hidden, q)
+        shapes[f"model.layers.{layer}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{moe}.gate.weight"] = (config.num_experts, hidden)
+        if config.use_routing_bias:
+            shapes[f"{moe}.e_score_correction_bias"] = (config.num_experts,)
+    shapes["model.norm.weight"] = (hidden,)
+    shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def expert_tensor_shapes(config: ModelConfig, layer: int, expert: int) -> dict[str, Shape]:
+    """w1 (gate), w2 (down), w3 (up) of one expert."""
+    prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+    up, down = (config.expert_hidden, config.hidden_size), (config.hidden_size, config.expert_hidden)
+    return {f"{prefix}.w1.weight": up, f"{prefix}.w2.weight": down, f"{prefix}.w3.weight": up}
+
+
+def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Every tensor of the model, attention side first."""
+    yield from attention_tensor_shapes(config).items()
+    for layer in range(config.num_layers):
+        for expert in range(config.num_experts):
+            yield from expert_tensor_shapes(config, layer, expert).items()
+
+
+def attention_tensor_names(config: ModelConfig) -> tuple[str, ...]:
+    return tuple(attention_tensor_shapes(config))
+
+
+def expert_tensor_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, ...]:
+    """The names of (w1, w2, w3)."""
+    return tuple(expert_tensor_shapes(config, layer, expert))
+
+
+class Checkpoint:
+    """An opened, checked checkpoint. Cheap to hold: it maps shards when their tensors are first asked for."""
+
+    def __init__(self, path: Path, config: ModelConfig, fingerprint: str, shards: dict[str, Shard]) -> None:
+        """Use `open`. `shards`: for every tensor of the model the file it lies in."""
+        self.path = path
+        self.config = config
+        self.fingerprint = fingerprint
+        self.has_tokenizer = (path / TOKENIZER_FILE).is_file()
+        self._shards = shards
+        self._maps: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Opens the checkpoint in folder `path`. Raises CheckpointError or ConfigError."""
+        content = read_config(path)
+        config = parse_config(content, path)
+        shards = _read_shards(path)
+        placed = _place_tensors(path, config, shards)
+        try:
+            fingerprint = _fingerprint(content, shards)
+        except OSError as error:
+            raise CheckpointError(path, f"unreadable ({error.strerror})", "readable shards") from error
+        return cls(path, config, fingerprint, placed)
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor of the model, attention side first."""
+        return tuple(self._shards)
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors as they are stored."""
+        return sum(entry.end - entry.begin for entry in map(self._entry, names))
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor in its stored dtype, backed by the file: do not write to it. Raises CheckpointError."""
+        self._entry(name)
+        file = self._shards[name].path
+        try:
+            if file not in self._maps:
+                self._maps[file] = safe_open(file, framework="pt")
+            tensor: torch.Tensor = self._maps[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(file, f"unreadable ({error})", "the file as it was opened", name) from error
+        return tensor
+
+    def _entry(self, name: str) -> TensorEntry:
+        shard = self._shards.get(name)
+        if shard is None:
+            raise CheckpointError(self.path, "absent", "one of names()", name)
+        return shard.tensors[name]
+
+
+def _read_shards(path: Path) -> list[Shard]:
+    """The shards in order of file name: each tensor in one of them, in that which the index says."""
+    if (path / SINGLE_FILE).is_file():
+        return [read_shard(path / SINGLE_FILE)]
+    weight_map = _read_index(path / INDEX_FILE)
+    for name, file in weight_map.items():
+        if not (path / file).is_file():
+            raise CheckpointError(path / file, "missing", f"in this file, as {INDEX_FILE} says", name)
+    shards = [read_shard(path / file) for file in sorted(set(weight_map.values()))]
+    for shard in shards:
+        for name in shard.tensors:
+            place = weight_map.pop(name, "nowhere else")
+            if place != shard.path.name:
+                raise CheckpointError(shard.path, "here", f"{place}, as {INDEX_FILE} says", name)
+    for name, file in weight_map.items():
+        raise CheckpointError(path / file, "absent", f"in this file, as {INDEX_FILE} says", name)
+    return shards
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    accepted = f"{SINGLE_FILE} or {INDEX_FILE} with a weight_map from tensor names to file names beside it"
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(INDEX_BYTES_MAX + 1)
+    except OSError as error:
+        raise CheckpointError(file, f"unreadable ({error.strerror})", accepted) from error
+    if len(content) > INDEX_BYTES_MAX:
+        raise CheckpointError(file, "longer", f"at most {INDEX_BYTES_MAX} bytes")
+    try:
+        index = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(file, f"not JSON ({error})", accepted) from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(file, "without a weight_map", accepted)
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or PurePath(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(file, f"in {json.dumps(shard)}", "a .safetensors file in this folder", name)
+    return dict(weight_map)
+
+
+def _place_tensors(path: Path, config: ModelConfig, shards: list[Shard]) -> dict[str, Shard]:
+    """name -> shard for exactly the tensors of the model, each of the expected shape."""
+    found = {name: shard for shard in shards for name in shard.tensors}
+    placed: dict[str, Shard] = {}
+    for name, shape in expected_shapes(config):
+        shard = found.pop(name, None)
+        if shard is None:
+            raise CheckpointError(path, "absent", f"present with shape {list(shape)}", name)
+        entry = shard.tensors[name]
+        if entry.shape != shape:
+            raise CheckpointError(shard.path, f"of shape {list(entry.shape)}", f"shape {list(shape)}", name)
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(shard.path, f"of dtype {entry.dtype}", f"dtype {' or '.join(DTYPES)}", name)
+        placed[name] = shard
+    for name, shard in found.items():
+        if not _is_beyond(name, config.num_layers):
+            raise CheckpointError(shard.path, "unknown", "only the tensors that config.json calls for", name)
+    return placed
+
+
+def _is_beyond(name: str, num_layers: int) -> bool:
+    """Layers after the last are multi-token-prediction modules, which we do not run."""
+    match name.split("."):
+        case ["model", "layers", index, *_] if index.isascii() and index.isdigit() and len(index) < 10:
+            return int(index) >= num_layers
+    return False
+
+
+def _fingerprint(config: bytes, shards: list[Shard]) -> str:
+    """Names the checkpoint: 32 hex digits over config.json and each shard's name, size, header and contents.
+
+    Contents: shards of up to 8 MiB whole; of larger ones up to 4 KiB from the middle of every tensor outside
+    the experts and of at most 128 expert tensors, evenly spread. So two fine-tunes of one model differ, for
+    some thousand small reads; a change to a few expert tensors of a large checkpoint may go unseen.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (config, *(piece for shard in shards for piece in _identity(shard))):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _identity(shard: Shard) -> Iterator[bytes]:
+    yield shard.path.name.encode()
+    yield shard.nbytes.to_bytes(8, "little")
+    yield shard.header
+    with shard.path.open("rb") as file:
+        if shard.nbytes <= WHOLE_SHARD_BYTES_MAX:
+            yield file.read()
+            return
+        for entry in _sampled(shard):
+            length = min(SAMPLE_BYTES, entry.end - entry.begin)
+            file.seek((entry.begin + entry.end - length) // 2)
+            yield file.read(length)
+
+
+def _sampled(shard: Shard) -> list[TensorEntry]:
+    experts = [entry for name, entry in shard.tensors.items() if ".experts." in name]
+    others = [entry for name, entry in shard.tensors.items() if ".experts." not in name]
+    stride = max(1, math.ceil(len(experts) / EXPERT_SAMPLES_MAX))
+    return others + experts[::stride]
