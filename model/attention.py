@@ -62,7 +62,9 @@ def query_tiles(spans: list[tuple[int, int, int, list[int]]]) -> list[QueryTiles
 
 def _group(cuts: list[tuple[int, int, int, list[int]]], height: int) -> QueryTiles:
     tokens, positions, used = [], [], []
-    query, tile, block = [], [], []
+    query: list[int] = []
+    tile: list[int] = []
+    block: list[int] = []
     for m, (token, position, count, blocks) in enumerate(cuts):
         pad = height - count
         tokens.append([*range(token, token + count), *[0] * pad])
@@ -99,8 +101,12 @@ class PagedAttention:
 
     def _height(self, tokens: int) -> int:
         rows = tokens * self.group
-        return rows if self._ladder is None else sum(
-            exact.padded(min(exact.ROWS_MAX, rows - at), self._ladder) for at in range(0, rows, exact.ROWS_MAX)
+        return (
+            rows
+            if self._ladder is None
+            else sum(
+                exact.padded(min(exact.ROWS_MAX, rows - at), self._ladder) for at in range(0, rows, exact.ROWS_MAX)
+            )
         )
 
     def _slabs(self, tiles: QueryTiles) -> list[QueryTiles]:
@@ -129,7 +135,8 @@ class PagedAttention:
 
         pairs = len(tiles.pair_query)
         k = keys[tiles.pair_block].float().view(pairs * n, TILE, d)
-        scores = self._product(queries[tiles.pair_query].view(pairs * n, height, d), k.transpose(1, 2))
+        queries = queries[tiles.pair_query].reshape(pairs * n, height, d)
+        scores = self._product(queries, k.transpose(1, 2))
         scores = scores.view(pairs, n, height, TILE)
         key_position = tiles.pair_tile[:, None] * TILE + torch.arange(TILE)  # [P, TILE]
         hidden = key_position[:, None, :] > limit[tiles.pair_query][:, :, None]  # [P, R, TILE]
@@ -156,8 +163,12 @@ class PagedAttention:
 def _cut(tiles: QueryTiles, first: int, end: int) -> QueryTiles:
     mine = (tiles.pair_query >= first) & (tiles.pair_query < end)
     return QueryTiles(
-        tiles.tokens[first:end], tiles.positions[first:end], tiles.used[first:end],
-        tiles.pair_query[mine] - first, tiles.pair_tile[mine], tiles.pair_block[mine],
+        tiles.tokens[first:end],
+        tiles.positions[first:end],
+        tiles.used[first:end],
+        tiles.pair_query[mine] - first,
+        tiles.pair_tile[mine],
+        tiles.pair_block[mine],
     )
 
 

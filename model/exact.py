@@ -152,11 +152,18 @@ class Linear:
 
     def _product(self, x: Tensor) -> Tensor:
         if self._is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+            return product
         return F.linear(x, self._weight)
 
     def _first_rung(self) -> int:
-        key = (self.out_features, self.in_features, self.compute_dtype, self._is_packed, torch.get_num_threads())
+        key = (
+            self.out_features,
+            self.in_features,
+            self.compute_dtype,
+            self._is_packed,
+            torch.get_num_threads(),
+        )
         if key not in _first_rungs:
             x = _sample(ROWS_MAX, self.in_features, dtype=self.compute_dtype)
             with _OneThread():
@@ -205,9 +212,12 @@ def batched_ladder(shapes: tuple[tuple[int, int], ...], threads: int) -> tuple[i
         for right in (y.transpose(1, 2), y.transpose(1, 2).contiguous()):
             with _OneThread():
                 truth = torch.bmm(x, right)
-            first = max(first, _smallest_first_rung(
-                functools.partial(_batch_agrees, x, right, truth), f"batched product {inner}x{outer}"
-            ))
+            first = max(
+                first,
+                _smallest_first_rung(
+                    functools.partial(_batch_agrees, x, right, truth), f"batched product {inner}x{outer}"
+                ),
+            )
     return rungs(first)
 
 
@@ -230,4 +240,6 @@ def probe_row_sum(widths: Iterable[int]) -> None:
         for n in (1, 2, 3, 5, 8, 17, 64):
             for at in {0, 64 - n}:
                 if not torch.equal(row_sum(x[at : at + n]), truth[at : at + n]):
-                    raise NumericsError(f"row sum of width {width}: {n} rows differ from 64; accepted: --numerics fast")
+                    raise NumericsError(
+                        f"row sum of width {width}: {n} rows differ from 64; accepted: --numerics fast"
+                    )
