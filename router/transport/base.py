@@ -3,6 +3,9 @@
 Two verbs per end. An attention worker dispatches parcels and combines their replies; an expert worker
 receives parcels and replies. Every transport passes the one conformance suite in `tests/contracts`.
 
+One thread at a time uses an end; only `ExpertEnd.wake` may be called from another. Waits are kept to the
+millisecond above. Which epochs and experts are refused is the expert worker's business, not the transport's.
+
 Legend: n rows of one parcel · r routes of one parcel (a row goes to one or more experts) · H hidden.
 """
 
@@ -10,12 +13,24 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from router.placement import EpochId, Member
+
+
+@dataclass(frozen=True)
+class LinkIdentity:
+    """Who an end is and what its links carry: both ends of a link must agree on all but the member."""
+
+    member: Member
+    fingerprint: str  # of the checkpoint
+    token: str = field(repr=False)  # of the cluster; empty: none
+    hidden: int  # H
+    dtype: torch.dtype  # of rows, both ways
 
 
 @dataclass(frozen=True)
@@ -28,12 +43,15 @@ class Peer:
 
 @dataclass(frozen=True)
 class Parcel:
-    """Rows of one microbatch at one layer bound for one expert worker, each row sent once."""
+    """Rows of one microbatch at one layer bound for one expert worker, each row sent once.
+
+    The rows must not change until the ticket is combined.
+    """
 
     sender: Member
     to: Member
     epoch: EpochId
-    ticket: int  # the sender's number for the dispatch this belongs to
+    ticket: int  # the sender's number for the dispatch this belongs to, never used again
     layer: int
     rows: Tensor  # [n, H]
     route_rows: Tensor  # [r] int32: which of the n rows
@@ -75,11 +93,16 @@ class AttentionEnd(Protocol):
     def connect(self, peers: Sequence[Peer], timeout_s: float) -> dict[Member, str]:
         """Make these the peers: new ones are linked, absent ones closed, present ones kept.
 
-        Returns the peers that could not be linked, with the reason; the others are usable.
+        Returns the peers that are not linked, with the reason; the others are usable. A link that has
+        broken is not made again: loss is final per incarnation. All handshakes share `timeout_s`.
         """
 
     def dispatch(self, parcels: Sequence[Parcel]) -> Ticket:
-        """Send, and return at once. A parcel that cannot be sent is refused at `combine`."""
+        """Send, and return at once. A parcel that cannot be sent is refused at `combine`.
+
+        At least one parcel, all of one fresh ticket number. Beyond a link's capacity nothing of that
+        parcel is sent.
+        """
 
     def combine(self, ticket: Ticket, timeout_s: float) -> list[Reply | Refusal]:
         """One outcome per parcel, in order. Never waits beyond `timeout_s`.
@@ -88,7 +111,7 @@ class AttentionEnd(Protocol):
         """
 
     def release(self, ticket: Ticket) -> None:
-        """The replies of this ticket are no longer read. Idempotent."""
+        """The replies of this ticket are no longer read; combined or not. Idempotent."""
 
     def lost(self) -> frozenset[Member]:
         """Peers whose link has broken since they were connected."""
@@ -103,16 +126,22 @@ class ExpertEnd(Protocol):
     def receive(self, timeout_s: float) -> Parcel | None:
         """The next parcel of any peer, fairly between them; None when none came in time.
 
-        Its tensors may be views of the link's memory: valid until `reply` or `refuse`.
+        Its tensors may be views of the link's memory: valid until `reply` or `refuse`, which take this
+        very object, once.
         """
 
     def reply(self, parcel: Parcel, rows: Tensor) -> None:
-        """rows: [r, H]. A peer that has gone meanwhile is not an error."""
+        """rows: [r, H] of the link's dtype, free to be reused afterwards. A peer that has gone meanwhile is
+        not an error."""
 
-    def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None: ...
+    def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None:
+        """Answer without rows. `detail` is cut to what a frame may carry."""
 
     def wake(self) -> None:
-        """Make a `receive` that waits in another thread return None at once."""
+        """Make a `receive` that waits in another thread, or else the next one, return None at once.
+
+        Not while another thread is in `close`.
+        """
 
     def close(self) -> None:
         """Idempotent. Leaves no thread, descriptor or segment."""

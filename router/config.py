@@ -1,0 +1,63 @@
+"""What bounds the exchange of parcels: every wait, queue and retry has its name here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+FRAME_OVERHEAD_BYTES = 256  # a frame's header, padding and alignment never cost more
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    combine_timeout_s: float = 2.0
+    """Longest wait for the replies of one dispatch. A peer silent for so long counts as lost: shorter finds
+    a hung worker sooner, but must exceed the slowest honest batch."""
+
+    connect_timeout_s: float = 2.0
+    """Longest wait for all handshakes of one placement together, and of one stranger at an expert's door."""
+
+    replans_max: int = 4
+    """How many times the rows of one dispatch may be planned again after losses and refusals."""
+
+    overload_pause_s: float = 0.001
+    """Pause before a parcel is offered again to a peer that was full; doubles with each further attempt."""
+
+    parcels_in_flight_max: int = 16
+    """Unanswered parcels on one link: first plan and one replan of every microbatch."""
+
+    link_bytes_max: int = 16 << 20
+    """Shared memory of one direction of one link, in bytes, a multiple of 4096: see `link_bytes_needed`.
+    At most half of it is occupied, and only what was once occupied is resident."""
+
+    rows_max: int = 1024
+    """Most rows (tokens) in one dispatch, hence in one parcel."""
+
+    experts_per_row_max: int = 16
+    """Most experts one row may go to (the model's top-k)."""
+
+    peers_max: int = 64
+    """Most attention workers linked, and as many greeting, at one expert worker."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("replans_max", "overload_pause_s") else 1e-3
+            if value < least:
+                raise ValueError(f"{field.name}: {value}; must be at least {least:g}")
+        if self.link_bytes_max % PAGE_BYTES:
+            raise ValueError(f"link_bytes_max: {self.link_bytes_max}; must be a multiple of {PAGE_BYTES}")
+
+    @property
+    def routes_max(self) -> int:
+        """Most routes in one parcel."""
+        return self.rows_max * self.experts_per_row_max
+
+
+def link_bytes_needed(rows: int, experts_per_row: int, hidden: int, element_bytes: int, parcels: int) -> int:
+    """The least `link_bytes_max` for `rows` tokens in flight, all of whose experts are on one worker.
+
+    Replies are the larger direction (a row per route), and a ring is filled at most half (shm_ring).
+    """
+    occupied = rows * experts_per_row * hidden * element_bytes + parcels * FRAME_OVERHEAD_BYTES
+    return -(-2 * occupied // PAGE_BYTES) * PAGE_BYTES

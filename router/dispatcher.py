@@ -1,0 +1,205 @@
+"""Rows and routes out, the experts' sum back: plan, transport, merge, and failover between them.
+
+A loss is a routing change: the rows of a lost or refusing worker are planned again on other replicas, at the
+same layer of the same step, and the sum has the same bits whoever computed it. A worker once lost stays lost
+until an epoch omits that incarnation. When nobody holds an expert, ExpertsUnavailable: how long to wait for a
+better placement is the caller's decision, not made here. One thread at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.gate import Routes
+from router.config import RouterConfig
+from router.errors import ExpertsUnavailable, ParcelMalformed, PlacementError
+from router.merge import empty_ranks, merge, place
+from router.placement import EpochId, Member, Placement
+from router.plan import DispatchPlan, plan
+from router.transport.base import AttentionEnd, Parcel, Peer, Refusal, RefusalReason, Reply, Ticket
+
+_LOSSES = frozenset({RefusalReason.PEER_LOST, RefusalReason.DEADLINE})
+_NOT_HERE = frozenset({RefusalReason.STALE_EPOCH, RefusalReason.NOT_RESIDENT, RefusalReason.WRONG_INCARNATION})
+_Failure = tuple[Parcel, Tensor, Refusal]  # with the positions of its routes
+
+
+@dataclass(frozen=True)
+class Pending:
+    """One dispatch, until combined or abandoned. It keeps what planning again needs."""
+
+    layer: int
+    rows: Tensor  # [T, H]
+    routes: Routes
+    plan: DispatchPlan
+    ticket: Ticket | None  # None: there were no routes
+    avoided: frozenset[Member]  # who refused these rows, though alive
+
+
+class Dispatcher:
+    def __init__(
+        self, end: AttentionEnd, sender: Member, config: RouterConfig, on_lost: Callable[[Member], None]
+    ) -> None:
+        """`on_lost` is called once for each expert worker found lost, within any method below."""
+        self._end = end
+        self._sender = sender
+        self._config = config
+        self._on_lost = on_lost
+        self._placement: Placement | None = None
+        self._lost: frozenset[Member] = frozenset()
+        self._tickets = 0
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def placement(self) -> Placement:
+        if self._placement is None:
+            raise PlacementError("placement: none adopted yet")
+        return self._placement
+
+    @property
+    def epoch(self) -> EpochId:
+        return self.placement.epoch
+
+    @property
+    def lost(self) -> frozenset[Member]:
+        """Members of the placement in use that take no more parcels."""
+        return self._lost
+
+    def counters(self) -> dict[str, int]:
+        """Ever growing: parcels, rows, routes, replans, lost, refused_<reason>."""
+        return dict(self._counts)
+
+    def adopt(self, placement: Placement) -> None:
+        """Use it from now on. Between steps only: nothing may be pending.
+
+        Returns once every link is up or its worker lost. Raises PlacementError if it is older than the one
+        in use.
+        """
+        if self._placement is not None and placement.epoch < self._placement.epoch:
+            raise PlacementError(f"epoch: {placement.epoch}; must be at least {self._placement.epoch}")
+        self._lost &= {worker.member for worker in placement.workers}
+        self._placement = placement
+        peers = [
+            Peer(worker.member, worker.address) for worker in placement.workers if worker.member not in self._lost
+        ]
+        self._lose(self._end.connect(peers, self._config.connect_timeout_s))
+
+    def dispatch(self, layer: int, rows: Tensor, routes: Routes) -> Pending:
+        """rows [T, H] of the link's dtype, unchanged until combined. Does not wait.
+
+        Raises ExpertsUnavailable, with nothing sent.
+        """
+        if len(rows) > self._config.rows_max:
+            raise ValueError(f"rows: {len(rows)}; at most {self._config.rows_max} (rows_max)")
+        self._lose(self._end.lost())
+        planned = plan(routes, self.placement, layer, self._lost)
+        return self._send(layer, rows, routes, planned, frozenset())
+
+    def combine(self, pending: Pending) -> Tensor:
+        """[T, H] float32: the weighted sum of the experts' rows. Once for each pending.
+
+        Waits at most `combine_timeout_s` for each of at most 1 + `replans_max` plans. Raises
+        ExpertsUnavailable or ParcelMalformed; then nothing of the pending is in flight.
+        """
+        weights = pending.routes.weights  # [T, K]
+        num_tokens, num_ranks = weights.shape
+        ranks = empty_ranks(num_tokens, num_ranks, pending.rows.shape[1])
+        for attempt in range(self._config.replans_max + 1):
+            failed = self._gather(pending, ranks)
+            if not failed:
+                return merge(ranks, weights)
+            if attempt < self._config.replans_max:
+                pending = self._send_again(pending, failed, attempt)
+        experts = frozenset(torch.cat([parcel.route_experts for parcel, _, _ in failed]).tolist())
+        refusal = failed[0][2]
+        raise ExpertsUnavailable(pending.layer, experts, f"{refusal.reason.name}, {refusal.detail}, after "
+                                 f"{self._config.replans_max} replans (replans_max)")  # fmt: skip
+
+    def abandon(self, pending: Pending) -> None:
+        """Let go of a dispatch that will not be combined. Idempotent."""
+        if pending.ticket is not None:
+            self._end.release(pending.ticket)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._end.close()
+
+    def _send(
+        self, layer: int, rows: Tensor, routes: Routes, planned: DispatchPlan, avoided: frozenset[Member]
+    ) -> Pending:
+        if planned.missing:
+            raise ExpertsUnavailable(layer, planned.missing, "no live worker holds them")
+        parcels = []
+        self._tickets += 1
+        for parcel in planned.parcels:
+            every = len(parcel.tokens) == len(rows)
+            parcels.append(
+                Parcel(
+                    sender=self._sender,
+                    to=self.placement.workers[parcel.worker].member,
+                    epoch=self.epoch,
+                    ticket=self._tickets,
+                    layer=layer,
+                    rows=rows if every else rows.index_select(0, parcel.tokens),
+                    route_rows=parcel.route_rows,
+                    route_experts=parcel.route_experts,
+                )
+            )
+            self._counts["rows"] += len(parcel.tokens)
+            self._counts["routes"] += len(parcel.positions)
+        self._counts["parcels"] += len(parcels)
+        ticket = self._end.dispatch(parcels) if parcels else None
+        return Pending(layer, rows, routes, planned, ticket, avoided)
+
+    def _gather(self, pending: Pending, ranks: Tensor) -> list[_Failure]:
+        """Place the replies of one ticket, release it, and say what must be planned again."""
+        if pending.ticket is None:
+            return []
+        failed: list[_Failure] = []
+        outcomes = self._end.combine(pending.ticket, self._config.combine_timeout_s)
+        for parcel, planned, outcome in zip(pending.ticket.parcels, pending.plan.parcels, outcomes, strict=True):
+            if isinstance(outcome, Reply):
+                place(ranks, planned.positions, outcome.rows)
+            else:
+                self._counts[f"refused_{outcome.reason.name.lower()}"] += 1
+                failed.append((parcel, planned.positions, outcome))
+        self._end.release(pending.ticket)
+        self._lose(parcel.to for parcel, _, refusal in failed if refusal.reason in _LOSSES)
+        for parcel, _, refusal in failed:
+            if refusal.reason is RefusalReason.MALFORMED:
+                raise ParcelMalformed(f"layer {pending.layer}: {parcel.to} says: {refusal.detail}")
+        return failed
+
+    def _send_again(self, pending: Pending, failed: list[_Failure], attempt: int) -> Pending:
+        """Plan the failed routes on workers that neither are lost nor refused them, where there are any."""
+        avoided = pending.avoided.union(parcel.to for parcel, _, refusal in failed if refusal.reason in _NOT_HERE)
+        if any(refusal.reason is RefusalReason.OVERLOADED for _, _, refusal in failed):
+            time.sleep(self._config.overload_pause_s * 2**attempt)
+        self._counts["replans"] += 1
+        positions = torch.cat([positions for _, positions, _ in failed])
+        planned = self._replan(pending, positions, avoided)
+        return self._send(pending.layer, pending.rows, pending.routes, planned, avoided)
+
+    def _replan(self, pending: Pending, positions: Tensor, avoided: frozenset[Member]) -> DispatchPlan:
+        routes, layer = pending.routes, pending.layer
+        planned = plan(routes, self.placement, layer, self._lost | avoided, positions)
+        if not (planned.missing and avoided):
+            return planned
+        # A parcel is refused as a whole, though one of its experts may be why: those that only a worker who
+        # refused could compute are offered to it again, without the others.
+        experts = routes.expert_ids.t().reshape(-1)[positions]
+        only_there = positions[torch.isin(experts, torch.tensor(sorted(planned.missing)))]
+        rest = plan(routes, self.placement, layer, self._lost, only_there)
+        return DispatchPlan(planned.parcels + rest.parcels, rest.missing)
+
+    def _lose(self, members: Iterable[Member]) -> None:
+        for member in members:
+            if member not in self._lost:
+                self._lost |= {member}
+                self._counts["lost"] += 1
+                self._on_lost(member)

@@ -1,0 +1,36 @@
+"""Reply rows -> the experts' sum of every token, in one order whoever computed them.
+
+Rows travel unweighted and are summed here in ascending rank, with separate multiply and add in float32: both
+are exact functions of their own element, so batch, placement and replica leave no trace in any bit. A fused
+multiply-add, or partial sums per worker, would. Legend: T tokens · K experts per token · H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty_ranks(num_tokens: int, num_ranks: int, hidden: int) -> Tensor:
+    """[K * T, H] float32 for the rows of every position (see router.plan); not initialised."""
+    return torch.empty(num_ranks * num_tokens, hidden, dtype=torch.float32)
+
+
+def place(ranks: Tensor, positions: Tensor, rows: Tensor) -> None:
+    """Put one reply's rows [r, H] (bfloat16 or float32) at their positions [r]; `rows` may go afterwards."""
+    ranks.index_copy_(0, positions, rows.to(torch.float32))
+
+
+def merge(ranks: Tensor, weights: Tensor) -> Tensor:
+    """[T, H] float32: from zero, + weights[t, k] * row(t, k), k ascending. Uses up `ranks`.
+
+    Every position must have been placed.
+    """
+    num_tokens, num_ranks = weights.shape
+    hidden = ranks.shape[1]
+    rows = ranks.view(num_ranks, num_tokens, hidden)  # [K, T, H]
+    rows.mul_(weights.t().unsqueeze(-1))
+    merged = torch.zeros(num_tokens, hidden, dtype=torch.float32)
+    for rank in rows:
+        merged.add_(rank)
+    return merged

@@ -1,0 +1,257 @@
+"""Parcels, replies and refusals as bytes: the one codec of every transport that has any.
+
+A frame is a fixed header and a payload; its size follows from the header alone, which is checked against the
+link's limits before anything is read or allocated. Tensors are written straight into the given buffer and
+read as views of it, except the routes of a parcel: they are small, copied, and checked. This file neither
+waits nor sends. Legend: n rows and r routes of one parcel · H hidden.
+
+    parcel   header · rows [n, H] · pad to 8 · route_rows [r] int32 · route_experts [r] int32
+    reply    header · rows [r, H]
+    refusal  header · detail, UTF-8
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from router.config import RouterConfig
+from router.errors import FrameError
+from router.transport.base import LinkIdentity, Parcel, Refusal, RefusalReason, Reply
+
+VERSION = 1
+PARCEL, REPLY, REFUSAL = 1, 2, 3
+DETAIL_BYTES_MAX = 512
+_VIEWS_MAX = 256
+
+_PREFIX = struct.Struct("<4sHHI8s4x")  # magic, version, dtype, hidden, fingerprint: the same on all of a link
+_HEADER = struct.Struct(f"<{_PREFIX.size}sIIIIQQQQQIIQ32x")  # rows begin a cache line
+_MAGIC = b"EMX\x01"
+_CODES = {torch.float32: 1, torch.bfloat16: 2}
+_REASONS = frozenset(map(int, RefusalReason))
+
+HEADER_BYTES = _HEADER.size
+REFUSAL_BYTES_MAX = HEADER_BYTES + DETAIL_BYTES_MAX
+
+
+class Header(NamedTuple):
+    prefix: bytes
+    kind: int
+    reason: int  # of a refusal
+    parcel_index: int  # its place in the ticket
+    layer: int
+    ticket: int
+    sender: int  # incarnation of who sends this frame
+    to: int  # incarnation of whom it is meant for
+    term: int  # epoch
+    number: int
+    num_rows: int
+    num_routes: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True)
+class FrameLimits:
+    """What a link carries; a frame that differs or exceeds is refused."""
+
+    rows_max: int
+    routes_max: int
+    hidden: int
+    dtype: torch.dtype
+    row_bytes: int
+    prefix: bytes
+
+
+def limits_of(identity: LinkIdentity, config: RouterConfig) -> FrameLimits:
+    if identity.dtype not in _CODES:
+        raise ValueError(f"dtype: {identity.dtype}; must be one of {list(_CODES)}")
+    fingerprint = identity.fingerprint.encode()[:8]
+    prefix = _PREFIX.pack(_MAGIC, VERSION, _CODES[identity.dtype], identity.hidden, fingerprint)
+    row_bytes = identity.hidden * identity.dtype.itemsize
+    return FrameLimits(config.rows_max, config.routes_max, identity.hidden, identity.dtype, row_bytes, prefix)
+
+
+class Region:
+    """Memory in which frames are written and read. Tensors read from it keep it alive."""
+
+    def __init__(self, buffer: memoryview, limits: FrameLimits) -> None:
+        self.view = buffer
+        self._elements = torch.frombuffer(buffer, dtype=limits.dtype, count=len(buffer) // limits.dtype.itemsize)
+        self.address = self._elements.data_ptr()
+        self._hidden = limits.hidden
+        self._rows: dict[tuple[int, int], Tensor] = {}
+
+    def rows(self, offset: int, num_rows: int) -> Tensor:
+        """[num_rows, H] at `offset`, a multiple of 8. A view is kept and given again: frames of one size keep
+        falling on the same place, and with cold caches making a view takes longer than all the checks."""
+        rows = self._rows.get((offset, num_rows))
+        if rows is None:
+            if len(self._rows) == _VIEWS_MAX:
+                self._rows.clear()
+            start = offset // self._elements.itemsize
+            rows = self._elements.as_strided((num_rows, self._hidden), (self._hidden, 1), start)
+            self._rows[offset, num_rows] = rows
+        return rows
+
+
+def parcel_bytes(num_rows: int, num_routes: int, limits: FrameLimits) -> int:
+    return HEADER_BYTES + _routes_at(num_rows, limits) + 8 * num_routes
+
+
+def reply_bytes(num_routes: int, limits: FrameLimits) -> int:
+    return HEADER_BYTES + num_routes * limits.row_bytes
+
+
+def why_malformed(parcel: Parcel, limits: FrameLimits) -> str:
+    """What keeps our own parcel from fitting the link; empty if nothing."""
+    shape, num_routes = parcel.rows.shape, parcel.route_rows.shape[0]
+    if len(shape) != 2 or shape[1] != limits.hidden or parcel.rows.dtype != limits.dtype:
+        return f"rows: {list(shape)} {parcel.rows.dtype}; must be [n, {limits.hidden}] {limits.dtype}"
+    if shape[0] > limits.rows_max:
+        return f"rows: {shape[0]}; at most {limits.rows_max}"
+    if num_routes != parcel.route_experts.shape[0]:
+        return f"routes: {num_routes} rows, {parcel.route_experts.shape[0]} experts; must be as many"
+    if num_routes > limits.routes_max:
+        return f"routes: {num_routes}; at most {limits.routes_max}"
+    if parcel.route_rows.dtype != torch.int32 or parcel.route_experts.dtype != torch.int32:
+        return f"routes: {parcel.route_rows.dtype}, {parcel.route_experts.dtype}; must be torch.int32"
+    return ""
+
+
+def check_answer(parcel: Parcel, rows: Tensor, limits: FrameLimits) -> None:
+    """Our own reply: one row per route. Raises ValueError."""
+    expected = (parcel.route_rows.shape[0], limits.hidden)
+    if rows.shape != expected or rows.dtype != limits.dtype:
+        raise ValueError(f"rows: {list(rows.shape)} {rows.dtype}; must be {list(expected)} {limits.dtype}")
+
+
+def write_parcel(region: Region, offset: int, parcel: Parcel, index: int, limits: FrameLimits) -> None:
+    """The caller has room for `parcel_bytes` at `offset`, and found nothing malformed."""
+    num_rows, num_routes = parcel.rows.shape[0], parcel.route_rows.shape[0]
+    routes_at = _routes_at(num_rows, limits)
+    epoch = parcel.epoch
+    _HEADER.pack_into(
+        region.view, offset, limits.prefix, PARCEL, 0, index, parcel.layer, parcel.ticket,
+        parcel.sender.incarnation, parcel.to.incarnation, epoch.term, epoch.number, num_rows, num_routes,
+        routes_at + 8 * num_routes,
+    )  # fmt: skip
+    payload = region.address + offset + HEADER_BYTES
+    _copy(payload, parcel.rows, num_rows * limits.row_bytes)
+    _copy(payload + routes_at, parcel.route_rows, 4 * num_routes)
+    _copy(payload + routes_at + 4 * num_routes, parcel.route_experts, 4 * num_routes)
+
+
+def write_reply(
+    region: Region, offset: int, parcel: Parcel, index: int, rows: Tensor, limits: FrameLimits
+) -> None:
+    """rows: [r, H]. The caller has room for `reply_bytes` at `offset`."""
+    num_routes = rows.shape[0]
+    payload_bytes = num_routes * limits.row_bytes
+    _write_answer_header(region, offset, REPLY, 0, parcel, index, num_routes, payload_bytes, limits)
+    _copy(region.address + offset + HEADER_BYTES, rows, payload_bytes)
+
+
+def encode_detail(detail: str) -> bytes:
+    """A refusal's detail as its frame carries it."""
+    return detail.encode()[:DETAIL_BYTES_MAX]
+
+
+def write_refusal(
+    region: Region, offset: int, parcel: Parcel, index: int, reason: RefusalReason, detail: bytes,
+    limits: FrameLimits,
+) -> None:  # fmt: skip
+    """detail: from `encode_detail`. The caller has room for it and a header at `offset`."""
+    _write_answer_header(region, offset, REFUSAL, reason, parcel, index, 0, len(detail), limits)
+    start = offset + HEADER_BYTES
+    region.view[start : start + len(detail)] = detail
+
+
+def read_header(region: Region, offset: int, available: int, limits: FrameLimits) -> Header:
+    """The checked header at `offset`, a multiple of 8; the whole frame lies within `available` bytes of it."""
+    if available < HEADER_BYTES:
+        raise FrameError(f"frame: {available} bytes; a header alone has {HEADER_BYTES}")
+    header = Header._make(_HEADER.unpack_from(region.view, offset))
+    if header.prefix != limits.prefix:
+        raise FrameError(f"frame: begins with {_explained(header.prefix)}; must be {_explained(limits.prefix)}")
+    if header.num_rows > limits.rows_max or header.num_routes > limits.routes_max:
+        raise FrameError(f"frame: {header.num_rows} rows, {header.num_routes} routes; at most "
+                         f"{limits.rows_max}, {limits.routes_max}")  # fmt: skip
+    if header.payload_bytes != _payload_bytes(header, limits):
+        raise FrameError(f"frame: kind {header.kind}, {header.num_rows} rows, {header.num_routes} routes, "
+                         f"payload of {header.payload_bytes} bytes: these do not agree")  # fmt: skip
+    if header.payload_bytes > available - HEADER_BYTES:
+        raise FrameError(f"frame: payload of {header.payload_bytes} bytes; {available} bytes follow")
+    return header
+
+
+def read_parcel(region: Region, offset: int, header: Header) -> tuple[Tensor, Tensor, Tensor]:
+    """rows [n, H], a view; route_rows [r] and route_experts [r] int32, copies. `header` was checked."""
+    half = 4 * header.num_routes
+    routes_at = offset + HEADER_BYTES + header.payload_bytes - 2 * half
+    route_rows = bytearray(region.view[routes_at : routes_at + half])
+    route_experts = bytearray(region.view[routes_at + half : routes_at + 2 * half])
+    if half and _largest(route_rows) >= header.num_rows:
+        raise FrameError(f"frame: a route names a row outside 0 to {header.num_rows - 1}")
+    return region.rows(offset + HEADER_BYTES, header.num_rows), _int32(route_rows), _int32(route_experts)
+
+
+def read_answer(region: Region, offset: int, header: Header) -> Reply | Refusal:
+    """A reply, whose rows [r, H] are a view, or a refusal. `header` was checked."""
+    if header.kind == REPLY:
+        return Reply(region.rows(offset + HEADER_BYTES, header.num_routes))
+    start = offset + HEADER_BYTES
+    detail = bytes(region.view[start : start + header.payload_bytes])
+    return Refusal(RefusalReason(header.reason), detail.decode(errors="replace"))
+
+
+def _routes_at(num_rows: int, limits: FrameLimits) -> int:
+    return (num_rows * limits.row_bytes + 7) & ~7
+
+
+def _payload_bytes(header: Header, limits: FrameLimits) -> int:
+    """What the other fields say it must be."""
+    if header.kind == PARCEL:
+        return _routes_at(header.num_rows, limits) + 8 * header.num_routes
+    if header.kind == REPLY and header.num_rows == 0:
+        return header.num_routes * limits.row_bytes
+    if header.kind == REFUSAL and header.reason in _REASONS:
+        return min(header.payload_bytes, DETAIL_BYTES_MAX)
+    raise FrameError(f"frame: no such kind: {header.kind}, reason {header.reason}, {header.num_rows} rows")
+
+
+def _explained(prefix: bytes) -> str:
+    magic, version, dtype, hidden, fingerprint = _PREFIX.unpack(prefix)
+    return f"{magic!r}, version {version}, dtype {dtype}, hidden {hidden}, fingerprint {fingerprint!r}"
+
+
+def _write_answer_header(
+    region: Region, offset: int, kind: int, reason: int, parcel: Parcel, index: int, num_routes: int,
+    payload_bytes: int, limits: FrameLimits,
+) -> None:  # fmt: skip
+    _HEADER.pack_into(
+        region.view, offset, limits.prefix, kind, reason, index, parcel.layer, parcel.ticket,
+        parcel.to.incarnation, parcel.sender.incarnation, parcel.epoch.term, parcel.epoch.number,
+        0, num_routes, payload_bytes,
+    )  # fmt: skip
+
+
+def _copy(address: int, tensor: Tensor, nbytes: int) -> None:
+    """One call instead of the four that a tensor view of the target would take."""
+    tensor = tensor.contiguous()  # held until copied
+    ctypes.memmove(address, tensor.data_ptr(), nbytes)
+
+
+def _largest(values: bytearray) -> int:
+    """Of int32 values taken as unsigned, so that a negative one is huge."""
+    few = memoryview(values).cast("I")
+    return max(few) if len(few) <= 256 else int(np.frombuffer(values, np.uint32).max())  # 10 us less when few
+
+
+def _int32(values: bytearray) -> Tensor:
+    return torch.frombuffer(values, dtype=torch.int32) if values else torch.empty(0, dtype=torch.int32)

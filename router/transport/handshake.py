@@ -1,0 +1,76 @@
+"""What two ends must agree on before a link stands. Pure: says why not, moves no bytes."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from router.config import RouterConfig
+from router.placement import Member
+from router.transport.base import LinkIdentity
+from router.transport.frame import VERSION
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first words of the attention end."""
+
+    version: int
+    sender: Member
+    to: Member
+    fingerprint: str
+    token: str = field(repr=False)
+    hidden: int
+    dtype: str
+    ring_bytes: int  # shm: of each direction; else 0
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The expert end's answer."""
+
+    sender: Member
+    refused: str  # why; empty: welcome
+
+
+def hello(identity: LinkIdentity, to: Member, ring_bytes: int = 0) -> Hello:
+    return Hello(
+        VERSION, identity.member, to, identity.fingerprint, identity.token, identity.hidden,
+        dtype_name(identity), ring_bytes,
+    )  # fmt: skip
+
+
+def why_refused(own: LinkIdentity, greeting: Hello, linked: Collection[Member], config: RouterConfig) -> str:
+    """Why the expert end, which has links to `linked`, does not take this one; empty if it does.
+
+    The token is judged first, in constant time, and until it is right nothing about this worker is said.
+    """
+    if not hmac.compare_digest(own.token.encode(), greeting.token.encode()):
+        return "token: not this cluster's"
+    for name, theirs, ours in (
+        ("version", greeting.version, VERSION),
+        ("incarnation", greeting.to, own.member),
+        ("fingerprint", greeting.fingerprint, own.fingerprint),
+        ("hidden", greeting.hidden, own.hidden),
+        ("dtype", greeting.dtype, dtype_name(own)),
+    ):
+        if theirs != ours:
+            return f"{name}: {theirs}; must be {ours}"
+    if greeting.ring_bytes > config.link_bytes_max:
+        return f"ring_bytes: {greeting.ring_bytes}; at most {config.link_bytes_max} (link_bytes_max)"
+    newest = max((member.incarnation for member in superseded(greeting.sender, linked)), default=0)
+    if greeting.sender.incarnation < newest:
+        return f"incarnation: {greeting.sender}; must be at least {newest}"
+    if len(linked) >= config.peers_max and not newest:
+        return f"peers: {len(linked)} attention workers are linked; at most {config.peers_max}"
+    return ""
+
+
+def superseded(sender: Member, linked: Collection[Member]) -> list[Member]:
+    """Earlier links of the same worker: they go when its new one stands."""
+    return [member for member in linked if member.id == sender.id]
+
+
+def dtype_name(identity: LinkIdentity) -> str:
+    return str(identity.dtype).removeprefix("torch.")

@@ -1,0 +1,141 @@
+"""How a shared-memory link comes to stand: one greeting, one answer, over an abstract Unix socket.
+
+The attention end connects, sends LinkHello with three descriptors (segment, bell of the parcels, bell of the
+replies), and is answered with LinkWelcome. The socket keeps message boundaries, so a hello is one bounded
+receive and needs no length. An abstract name belongs to its sockets: any death leaves nothing behind. Both
+sides ask the kernel for the other's user before they say anything. Nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Collection
+
+from router.config import RouterConfig
+from router.errors import LinkRefused
+from router.placement import Member
+from router.transport.base import LinkIdentity, Peer
+from router.transport.handshake import Welcome, hello, why_refused
+from router.transport.shm_link import ExpertLink, Wiring
+from router.transport.shm_ring import create_segment, map_segment
+from router.transport.wire import (
+    HELLO_BYTES_MAX,
+    hello_from_bytes,
+    hello_to_bytes,
+    welcome_from_bytes,
+    welcome_to_bytes,
+)
+
+SCHEME = "unix-abstract:"
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+def listen(identity: LinkIdentity, config: RouterConfig) -> tuple[socket.socket, str]:
+    """A listening socket of a fresh name, and its address."""
+    name = f"expertmesh/{identity.member.id}.{identity.member.incarnation}/{os.urandom(8).hex()}"
+    listener = _new_socket()
+    listener.bind(f"\0{name}")
+    listener.listen(config.peers_max)
+    return listener, SCHEME + name
+
+
+def greet(peer: Peer, identity: LinkIdentity, config: RouterConfig) -> Wiring:
+    """Say hello; the answer is read by `welcomed` once the socket has one. Raises LinkRefused."""
+    if not peer.address.startswith(SCHEME):
+        raise LinkRefused(f"address: {peer.address!r}; must start with {SCHEME!r}")
+    sock = _new_socket()
+    descriptors: list[int] = []
+    try:
+        sock.connect("\0" + peer.address.removeprefix(SCHEME))
+        _refuse_other_user(sock)
+        segment_fd = create_segment(config.link_bytes_max)
+        descriptors += [segment_fd]
+        descriptors += [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
+        greeting = hello_to_bytes(hello(identity, peer.member, config.link_bytes_max))
+        socket.send_fds(sock, [greeting], descriptors)
+        segment = map_segment(segment_fd, config.link_bytes_max)
+    except (OSError, LinkRefused) as error:
+        _discard(sock, descriptors)
+        raise _refused(peer.address, error) from error
+    os.close(segment_fd)
+    return Wiring(sock, descriptors[1], descriptors[2], segment)
+
+
+def welcomed(sock: socket.socket, peer: Peer) -> None:
+    """Read the answer that has arrived. Raises LinkRefused with the peer's reason."""
+    try:
+        data = sock.recv(HELLO_BYTES_MAX)
+    except OSError as error:
+        raise _refused(peer.address, error) from error
+    if not data:
+        raise LinkRefused("closed before it answered")
+    welcome = welcome_from_bytes(data)
+    if welcome.refused:
+        raise LinkRefused(welcome.refused)
+    if welcome.sender != peer.member:
+        raise LinkRefused(f"incarnation: {welcome.sender} answers; must be {peer.member}")
+
+
+def answer(
+    sock: socket.socket, identity: LinkIdentity, linked: Collection[Member], config: RouterConfig
+) -> ExpertLink:
+    """Judge the hello that has arrived. Raises LinkRefused, having told the peer and closed its socket."""
+    descriptors: list[int] = []
+    try:
+        _refuse_other_user(sock)
+        data, descriptors, flags, _ = socket.recv_fds(sock, HELLO_BYTES_MAX, 3, socket.MSG_CMSG_CLOEXEC)
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != 3:
+            raise LinkRefused(f"hello: {len(data)} bytes, {len(descriptors)} descriptors; "
+                              f"at most {HELLO_BYTES_MAX} bytes, 3 descriptors")  # fmt: skip
+        greeting = hello_from_bytes(data)
+        refused = why_refused(identity, greeting, linked, config)
+        if refused:
+            raise LinkRefused(refused)
+        segment = map_segment(descriptors[0], greeting.ring_bytes)
+        for bell in descriptors[1:]:
+            os.set_blocking(bell, False)
+        sock.send(welcome_to_bytes(Welcome(identity.member, "")))
+    except (OSError, LinkRefused) as error:
+        refusal = _refused("hello", error)
+        _tell(sock, Welcome(identity.member, str(refusal)))
+        _discard(sock, descriptors)
+        raise refusal from error
+    os.close(descriptors[0])
+    wiring = Wiring(sock, descriptors[1], descriptors[2], segment)
+    return ExpertLink(greeting.sender, identity, config, wiring)
+
+
+def turn_away(sock: socket.socket, own: Member, why: str) -> None:
+    """Refuse a stranger whose hello will not be read."""
+    _tell(sock, Welcome(own, why))
+    sock.close()
+
+
+def _new_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+
+
+def _refuse_other_user(sock: socket.socket) -> None:
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    if uid != os.geteuid():
+        raise LinkRefused(f"user: the peer is uid {uid}; must be {os.geteuid()}")
+
+
+def _tell(sock: socket.socket, welcome: Welcome) -> None:
+    try:
+        sock.send(welcome_to_bytes(welcome))
+    except OSError:
+        return  # it left first: there is nobody to tell
+
+
+def _discard(sock: socket.socket, descriptors: list[int]) -> None:
+    sock.close()
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _refused(where: str, error: Exception) -> LinkRefused:
+    return error if isinstance(error, LinkRefused) else LinkRefused(f"{where}: {error}")

@@ -1,0 +1,49 @@
+"""Greetings of links <-> their messages in `expertmesh.v1`. What they say is judged in handshake.py."""
+
+from __future__ import annotations
+
+from expertmesh.v1 import exchange_pb2
+from google.protobuf.message import DecodeError
+
+from router.errors import LinkRefused
+from router.transport.handshake import Hello, Welcome
+from router.wire import incarnation_to_pb, member_from_pb
+
+HELLO_BYTES_MAX = 4096  # a hello or a welcome
+
+
+def hello_to_bytes(hello: Hello) -> bytes:
+    return exchange_pb2.LinkHello(
+        version=hello.version, sender=incarnation_to_pb(hello.sender), to=incarnation_to_pb(hello.to),
+        fingerprint=hello.fingerprint, token=hello.token, hidden=hello.hidden, dtype=hello.dtype,
+        ring_bytes=hello.ring_bytes,
+    ).SerializeToString()  # fmt: skip
+
+
+def hello_from_bytes(data: bytes) -> Hello:
+    """Raises LinkRefused for bytes that are no LinkHello."""
+    message = exchange_pb2.LinkHello()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise LinkRefused("hello: not a LinkHello") from error
+    return Hello(
+        message.version, member_from_pb(message.sender), member_from_pb(message.to), message.fingerprint,
+        message.token, message.hidden, message.dtype, message.ring_bytes,
+    )  # fmt: skip
+
+
+def welcome_to_bytes(welcome: Welcome) -> bytes:
+    return exchange_pb2.LinkWelcome(
+        sender=incarnation_to_pb(welcome.sender), refused=welcome.refused
+    ).SerializeToString()
+
+
+def welcome_from_bytes(data: bytes) -> Welcome:
+    """Raises LinkRefused for bytes that are no LinkWelcome."""
+    message = exchange_pb2.LinkWelcome()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise LinkRefused("welcome: not a LinkWelcome") from error
+    return Welcome(member_from_pb(message.sender), message.refused)
