@@ -194,19 +194,23 @@ class TokenDelta(_message.Message):
     def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., position: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class TokenBatch(_message.Message):
-    __slots__ = ("sender", "fingerprint", "deltas")
+    __slots__ = ("sender", "fingerprint", "deltas", "number")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DELTAS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     sender: _identity_pb2.Incarnation
     fingerprint: str
     deltas: _containers.RepeatedCompositeFieldContainer[TokenDelta]
-    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ...) -> None: ...
+    number: int
+    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class TokenAck(_message.Message):
-    __slots__ = ("sender", "refused")
+    __slots__ = ("sender", "refused", "number")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     sender: _identity_pb2.Incarnation
     refused: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Attempt]
-    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., refused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ...) -> None: ...
+    number: int
+    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., refused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...

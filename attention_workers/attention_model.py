@@ -1,0 +1,175 @@
+"""The attention side of the model on one device: embedding, attention layers, gates, head, and the KV pool.
+
+Loads only the tensors the attention role owns. Legend: T tokens of a microbatch · H hidden · B KV blocks ·
+N kv heads · D head width · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attention_workers.book import Span
+from model import exact
+from model.attention import TILE, PagedAttention, QueryTiles, query_tiles
+from model.checkpoint import Checkpoint, attention_tensor_names
+from model.config import ModelConfig
+from model.gate import Gate, Routes
+from model.layers import RmsNorm, Rotary
+
+
+@dataclass
+class Microbatch:
+    """Tensors of one slice of a step."""
+
+    spans: list[Span]
+    positions: Tensor  # [T] int64, of each token in its sequence
+    write_block: Tensor  # [T] int64: where its key and value go
+    write_offset: Tensor  # [T] int64
+    tiles: list[QueryTiles]
+    sampled_rows: Tensor  # rows whose logits are wanted, in span order
+    hidden: Tensor  # [T, H]
+
+
+class _Layer:
+    def __init__(
+        self,
+        config: ModelConfig,
+        take: Callable[[str], Tensor],
+        index: int,
+        dtype: torch.dtype,
+        numerics: exact.Numerics,
+    ) -> None:
+        at = f"model.layers.{index}."
+        own = {name: take(at + f"self_attn.{name}_proj.weight").to(dtype) for name in "qkvo"}
+        self.qkv = exact.Linear(torch.cat((own["q"], own["k"], own["v"])), numerics)
+        self.out = exact.Linear(own["o"], numerics)
+        eps = config.rms_norm_eps
+        self.norm_in = RmsNorm(take(at + "input_layernorm.weight"), eps)
+        self.norm_out = RmsNorm(take(at + "post_attention_layernorm.weight"), eps)
+        self.norm_q = self.norm_k = None
+        if config.qk_norm == "per_layer":
+            self.norm_q = RmsNorm(take(at + "self_attn.q_norm.weight"), eps)
+            self.norm_k = RmsNorm(take(at + "self_attn.k_norm.weight"), eps)
+        moe = at + "block_sparse_moe."
+        bias = take(moe + "e_score_correction_bias") if config.use_routing_bias else None
+        self.gate = Gate(take(moe + "gate.weight"), bias, config.experts_per_token, numerics)
+
+
+class AttentionModel:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        numerics: exact.Numerics,
+        positions_max: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Load the attention role's tensors; `progress(bytes_done, bytes_total)` after each."""
+        config = checkpoint.config
+        self.config, self.dtype = config, dtype
+        names = attention_tensor_names(config)
+        self.bytes_total = checkpoint.nbytes(names)
+        self.bytes_loaded = 0
+        taken: set[str] = set()
+
+        def take(name: str) -> Tensor:
+            tensor = checkpoint.get(name)
+            taken.add(name)
+            self.bytes_loaded += tensor.nbytes
+            progress(self.bytes_loaded, self.bytes_total)
+            return tensor
+
+        self.embedding = take("model.embed_tokens.weight").to(dtype).clone()
+        self.layers = [_Layer(config, take, i, dtype, numerics) for i in range(config.num_layers)]
+        self.norm = RmsNorm(take("model.norm.weight"), config.rms_norm_eps)
+        self.head = exact.Linear(take("lm_head.weight").to(dtype), numerics)
+        assert taken == set(names), f"owned but not loaded, or loaded but not owned: {taken ^ set(names)}"
+        self.attention = PagedAttention(config.num_heads, config.num_kv_heads, config.head_dim, numerics)
+        self.rotary = Rotary(config.rotary_dim, config.rope_theta, positions_max)
+        if numerics == "exact":
+            widths = [
+                config.hidden_size,
+                config.num_heads * config.head_dim,
+                config.num_kv_heads * config.head_dim,
+                config.vocab_size,
+            ]
+            exact.probe_row_sum(widths)
+        self.keys = self.values = torch.empty(0)
+
+    def kv_bytes_per_block(self) -> int:
+        c = self.config
+        return 2 * c.num_layers * c.num_kv_heads * TILE * c.head_dim * self.dtype.itemsize
+
+    def make_kv(self, num_blocks: int) -> None:
+        c = self.config
+        shape = (c.num_layers, num_blocks, c.num_kv_heads, TILE, c.head_dim)
+        self.keys = _lazy_zeros(shape, self.dtype)
+        self.values = _lazy_zeros(shape, self.dtype)
+
+    # --- one step ----------------------------------------------------------------------------
+
+    def begin(self, spans: list[Span]) -> Microbatch:
+        """Tokens to rows: embeds, and lays out where keys go and which tiles are read."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        blocks: list[int] = []
+        layout, sampled = [], []
+        for span in spans:
+            table, end = span.sequence.blocks, span.first + span.count
+            layout.append((len(tokens), span.first, span.count, table))
+            tokens += span.sequence.tokens[span.first : end]
+            positions += range(span.first, end)
+            blocks += [table[p // TILE] for p in range(span.first, end)]
+            if span.samples:
+                sampled.append(len(tokens) - 1)
+        position = torch.tensor(positions)
+        return Microbatch(
+            spans,
+            position,
+            torch.tensor(blocks),
+            position % TILE,
+            query_tiles(layout),
+            torch.tensor(sampled, dtype=torch.int64),
+            self.embedding[torch.tensor(tokens)],
+        )
+
+    def attend(self, layer: int, mb: Microbatch) -> Tensor:
+        """Attention of one layer with its residual: [T, H] -> [T, H]."""
+        c, own = self.config, self.layers[layer]
+        q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        q, k, v = own.qkv(own.norm_in(mb.hidden)).split((q_width, kv_width, kv_width), -1)
+        if own.norm_q is not None and own.norm_k is not None:
+            q, k = own.norm_q(q), own.norm_k(k)  # over the whole vector, before the heads are split
+        rows = len(mb.hidden)
+        q = self.rotary(q.reshape(rows, c.num_heads, c.head_dim), mb.positions)
+        k = self.rotary(k.reshape(rows, c.num_kv_heads, c.head_dim), mb.positions)
+        self.keys[layer][mb.write_block, :, mb.write_offset] = k
+        self.values[layer][mb.write_block, :, mb.write_offset] = v.reshape(rows, c.num_kv_heads, c.head_dim)
+        mixed = self.attention(q, self.keys[layer], self.values[layer], mb.tiles)
+        return mb.hidden + own.out(mixed)
+
+    def norm_before_experts(self, layer: int, hidden: Tensor) -> Tensor:
+        return self.layers[layer].norm_out(hidden)
+
+    def gate(self, layer: int, normed: Tensor) -> Routes:
+        return self.layers[layer].gate(normed)
+
+    def unembed(self, mb: Microbatch) -> Tensor:
+        """Logits of the rows that sample: [n, V] float32."""
+        return self.head(self.norm(mb.hidden[mb.sampled_rows])).float()
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages take memory when first written: torch.zeros would write them all at start.
+
+    Zeros, because a masked key's weight of zero times an unwritten value must be zero, not NaN.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)

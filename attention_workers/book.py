@@ -1,0 +1,291 @@
+"""What runs on this worker, and what the next step computes: standing orders, chunks, blocks. No tensors.
+
+Decodes come first, prompts fill the step's token budget in chunks. When the block pool is dry the sequence of
+lowest priority is paused: its blocks go back, its tokens stay, and it is recomputed when there is room, which
+in exact mode changes no bit of it. So the pool serves on without the scheduler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from attention_workers.kv_blocks import KvBlocks
+from attention_workers.step import (
+    AttemptId,
+    Completion,
+    FinishReason,
+    Plan,
+    RunningSequence,
+    Start,
+    StepResult,
+    TokenDelta,
+)
+
+
+@dataclass
+class Sequence:
+    """One running sequence: tokens known, of which `computed` have keys and values in `blocks`."""
+
+    start: Start
+    tokens: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    is_paused: bool = False
+    is_prompt_done: bool = False
+
+    @property
+    def order(self) -> tuple[int, int, AttemptId]:
+        """Lower runs earlier."""
+        return (self.start.priority, self.start.arrival, self.start.attempt)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.start.prompt)
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [first, first + count) of a sequence, computed in this step; `samples` if they are its last."""
+
+    sequence: Sequence
+    first: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        return self.first + self.count == len(self.sequence.tokens)
+
+
+class OrderRefused(Exception):
+    """A plan of an older term, for another life, or out of order. Nothing of it was applied."""
+
+
+class Book:
+    def __init__(
+        self,
+        fingerprint: str,
+        incarnation: int,
+        blocks: KvBlocks,
+        block_tokens: int,
+        sequences_max: int,
+        model_len_max: int,
+        rows_max: int = 1024,
+    ) -> None:
+        """`rows_max`: rows of one step that the exchange can carry; at least `sequences_max`."""
+        assert sequences_max <= rows_max
+        self.fingerprint = fingerprint
+        self.incarnation = incarnation
+        self.blocks = blocks
+        self.block_tokens = block_tokens
+        self.sequences_max = sequences_max
+        self.model_len_max = model_len_max
+        self.rows_max = rows_max
+        self.sequences: dict[AttemptId, Sequence] = {}
+        self.term = 0
+        self.plan_number = 0
+        self.num_refused = 0
+        self._step_tokens_max = 512
+        self._chunk_tokens_max = 256
+
+    # --- orders ------------------------------------------------------------------------------
+
+    def apply(self, plan: Plan, result: StepResult) -> None:
+        """Apply a plan, adding what it ends to `result`. Raises OrderRefused and changes nothing else."""
+        self._refuse_unless_next(plan, result)
+        self.term, self.plan_number = plan.term, plan.number
+        self._step_tokens_max = min(max(1, plan.step_tokens_max), self.rows_max)
+        self._chunk_tokens_max = max(1, plan.chunk_tokens_max)
+        for attempt in plan.stops:
+            if attempt in self.sequences:
+                self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
+        for start in plan.starts:
+            self._start(start, result)
+        if plan.send_state:
+            result.state = self.state()
+
+    def _refuse_unless_next(self, plan: Plan, result: StepResult) -> None:
+        wrong = ""
+        if (plan.fingerprint, plan.incarnation) != (self.fingerprint, self.incarnation):
+            wrong = f"plan is for checkpoint {plan.fingerprint} and incarnation {plan.incarnation}"
+        elif plan.term < self.term:
+            wrong = f"plan has term {plan.term}, newest seen is {self.term}"
+        elif plan.number != (self.plan_number + 1 if plan.term == self.term else 1):
+            wrong = f"plan {plan.number} of term {plan.term} does not follow {self.plan_number} of {self.term}"
+            result.state = self.state()
+        if wrong:
+            self.num_refused += 1
+            raise OrderRefused(wrong)
+
+    def _start(self, start: Start, result: StepResult) -> None:
+        newest = max((a.number for a in self.sequences if _same_sequence(a, start.attempt)), default=0)
+        if newest >= start.attempt.number:
+            return
+        for attempt in [a for a in self.sequences if _same_sequence(a, start.attempt)]:
+            self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
+        sequence = Sequence(start, [*start.prompt, *start.accepted])
+        self.sequences[start.attempt] = sequence
+        why = self._cannot_run(sequence)
+        if why:
+            self._fail(sequence, why, result)
+        elif sequence.num_generated and (reason := self._finish_reason(sequence)):
+            self._deliver(sequence, TokenDelta(start.attempt, sequence.num_generated, (), finish=reason), result)
+            self._end(sequence, reason, result)
+
+    def _cannot_run(self, sequence: Sequence) -> str:
+        room = min(self.model_len_max, self.blocks.total * self.block_tokens)
+        if len(sequence.tokens) > room:
+            return f"sequence has {len(sequence.tokens)} tokens, this worker holds at most {room}"
+        if len(self.sequences) > self.sequences_max:
+            return f"worker runs {self.sequences_max} sequences already (sequences_max)"
+        if not sequence.start.prompt:
+            return "prompt is empty"
+        return ""
+
+    # --- steps -------------------------------------------------------------------------------
+
+    def compose(self, result: StepResult) -> list[Span]:
+        """The next step's spans, with blocks taken for them: decodes first, then prompt chunks."""
+        running = sorted((s for s in self.sequences.values() if s.pending), key=lambda s: s.order)
+        spans: list[Span] = []
+        budget = self._step_tokens_max
+        for sequence in [s for s in running if s.pending == 1 and s.computed]:
+            if self._make_room(sequence, 1, result):
+                spans.append(Span(sequence, sequence.computed, 1))
+                budget -= 1
+        for sequence in [s for s in running if s.pending > 1 or not s.computed]:
+            count = min(sequence.pending, self._chunk_tokens_max, budget)
+            if count <= 0:
+                break
+            if not self._may_enter(sequence) or not self._make_room(sequence, count, result):
+                break  # in order: a later one does not take what an earlier one waits for
+            spans.append(Span(sequence, sequence.computed, count))
+            budget -= count
+        # A sequence that gave up its blocks for another after it was chosen is no longer in this step.
+        return [span for span in spans if not span.sequence.is_paused and span.first == span.sequence.computed]
+
+    def _may_enter(self, sequence: Sequence) -> bool:
+        """A paused sequence comes back only when all it holds fits, or nothing else is computed."""
+        if not sequence.is_paused:
+            return True
+        needed = -(-(len(sequence.tokens) + 1) // self.block_tokens)
+        others = any(s.blocks for s in self.sequences.values())
+        if self.blocks.num_free >= min(needed, self.blocks.total) or not others:
+            sequence.is_paused = False
+            return True
+        return False
+
+    def _make_room(self, sequence: Sequence, count: int, result: StepResult) -> bool:
+        """Take blocks for `count` more tokens, pausing later sequences while the pool is dry."""
+        if sequence.is_paused:
+            return False
+        while len(sequence.blocks) * self.block_tokens < sequence.computed + count:
+            block = self.blocks.take()
+            if block is not None:
+                sequence.blocks.append(block)
+                continue
+            last = max((s for s in self.sequences.values() if s.blocks), key=lambda s: s.order, default=None)
+            if last is not None and last.order > sequence.order:
+                self._pause(last, result)
+                continue
+            if sequence.blocks:
+                self._pause(sequence, result)
+            return False
+        return True
+
+    def _pause(self, sequence: Sequence, result: StepResult) -> None:
+        self.blocks.give_back(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
+        sequence.is_paused = True
+        result.paused.append(sequence.start.attempt)
+
+    def computed(self, spans: list[Span], result: StepResult) -> None:
+        """The step's keys and values are in the pool."""
+        for span in spans:
+            sequence = span.sequence
+            sequence.computed = span.first + span.count
+            given = len(sequence.start.prompt) + len(sequence.start.accepted)
+            if not sequence.is_prompt_done and sequence.computed >= given:
+                sequence.is_prompt_done = True
+                result.prompts_done.append(sequence.start.attempt)
+
+    def sampled(self, sequence: Sequence, token: int, delta: TokenDelta, result: StepResult) -> None:
+        """A step brought a token; `delta` carries it and its logprobs."""
+        sequence.tokens.append(token)
+        reason = self._finish_reason(sequence)
+        if reason is not None:
+            delta = TokenDelta(delta.attempt, delta.position, delta.tokens, delta.logprobs, reason)
+        self._deliver(sequence, delta, result)
+        if reason is not None:
+            self._end(sequence, reason, result)
+
+    def fail_all(self, why: str, result: StepResult) -> None:
+        for sequence in list(self.sequences.values()):
+            self._fail(sequence, why, result)
+
+    def drop(self, gateway_address: str, result: StepResult) -> list[AttemptId]:
+        """Forget the sequences of a gateway that cannot be reached; it resumes what it still wants."""
+        gone = [s for s in self.sequences.values() if s.start.gateway_address == gateway_address]
+        for sequence in gone:
+            self._end(sequence, FinishReason.CANCELLED, result)
+        return [s.start.attempt for s in gone]
+
+    def stop(self, attempts: list[AttemptId], result: StepResult) -> None:
+        """Forget attempts that their gateway refuses."""
+        for attempt in attempts:
+            if attempt in self.sequences:
+                self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
+
+    # --- ends --------------------------------------------------------------------------------
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        if sequence.tokens[-1] in sequence.start.stop_token_ids:
+            return FinishReason.STOP
+        full = min(self.model_len_max, self.blocks.total * self.block_tokens)
+        if sequence.num_generated >= sequence.start.max_tokens or len(sequence.tokens) >= full:
+            return FinishReason.LENGTH
+        return None
+
+    def _fail(self, sequence: Sequence, why: str, result: StepResult) -> None:
+        delta = TokenDelta(sequence.start.attempt, sequence.num_generated, (), (), FinishReason.FAILED, why)
+        self._deliver(sequence, delta, result)
+        self._end(sequence, FinishReason.FAILED, result, why)
+
+    def _deliver(self, sequence: Sequence, delta: TokenDelta, result: StepResult) -> None:
+        result.deltas.setdefault(sequence.start.gateway_address, []).append(delta)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, result: StepResult, detail: str = "") -> None:
+        del self.sequences[sequence.start.attempt]
+        self.blocks.give_back(sequence.blocks)
+        sequence.blocks = []
+        result.completions.append(Completion(sequence.start.attempt, reason, sequence.num_generated, detail))
+
+    def state(self) -> list[RunningSequence]:
+        return [
+            RunningSequence(
+                s.start.attempt,
+                len(s.tokens),
+                s.is_prompt_done,
+                s.is_paused,
+                s.start.gateway_address,
+                s.start.priority,
+            )
+            for s in self.sequences.values()
+        ]
+
+    def check(self) -> None:
+        """Blocks conserved, each held once, enough for what is computed."""
+        self.blocks.check()
+        held = [b for s in self.sequences.values() for b in s.blocks]
+        assert len(held) == len(set(held)) == self.blocks.total - self.blocks.num_free
+        for s in self.sequences.values():
+            assert s.computed <= len(s.blocks) * self.block_tokens
+            assert not (s.is_paused and s.blocks)
+
+
+def _same_sequence(a: AttemptId, b: AttemptId) -> bool:
+    return (a.request_id, a.index) == (b.request_id, b.index)

@@ -1,0 +1,42 @@
+"""One step over all layers: the figure as code."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from attention_workers.attention_model import AttentionModel, Microbatch
+from attention_workers.microbatch import ping_pong
+from model.gate import Routes
+from router.dispatcher import Pending
+
+
+class Experts(Protocol):
+    """What the loop needs of the dispatcher."""
+
+    def dispatch(self, layer: int, rows: Tensor, routes: Routes) -> Pending: ...
+
+    def combine(self, pending: Pending) -> Tensor: ...
+
+    def abandon(self, pending: Pending) -> None: ...
+
+
+def decode_step(model: AttentionModel, microbatches: list[Microbatch], experts: Experts) -> list[Tensor]:
+    """Logits of each microbatch's sampling rows: [n, V] each. When it raises, nothing is left in flight."""
+    pending: dict[int, Pending] = {}
+    try:
+        for work in ping_pong(model.config.num_layers, len(microbatches)):
+            mb = microbatches[work.microbatch]
+            if work.op == "dispatch":
+                mb.hidden = model.attend(work.layer, mb)  # [T, H]
+                normed = model.norm_before_experts(work.layer, mb.hidden)  # [T, H]
+                routes = model.gate(work.layer, normed)  # [T, K]
+                pending[work.microbatch] = experts.dispatch(work.layer, normed, routes)
+            else:
+                mixed = experts.combine(pending.pop(work.microbatch))  # [T, H] float32
+                mb.hidden = mb.hidden + mixed.to(mb.hidden.dtype)
+    finally:
+        for left in pending.values():
+            experts.abandon(left)
+    return [model.unembed(mb) for mb in microbatches]

@@ -1,0 +1,246 @@
+"""An attention worker as a process runs it: one compute thread, one thread for its streams. No Ray.
+
+The compute thread owns the worker; everything else reaches it through a bounded inbox, drained between steps.
+It goes on with its standing orders whatever happens to the scheduler.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from expertmesh.v1 import step_pb2
+
+from attention_workers import wire
+from attention_workers.attention_model import AttentionModel
+from attention_workers.book import Book, OrderRefused
+from attention_workers.config import AttentionConfig
+from attention_workers.kv_blocks import KvBlocks
+from attention_workers.step import Plan, StepResult
+from attention_workers.streams import AttemptsRefused, GatewayGone, Streams
+from attention_workers.worker import AttentionWorker
+from model.attention import TILE
+from model.checkpoint import Checkpoint
+from model.errors import ModelError
+from model.exact import NumericsError, bf16_products
+from model.memory import NotEnoughMemory, available_bytes, require
+from router.dispatcher import Dispatcher
+from router.errors import ExpertsUnavailable, RouterError
+from router.membership import Adopted, Failed, Health, HealthState, MemberEvent, PeerLost
+from router.placement import Member, Placement
+from router.transport.base import LinkIdentity
+from router.transport.select import attention_end
+
+log = logging.getLogger(__name__)
+
+_INBOX_MAX = 4096
+_KV_BYTES_DEFAULT_MAX = 4 << 30
+_IDLE_WAIT_S = 1.0
+_RETRY_WAIT_S = 0.02
+PERMANENT = (ModelError, NotEnoughMemory, NumericsError, RouterError)
+
+
+class AttentionService:
+    def __init__(
+        self,
+        model_path: Path,
+        member: Member,
+        token: str,
+        config: AttentionConfig,
+        transport: str,
+        scheduler_address: str,
+        on_event: Callable[[MemberEvent], None],
+    ) -> None:
+        self.member = member
+        self._model_path, self._token, self._config = model_path, token, config
+        self._transport = transport
+        self._on_event = on_event
+        self._inbox: queue.Queue[Plan | Placement | GatewayGone | AttemptsRefused | None] = queue.Queue(_INBOX_MAX)
+        self._stopping = threading.Event()
+        self._state, self._detail = HealthState.STARTING, ""
+        self._bytes_loaded = self._bytes_total = 0
+        self._worker: AttentionWorker | None = None
+        self._counts = step_pb2.WorkerReport()
+        self._has_new_orders = False
+        self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell)
+        self._compute = threading.Thread(target=self._run, name="attention-compute", daemon=True)
+
+    # --- from outside ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._compute.start()
+
+    def publish(self, placement: Placement) -> None:
+        """Use this placement from the next step on. Emits Adopted once links are up or marked lost."""
+        self._inbox.put_nowait(placement)
+
+    def health(self) -> Health:
+        counts, worker = self._counts, self._worker
+        gauges: dict[str, float] = {}
+        if worker is not None:
+            gauges = {
+                "kv_blocks_total": worker.book.blocks.total,
+                "kv_blocks_free": counts.blocks_free,
+                "kv_block_tokens": TILE,
+                "sequences": counts.num_running,
+                "sequences_paused": counts.num_paused,
+                "steps_total": counts.steps,
+                "tokens_total": counts.tokens,
+                "orders_refused_total": counts.refused_orders,
+                **worker.dispatcher.counters(),
+            }
+        return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges)
+
+    def stop(self, grace_s: float) -> None:
+        """End after the running step. Threads and descriptors are gone when this returns."""
+        self._stopping.set()
+        self._tell(None)  # wakes an idle worker
+        self._compute.join(grace_s)
+        self._streams.close(grace_s)
+
+    # --- compute thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            worker = self._load()
+        except PERMANENT as error:
+            self._fail(str(error))
+            return
+        try:
+            self._serve(worker)
+        except Exception as error:
+            # The process's one net: a worker that has lost its loop must be seen as failed and replaced.
+            log.exception("attention worker %s", self.member)
+            self._fail(f"{type(error).__name__}: {error}")
+        finally:
+            worker.dispatcher.close()
+
+    def _fail(self, why: str) -> None:
+        self._state, self._detail = HealthState.FAILED, why
+        self._on_event(Failed(why))
+
+    def _load(self) -> AttentionWorker:
+        config = self._config
+        torch.set_num_threads(config.threads)
+        checkpoint = Checkpoint.open(self._model_path)
+        dtype = getattr(torch, checkpoint.config.dtype if config.dtype == "auto" else config.dtype)
+        self._state, self._detail = HealthState.LOADING, "attention weights"
+        model_len = min(
+            config.model_len_max or checkpoint.config.max_position_embeddings,
+            checkpoint.config.max_position_embeddings,
+        )
+        model = AttentionModel(
+            checkpoint,
+            dtype=dtype,
+            numerics=config.numerics,
+            positions_max=model_len,
+            progress=self._progress,
+        )
+        blocks = self._make_kv(model, model_len)
+        sequences_max = min(config.sequences_max, config.router.rows_max)  # each may be a row of one step
+        book = Book(
+            checkpoint.fingerprint,
+            self.member.incarnation,
+            blocks,
+            TILE,
+            sequences_max,
+            model_len,
+            config.router.rows_max,
+        )
+        identity = LinkIdentity(
+            self.member, checkpoint.fingerprint, self._token, checkpoint.config.hidden_size, dtype
+        )
+        end = attention_end(self._transport, identity, config.router)
+        dispatcher = Dispatcher(end, self.member, config.router, lambda peer: self._on_event(PeerLost(peer)))
+        self._worker = AttentionWorker(model, book, dispatcher, config.microbatches)
+        self._detail = "waiting for experts"
+        return self._worker
+
+    def _progress(self, done: int, total: int) -> None:
+        if not self._bytes_total:
+            factor = 2 if not bf16_products() else 1  # bf16 is kept as float32 where the CPU lacks it
+            require(factor * total, "attention weights", "accepted: a smaller checkpoint, or more memory")
+        self._bytes_loaded, self._bytes_total = done, total
+
+    def _make_kv(self, model: AttentionModel, model_len: int) -> KvBlocks:
+        per_block = model.kv_bytes_per_block()
+        wanted = self._config.kv_bytes or min(available_bytes() // 4, _KV_BYTES_DEFAULT_MAX)
+        if self._config.kv_bytes:
+            require(wanted, "keys and values (kv_bytes)", "accepted: a smaller --kv-memory")
+        enough = self._config.sequences_max * -(-model_len // TILE)
+        total = min(wanted // per_block, enough)
+        if total < 1:
+            raise NotEnoughMemory(
+                f"kv_bytes {wanted} holds no block; one block of {TILE} tokens needs {per_block}"
+            )
+        model.make_kv(total)
+        return KvBlocks(total)
+
+    def _serve(self, worker: AttentionWorker) -> None:
+        unavailable_since: float | None = None
+        is_busy = False
+        while not self._stopping.is_set():
+            result = StepResult()
+            wait_s = _RETRY_WAIT_S if unavailable_since else 0.0 if is_busy else _IDLE_WAIT_S
+            self._drain_inbox(worker, result, wait_s)
+            try:
+                is_busy = self._state is HealthState.READY and worker.step(result)
+                unavailable_since = None
+            except ExpertsUnavailable as error:
+                now = time.monotonic()
+                unavailable_since = unavailable_since or now
+                self._detail = str(error)
+                if now - unavailable_since > self._config.experts_wait_s:
+                    worker.book.fail_all(f"{error}, for {self._config.experts_wait_s:g} s", result)
+                    unavailable_since = None
+            self._hand_over(worker, result)
+
+    def _drain_inbox(self, worker: AttentionWorker, result: StepResult, wait_s: float) -> None:
+        try:
+            item = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            while True:
+                self._take(worker, item, result)
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _take(self, worker: AttentionWorker, item: object, result: StepResult) -> None:
+        if isinstance(item, Plan):
+            try:
+                self._has_new_orders = True
+                worker.book.apply(item, result)
+            except OrderRefused as refusal:
+                log.warning("%s: %s", self.member, refusal)
+        elif isinstance(item, Placement):
+            worker.dispatcher.adopt(item)
+            self._state, self._detail = HealthState.READY, ""
+            self._on_event(Adopted(item.epoch))
+            self._streams.open(worker.book)
+        elif isinstance(item, GatewayGone):
+            gone = [*worker.book.drop(item.address, result), *item.undelivered]
+            result.completions = [c for c in result.completions if c.attempt not in gone]
+            result.undelivered += gone
+        elif isinstance(item, AttemptsRefused):
+            worker.book.stop(item.attempts, result)
+
+    def _hand_over(self, worker: AttentionWorker, result: StepResult) -> None:
+        book = worker.book
+        counts = wire.report_pb(self.member, book, worker.steps, worker.tokens)
+        self._counts = counts
+        is_news = result.is_news()
+        if is_news or self._has_new_orders:
+            self._streams.running = wire.state_pb(book.state())
+            self._has_new_orders = False
+        if is_news or result.deltas:
+            self._streams.hand_over(result, counts)
+        else:
+            self._streams.counts = counts
+
+    def _tell(self, item: Plan | GatewayGone | AttemptsRefused | None) -> None:
+        """From the streams' thread. A second without room is a hung worker: the stream breaks with queue.Full."""
+        self._inbox.put(item, timeout=_IDLE_WAIT_S)

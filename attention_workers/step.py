@@ -1,0 +1,116 @@
+"""What an attention worker is told and what it answers: orders in, tokens and reports out. No tensors."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, order=True)
+class AttemptId:
+    """One placement of one sequence on a worker; the higher number wins."""
+
+    request_id: str
+    index: int
+    number: int
+
+
+class FinishReason(enum.IntEnum):
+    STOP = 1  # eos or a stop token id
+    LENGTH = 2
+    CANCELLED = 3  # by plan
+    FAILED = 4  # given up by the worker; `detail` says why
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 1.0  # 0: the highest logit
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Run this sequence until it ends by itself or is stopped."""
+
+    attempt: AttemptId
+    gateway_address: str
+    prompt: tuple[int, ...]
+    accepted: tuple[int, ...]  # tokens the gateway already holds: given, never sampled again
+    sampling: Sampling
+    stop_token_ids: frozenset[int]
+    max_tokens: int  # generated tokens in all, accepted ones included
+    num_logprobs: int | None  # None: none; 0: the sampled token's; n: and the n likeliest
+    priority: int = 0  # lower runs earlier
+    arrival: int = 0  # orders equals
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A change to what the worker runs. Numbered without gaps within (term, worker incarnation)."""
+
+    term: int
+    number: int
+    fingerprint: str
+    incarnation: int
+    starts: tuple[Start, ...] = ()
+    stops: tuple[AttemptId, ...] = ()
+    step_tokens_max: int = 512
+    chunk_tokens_max: int = 256
+    send_state: bool = False
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Of one sampled token, and of the likeliest tokens at its position, likeliest first."""
+
+    sampled: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """New tokens of one sequence from `position` on; 0 is the first generated token."""
+
+    attempt: AttemptId
+    position: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()
+    finish: FinishReason | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Completion:
+    attempt: AttemptId
+    reason: FinishReason
+    num_tokens: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class RunningSequence:
+    attempt: AttemptId
+    num_tokens: int
+    prompt_done: bool
+    paused: bool
+    gateway_address: str
+    priority: int
+
+
+@dataclass
+class StepResult:
+    """What one step, or the plans before it, brought about."""
+
+    deltas: dict[str, list[TokenDelta]] = field(default_factory=dict)  # by gateway address
+    completions: list[Completion] = field(default_factory=list)
+    prompts_done: list[AttemptId] = field(default_factory=list)
+    paused: list[AttemptId] = field(default_factory=list)
+    undelivered: list[AttemptId] = field(default_factory=list)  # their gateway could not be reached
+    state: list[RunningSequence] | None = None  # asked for, or a plan did not follow
+
+    def is_news(self) -> bool:
+        """Whether the scheduler must hear of it now."""
+        lists = (self.completions, self.prompts_done, self.paused, self.undelivered)
+        return any(lists) or self.state is not None

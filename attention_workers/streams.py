@@ -1,0 +1,145 @@
+"""The worker's streams on one asyncio loop in a thread of its own, so that waiting never holds up a step."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from expertmesh.v1 import step_pb2
+
+from attention_workers import wire
+from attention_workers.book import Book
+from attention_workers.links import SchedulerLink, TokenLinks
+from attention_workers.step import AttemptId, Completion, FinishReason, Plan, StepResult
+from model.attention import TILE
+from router.placement import Member
+
+_REPORTS_MAX = 4096
+_REPORT_EVERY_S = 0.25
+
+
+@dataclass(frozen=True)
+class GatewayGone:
+    """A gateway cannot be reached; `undelivered` ended here, but their last tokens may not have arrived."""
+
+    address: str
+    undelivered: list[AttemptId]
+
+
+@dataclass(frozen=True)
+class AttemptsRefused:
+    """A gateway does not want these (any more)."""
+
+    attempts: list[AttemptId]
+
+
+class Streams:
+    """`open` once the worker can run sequences; `hand_over` from the compute thread; `close` at the end."""
+
+    def __init__(
+        self,
+        member: Member,
+        token: str,
+        scheduler_address: str,
+        backlog_max: int,
+        tell: Callable[[Plan | GatewayGone | AttemptsRefused | None], None],
+    ) -> None:
+        self.member = member
+        self._token, self._scheduler_address, self._backlog_max = token, scheduler_address, backlog_max
+        self._tell = tell
+        self.counts = step_pb2.WorkerReport()  # the newest, replaced whole by the compute thread
+        self.running = step_pb2.State()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="attention-streams", daemon=True)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._tokens: TokenLinks | None = None
+
+    def open(self, book: Book) -> None:
+        """Start the streams; further calls change nothing."""
+        if self._thread.is_alive():
+            return
+        self._hello = step_pb2.WorkerHello(
+            block_tokens=TILE,
+            blocks_total=book.blocks.total,
+            sequences_max=book.sequences_max,
+            model_len_max=book.model_len_max,
+        )
+        self.counts = wire.report_pb(self.member, book, 0, 0)
+        self._scheduler = SchedulerLink(
+            self._scheduler_address, self._token, self._tell, self._greet, _REPORTS_MAX
+        )
+        self._thread.start()
+        self._loop.call_soon_threadsafe(self._begin, book.fingerprint)
+
+    def hand_over(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
+        self._loop.call_soon_threadsafe(self._send, result, counts)
+
+    def close(self, grace_s: float) -> None:
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(grace_s)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(grace_s)
+        self._loop.close()
+
+    # --- on the loop -------------------------------------------------------------------------
+
+    def _begin(self, fingerprint: str) -> None:
+        self._tokens = TokenLinks(
+            self.member,
+            fingerprint,
+            self._token,
+            self._backlog_max,
+            on_completed=self._completed,
+            on_refused=lambda attempts: self._tell(AttemptsRefused(attempts)),
+            on_broken=lambda address, undelivered: self._tell(GatewayGone(address, undelivered)),
+        )
+        self._tasks = [
+            self._loop.create_task(self._scheduler.run()),
+            self._loop.create_task(self._report_counts()),
+        ]
+
+    async def _end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tokens is not None:
+            await self._tokens.close()
+        await self._loop.shutdown_asyncgens()
+
+    def _greet(self) -> step_pb2.WorkerReport:
+        """The first report of a stream: capacity, and everything that runs."""
+        report = step_pb2.WorkerReport()
+        report.CopyFrom(self.counts)
+        report.hello.CopyFrom(self._hello)
+        report.state.CopyFrom(self.running)
+        return report
+
+    def _send(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
+        assert self._tokens is not None
+        self.counts = counts
+        held = set()
+        for address, deltas in result.deltas.items():
+            ended = {d.attempt for d in deltas if d.finish is not None}
+            completions = [
+                c for c in result.completions if c.attempt in ended and c.reason != FinishReason.CANCELLED
+            ]
+            held |= {c.attempt for c in completions}
+            self._tokens.send(address, deltas, completions)
+        now = [c for c in result.completions if c.attempt not in held]
+        if now or result.prompts_done or result.paused or result.undelivered or result.state is not None:
+            self._scheduler.report(wire.news_pb(counts, result, now))
+
+    def _completed(self, completions: list[Completion]) -> None:
+        """Their last tokens have arrived: now the scheduler may forget them."""
+        self._scheduler.report(wire.news_pb(self.counts, StepResult(), completions))
+
+    async def _report_counts(self) -> None:
+        """Counts drift without news while sequences decode; the scheduler places by them."""
+        sent = step_pb2.WorkerReport()
+        while True:
+            await asyncio.sleep(_REPORT_EVERY_S)
+            if self.counts != sent:
+                sent = self.counts
+                self._scheduler.report(sent)

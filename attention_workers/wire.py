@@ -1,0 +1,139 @@
+"""Generated messages to this folder's own, and back. The only place here that knows protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from expertmesh.v1 import identity_pb2, step_pb2
+
+from attention_workers.book import Book
+from attention_workers.step import (
+    AttemptId,
+    Completion,
+    Plan,
+    RunningSequence,
+    Sampling,
+    Start,
+    StepResult,
+    TokenDelta,
+)
+from router.placement import Member
+
+
+def attempt(message: identity_pb2.Attempt) -> AttemptId:
+    return AttemptId(message.request_id, message.index, message.number)
+
+
+def attempt_pb(attempt_id: AttemptId) -> identity_pb2.Attempt:
+    return identity_pb2.Attempt(request_id=attempt_id.request_id, index=attempt_id.index, number=attempt_id.number)
+
+
+def member_pb(member: Member) -> identity_pb2.Incarnation:
+    return identity_pb2.Incarnation(id=member.id, number=member.incarnation)
+
+
+def start(message: step_pb2.Start) -> Start:
+    spec = message.spec
+    return Start(
+        attempt(message.attempt),
+        message.gateway_address,
+        tuple(message.prompt),
+        tuple(message.accepted),
+        Sampling(spec.sampling.temperature, spec.sampling.top_p, spec.sampling.top_k, spec.sampling.seed),
+        frozenset(spec.stop_token_ids),
+        spec.max_tokens,
+        spec.num_logprobs if spec.HasField("num_logprobs") else None,
+        message.priority,
+        message.arrival,
+    )
+
+
+def plan(message: step_pb2.Plan) -> Plan:
+    return Plan(
+        message.term,
+        message.number,
+        message.fingerprint,
+        message.to.number,
+        tuple(start(s) for s in message.starts),
+        tuple(attempt(a) for a in message.stops),
+        message.step_tokens_max,
+        message.chunk_tokens_max,
+        message.send_state,
+    )
+
+
+def running_pb(running: RunningSequence) -> step_pb2.RunningSequence:
+    return step_pb2.RunningSequence(
+        attempt=attempt_pb(running.attempt),
+        num_tokens=running.num_tokens,
+        prompt_done=running.prompt_done,
+        paused=running.paused,
+        gateway_address=running.gateway_address,
+        priority=running.priority,
+    )
+
+
+def state_pb(running: Sequence[RunningSequence]) -> step_pb2.State:
+    return step_pb2.State(running=[running_pb(r) for r in running])
+
+
+def completion_pb(completion: Completion) -> step_pb2.Completion:
+    return step_pb2.Completion(
+        attempt=attempt_pb(completion.attempt),
+        reason=step_pb2.FinishReason.Name(completion.reason),
+        num_tokens=completion.num_tokens,
+        detail=completion.detail,
+    )
+
+
+def delta_pb(delta: TokenDelta) -> step_pb2.TokenDelta:
+    return step_pb2.TokenDelta(
+        attempt=attempt_pb(delta.attempt),
+        position=delta.position,
+        tokens=delta.tokens,
+        logprobs=[p.sampled for p in delta.logprobs],
+        top_logprobs=[_top_pb(*pair) for p in delta.logprobs for pair in p.top],
+        finish=step_pb2.FinishReason.Name(delta.finish or 0),
+        detail=delta.detail,
+    )
+
+
+def _top_pb(token: int, logprob: float) -> step_pb2.TopLogprob:
+    return step_pb2.TopLogprob(token=token, logprob=logprob)
+
+
+def batch_pb(sender: Member, fingerprint: str, deltas: Sequence[TokenDelta], number: int) -> step_pb2.TokenBatch:
+    return step_pb2.TokenBatch(
+        sender=member_pb(sender), fingerprint=fingerprint, deltas=[delta_pb(d) for d in deltas], number=number
+    )
+
+
+def report_pb(sender: Member, book: Book, steps: int, tokens: int) -> step_pb2.WorkerReport:
+    """Counts only: their size does not depend on what runs."""
+    return step_pb2.WorkerReport(
+        sender=member_pb(sender),
+        fingerprint=book.fingerprint,
+        term=book.term,
+        plan_number=book.plan_number,
+        steps=steps,
+        tokens=tokens,
+        blocks_free=book.blocks.num_free,
+        num_running=len(book.sequences),
+        num_paused=sum(s.is_paused for s in book.sequences.values()),
+        refused_orders=book.num_refused,
+    )
+
+
+def news_pb(
+    counts: step_pb2.WorkerReport, result: StepResult, completions: Sequence[Completion]
+) -> step_pb2.WorkerReport:
+    """The counts with what one step brought about."""
+    report = step_pb2.WorkerReport()
+    report.CopyFrom(counts)
+    report.prompts_done.extend(attempt_pb(a) for a in result.prompts_done)
+    report.paused.extend(attempt_pb(a) for a in result.paused)
+    report.undelivered.extend(attempt_pb(a) for a in result.undelivered)
+    report.completions.extend(completion_pb(c) for c in completions)
+    if result.state is not None:
+        report.state.CopyFrom(state_pb(result.state))
+    return report

@@ -1,0 +1,58 @@
+"""An attention worker as a plain object: orders and placements in, steps run, results out. No threads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention_workers import sampler
+from attention_workers.attention_model import AttentionModel, Microbatch
+from attention_workers.book import Book, Sequence
+from attention_workers.decode import decode_step
+from attention_workers.microbatch import split
+from attention_workers.step import StepResult, TokenDelta
+from router.dispatcher import Dispatcher
+
+
+class AttentionWorker:
+    """Owns keys and values. `book` says what runs, `model` computes it, `dispatcher` reaches the experts."""
+
+    def __init__(self, model: AttentionModel, book: Book, dispatcher: Dispatcher, microbatches: int) -> None:
+        self.model = model
+        self.book = book
+        self.dispatcher = dispatcher
+        self.microbatches = microbatches
+        self.steps = 0
+        self.tokens = 0
+
+    @torch.inference_mode()
+    def step(self, result: StepResult) -> bool:
+        """Run one step of what the book holds, adding to `result`. False when there was nothing to compute.
+
+        Raises ExpertsUnavailable from the dispatcher: then nothing was sampled, and the same step may be tried
+        again; keys and values written meanwhile are overwritten with the same bits.
+        """
+        spans = self.book.compose(result)
+        if not spans:
+            return False
+        batches = [self.model.begin(part) for part in split(spans, self.microbatches)]
+        logits = decode_step(self.model, batches, self.dispatcher)
+        self.book.computed(spans, result)
+        for batch, rows in zip(batches, logits, strict=True):
+            self._sample(batch, rows, result)
+        self.steps += 1
+        return True
+
+    def _sample(self, batch: Microbatch, logits: Tensor, result: StepResult) -> None:
+        sequences: list[Sequence] = [span.sequence for span in batch.spans if span.samples]
+        tokens = [
+            sampler.sample(row, s.num_generated, s.start.sampling)
+            for s, row in zip(sequences, logits, strict=True)
+        ]
+        found = sampler.logprobs(logits, tokens, [s.start.num_logprobs for s in sequences])
+        for sequence, token, logprob in zip(sequences, tokens, found, strict=True):
+            delta = TokenDelta(
+                sequence.start.attempt, sequence.num_generated, (token,), (logprob,) if logprob else ()
+            )
+            self.book.sampled(sequence, token, delta, result)
+            self.tokens += 1

@@ -1,0 +1,168 @@
+"""An expert worker as a process runs it: one thread that answers parcels, one that loads weights. No Ray.
+
+Loading never holds up answering: new experts become resident one by one beside those in use. Freed slots are
+freed between turns, by the thread that reads them.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from expert_workers.config import ExpertConfig
+from expert_workers.residency import Residency
+from expert_workers.worker import ExpertWorker
+from model.checkpoint import Checkpoint
+from model.errors import ModelError
+from model.exact import NumericsError, bf16_products
+from model.memory import NotEnoughMemory, require
+from router.config import RouterConfig
+from router.errors import RouterError
+from router.membership import Failed, Health, HealthState, MemberEvent, Prepared
+from router.placement import EpochId, Member, Placement
+from router.transport.base import ExpertEnd, LinkIdentity
+from router.transport.select import expert_end
+
+log = logging.getLogger(__name__)
+
+_ORDERS_MAX = 64
+_TURN_WAIT_S = 0.5
+PERMANENT = (ModelError, NotEnoughMemory, NumericsError, RouterError)
+
+
+class ExpertService:
+    def __init__(
+        self,
+        model_path: Path,
+        member: Member,
+        token: str,
+        config: ExpertConfig,
+        router: RouterConfig,
+        transport: str,
+        on_event: Callable[[MemberEvent], None],
+    ) -> None:
+        self.member = member
+        self._model_path, self._token, self._config, self._router = model_path, token, config, router
+        self._transport = transport
+        self._on_event = on_event
+        self._orders: queue.Queue[Placement | None] = queue.Queue(_ORDERS_MAX)
+        self._retired: queue.Queue[EpochId] = queue.Queue(_ORDERS_MAX)
+        self._stopping = threading.Event()
+        self._state, self._detail = HealthState.STARTING, ""
+        self._residency: Residency | None = None
+        self._worker: ExpertWorker | None = None
+        self._end: ExpertEnd | None = None
+        self._loader = threading.Thread(target=self._load, name="expert-loader", daemon=True)
+        self._answerer = threading.Thread(target=self._answer, name="expert-compute", daemon=True)
+
+    # --- from outside ------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """Where attention workers reach it; empty before `start`, or when that failed."""
+        return self._end.address if self._end is not None else ""
+
+    def start(self) -> None:
+        """Check the checkpoint and listen. Emits Failed when either cannot be."""
+        try:
+            self._listen()
+        except PERMANENT as error:
+            self._fail(str(error))
+            return
+        self._loader.start()
+        self._answerer.start()
+
+    def prepare(self, placement: Placement) -> None:
+        """Load in the background what the placement gives this worker. Emits Prepared or Failed."""
+        self._orders.put_nowait(placement)
+
+    def retire(self, epoch: EpochId) -> None:
+        """Free, between two turns, what only this epoch and older ones held."""
+        self._retired.put_nowait(epoch)
+        if self._end is not None:
+            self._end.wake()
+
+    def health(self) -> Health:
+        residency, worker = self._residency, self._worker
+        if residency is None or worker is None:
+            return Health(self._state, detail=self._detail)
+        gauges = {
+            "slots_used": float(residency.num_slots_used),
+            "rows_total": float(worker.rows),
+            "batches_total": float(worker.batches),
+            "parcels_refused_total": float(worker.refused),
+        }
+        return Health(self._state, residency.bytes_loaded, residency.bytes_total, self._detail, gauges)
+
+    def stop(self, grace_s: float) -> None:
+        """End after the batch in hand. Threads and descriptors are gone when this returns."""
+        self._stopping.set()
+        self._orders.put(None, timeout=grace_s)  # wakes an idle loader
+        if self._end is not None:
+            self._end.wake()
+        for thread in (self._loader, self._answerer):
+            if thread.is_alive():
+                thread.join(grace_s)
+        if self._end is not None:
+            self._end.close()
+
+    def _listen(self) -> None:
+        checkpoint = Checkpoint.open(self._model_path)
+        model = checkpoint.config
+        dtype = getattr(torch, model.dtype if self._config.dtype == "auto" else self._config.dtype)
+        self._residency = Residency(checkpoint, self.member, dtype, self._config.numerics)
+        identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, model.hidden_size, dtype)
+        self._end = expert_end(self._transport, identity, self._router)
+        self._worker = ExpertWorker(self._residency, self._end, self._config.batch_rows_max)
+        self._state, self._detail = HealthState.LOADING, "waiting for a placement"
+
+    # --- loader thread -----------------------------------------------------------------------
+
+    def _load(self) -> None:
+        torch.set_num_threads(self._config.threads)
+        try:
+            while (placement := self._orders.get()) is not None and not self._stopping.is_set():
+                self._prepare(placement)
+        except PERMANENT as error:
+            self._fail(str(error))
+        except Exception as error:
+            # The thread's one net: a worker that has lost its loader must be seen as failed and replaced.
+            log.exception("expert worker %s", self.member)
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _prepare(self, placement: Placement) -> None:
+        residency = self._residency
+        assert residency is not None
+        self._detail = f"loading experts of epoch {placement.epoch.term}.{placement.epoch.number}"
+        factor = 1 if bf16_products() else 2  # bf16 is kept as float32 where the CPU lacks it
+        needed = factor * residency.bytes_needed(placement)
+        require(needed, "expert weights", "accepted: more expert workers, fewer replicas, or more memory")
+        residency.prepare(placement, self._stopping.is_set)
+        if not self._stopping.is_set():
+            self._state, self._detail = HealthState.READY, ""
+            self._on_event(Prepared(placement.epoch))
+
+    def _fail(self, why: str) -> None:
+        self._state, self._detail = HealthState.FAILED, why
+        self._on_event(Failed(why))
+
+    # --- compute thread ----------------------------------------------------------------------
+
+    def _answer(self) -> None:
+        assert self._worker is not None
+        assert self._residency is not None
+        torch.set_num_threads(self._config.threads)
+        try:
+            while not self._stopping.is_set():
+                self._worker.turn(_TURN_WAIT_S)
+                while not self._retired.empty():
+                    self._residency.retire(self._retired.get_nowait())
+        except Exception as error:
+            # The thread's one net, as above.
+            log.exception("expert worker %s", self.member)
+            self._fail(f"{type(error).__name__}: {error}")

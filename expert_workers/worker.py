@@ -1,0 +1,64 @@
+"""An expert worker as a plain object: parcels in, rows out. Knows no requests, no Ray."""
+
+from __future__ import annotations
+
+import torch
+
+from expert_workers.batcher import Batcher
+from expert_workers.residency import Residency
+from model.experts import Expert, grouped
+from router.transport.base import ExpertEnd, Parcel, RefusalReason
+
+_JOIN_MAX = 64  # parcels taken in before computing; what more there is waits in its sender's ring
+
+
+class ExpertWorker:
+    def __init__(self, residency: Residency, end: ExpertEnd, rows_max: int) -> None:
+        self.residency = residency
+        self.end = end
+        self.batcher = Batcher(rows_max)
+        self.rows = 0
+        self.batches = 0
+        self.refused = 0
+
+    def turn(self, timeout_s: float) -> bool:
+        """Take in what waits and answer one batch. False when nothing came within `timeout_s`."""
+        wait_s = timeout_s if not len(self.batcher) else 0.0
+        while len(self.batcher) < _JOIN_MAX and (parcel := self.end.receive(wait_s)) is not None:
+            self.batcher.add(parcel)
+            wait_s = 0.0
+        if not len(self.batcher):
+            return False
+        self._answer(self.batcher.next_batch())
+        return True
+
+    @torch.inference_mode()
+    def _answer(self, batch: list[Parcel]) -> None:
+        layer = batch[0].layer
+        held = self.residency.layer(layer)  # read once: a retirement replaces the table, it does not change it
+        batch = [parcel for parcel in batch if self._may_answer(parcel, held)]
+        if not batch:
+            return
+        rows = torch.cat([p.rows[p.route_rows.long()] for p in batch])  # [r, H]
+        out = grouped(held, rows, torch.cat([p.route_experts for p in batch]))
+        self.rows += len(rows)
+        self.batches += 1
+        for parcel, part in zip(batch, out.split([len(p.route_rows) for p in batch]), strict=True):
+            self.end.reply(parcel, part)
+
+    def _may_answer(self, parcel: Parcel, held: dict[int, Expert]) -> bool:
+        """Refuse a parcel that is not for this life, this epoch or these experts."""
+        missing = sorted(set(parcel.route_experts.tolist()) - held.keys())
+        if parcel.to != self.residency.member:
+            self._refuse(parcel, RefusalReason.WRONG_INCARNATION, f"this is {self.residency.member}")
+        elif parcel.epoch < self.residency.oldest_epoch:
+            self._refuse(parcel, RefusalReason.STALE_EPOCH, f"oldest is {self.residency.oldest_epoch}")
+        elif missing:
+            self._refuse(parcel, RefusalReason.NOT_RESIDENT, f"layer {parcel.layer}, experts {missing[:8]}")
+        else:
+            return True
+        return False
+
+    def _refuse(self, parcel: Parcel, reason: RefusalReason, detail: str) -> None:
+        self.refused += 1
+        self.end.refuse(parcel, reason, detail)

@@ -1,0 +1,145 @@
+"""Attention and expert workers of one checkpoint in this process, over the local exchange: no gRPC, no Ray.
+
+The same plain classes that actors host. Expert workers answer from threads of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+
+from attention_workers.attention_model import AttentionModel
+from attention_workers.book import Book
+from attention_workers.kv_blocks import KvBlocks
+from attention_workers.step import AttemptId, Plan, Sampling, Start, StepResult
+from attention_workers.worker import AttentionWorker
+from expert_workers.residency import Residency
+from expert_workers.worker import ExpertWorker
+from model.attention import TILE
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.placement import EpochId, Member, Placement, spread
+from router.transport.base import LinkIdentity
+from router.transport.local import LocalAttentionEnd, LocalExpertEnd, LocalHub
+
+EPOCH = EpochId(1, 1)
+
+
+def request(name, prompt, *, max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0, num_logprobs=3, arrival=0,
+            accepted=(), number=1):  # fmt: skip
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    attempt = AttemptId(name, 0, number)
+    return Start(
+        attempt, "gw", tuple(prompt), tuple(accepted), sampling, frozenset(), max_tokens, num_logprobs, 0, arrival
+    )
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+
+
+class LocalCluster:
+    def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96, dtype=None,
+                 numerics="exact", placement=None):  # fmt: skip
+        """`placement(members) -> Placement` replaces the even spread."""
+        self.checkpoint = checkpoint
+        config = checkpoint.config
+        self.dtype = dtype or getattr(torch, config.dtype)
+        self.hub, self.router = LocalHub(), RouterConfig(combine_timeout_s=30.0)
+        self._stopping = threading.Event()
+        self.experts = [self._expert(Member(f"e{i}", 1), numerics) for i in range(experts)]
+        members = [(e.residency.member, e.end.address) for e in self.experts]
+        self.placement: Placement = (placement or self._spread)(members, replicas)
+        for expert in self.experts:
+            expert.residency.prepare(self.placement)
+        self._threads = [threading.Thread(target=self._answer, args=(e,), name="expert") for e in self.experts]
+        for thread in self._threads:
+            thread.start()
+        self.workers = [self._attention(i, microbatches, blocks, numerics) for i in range(attention)]
+        self._plans = [0] * attention
+        assert config.max_position_embeddings >= 128
+
+    def _spread(self, members, replicas):
+        config = self.checkpoint.config
+        return spread(EPOCH, self.checkpoint.fingerprint, members, config.num_layers, config.num_experts, replicas)
+
+    def _identity(self, member):
+        return LinkIdentity(
+            member, self.checkpoint.fingerprint, "token", self.checkpoint.config.hidden_size, self.dtype
+        )
+
+    def _expert(self, member, numerics):
+        residency = Residency(self.checkpoint, member, self.dtype, numerics)
+        end = LocalExpertEnd(self.hub, self._identity(member), self.router)
+        return ExpertWorker(residency, end, rows_max=4096)
+
+    def _attention(self, index, microbatches, blocks, numerics):
+        model = AttentionModel(
+            self.checkpoint, dtype=self.dtype, numerics=numerics, positions_max=1024, progress=lambda *_: None
+        )
+        model.make_kv(blocks)
+        book = Book(self.checkpoint.fingerprint, 1, KvBlocks(blocks), TILE, 256, 1024)
+        member = Member(f"a{index}", 1)
+        end = LocalAttentionEnd(self.hub, self._identity(member), self.router)
+        dispatcher = Dispatcher(end, member, self.router, lambda peer: None)
+        dispatcher.adopt(self.placement)
+        return AttentionWorker(model, book, dispatcher, microbatches)
+
+    def _answer(self, expert):
+        torch.set_num_threads(torch.get_num_threads())
+        while not self._stopping.is_set():
+            expert.turn(0.5)
+
+    def order(self, worker, starts=(), stops=(), step_tokens=512, chunk_tokens=256):
+        """Send the worker its next plan."""
+        self._plans[worker] += 1
+        result = StepResult()
+        fingerprint = self.checkpoint.fingerprint
+        self.workers[worker].book.apply(
+            Plan(1, self._plans[worker], fingerprint, 1, tuple(starts), tuple(stops), step_tokens, chunk_tokens),
+            result,
+        )
+        return result
+
+    def finish(self, *results):
+        """Step all workers until nothing runs; the answers by request."""
+        answers: dict[str, Answer] = {}
+        results = list(results)
+        while any(w.book.sequences for w in self.workers):
+            for worker in self.workers:
+                worker.step(result := StepResult())
+                worker.book.check()
+                results.append(result)
+        for result in results:
+            for delta in result.deltas.get("gw", []):
+                answer = answers.setdefault(delta.attempt.request_id, Answer())
+                assert delta.position == len(answer.tokens)
+                answer.tokens += delta.tokens
+                answer.logprobs += delta.logprobs
+        return answers
+
+    def run(self, starts, worker=0, **limits):
+        return self.finish(self.order(worker, starts, **limits))
+
+    def close(self):
+        self._stopping.set()
+        for expert in self.experts:
+            expert.end.wake()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        for worker in self.workers:
+            assert worker.book.blocks.num_free == worker.book.blocks.total
+            worker.dispatcher.close()
+        for expert in self.experts:
+            expert.end.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

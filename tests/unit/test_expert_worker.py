@@ -1,0 +1,153 @@
+"""Promises of the expert worker: joins what waits, waits for nobody, refuses what it must not compute."""
+
+import threading
+
+import pytest
+import torch
+
+from expert_workers.batcher import Batcher
+from expert_workers.config import ExpertConfig
+from expert_workers.residency import Residency
+from expert_workers.service import ExpertService
+from expert_workers.worker import ExpertWorker
+from model.checkpoint import Checkpoint
+from model.synthetic import make_checkpoint
+from router.config import RouterConfig
+from router.membership import Failed, HealthState, Prepared
+from router.placement import EpochId, Member, PlacedWorker, Placement, spread
+from router.transport.base import LinkIdentity, Parcel, Peer, Refusal, RefusalReason, Reply
+from router.transport.local import LocalAttentionEnd, LocalExpertEnd, LocalHub
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("expert") / "tiny"
+    make_checkpoint("tiny", path, seed=1)
+    return Checkpoint.open(path)
+
+
+def parcel(layer=0, routes=3, to=Member("e0", 1), epoch=EpochId(1, 1), expert=0, sender="a0", hidden=4,
+           ticket=1):  # fmt: skip
+    return Parcel(
+        Member(sender, 1), to, epoch, ticket, layer, torch.ones(1, hidden), torch.zeros(routes, dtype=torch.int32),
+        torch.full((routes,), expert, dtype=torch.int32),
+    )  # fmt: skip
+
+
+def test_a_batch_is_the_oldest_parcel_and_all_of_its_layer():
+    batcher = Batcher(rows_max=100)
+    for p in (first := parcel(2), other := parcel(1), mate := parcel(2, sender="a1")):
+        batcher.add(p)
+    assert batcher.next_batch() == [first, mate]
+    assert batcher.next_batch() == [other]
+    assert not len(batcher)
+
+
+def test_a_batch_is_bounded_but_never_empty():
+    """A parcel larger than the bound is computed alone rather than never."""
+    batcher = Batcher(rows_max=4)
+    for p in (big := parcel(0, routes=9), small := parcel(0, routes=2), mate := parcel(0, routes=2)):
+        batcher.add(p)
+    assert batcher.next_batch() == [big]
+    assert batcher.next_batch() == [small, mate]
+
+
+def placement(checkpoint, *workers, epoch=EpochId(1, 1)):
+    config = checkpoint.config
+    return Placement(
+        epoch, checkpoint.fingerprint, config.num_layers, config.num_experts,
+        tuple(PlacedWorker(m, f"at-{m.id}", tuple(pairs)) for m, pairs in workers),
+    )  # fmt: skip
+
+
+def test_residency_loads_only_what_it_is_given_and_frees_what_no_epoch_wants(checkpoint):
+    """An expert worker holds no attention weights, and no expert it was not given."""
+    me = Member("e0", 1)
+    residency = Residency(checkpoint, me, torch.float32, "exact")
+    residency.prepare(placement(checkpoint, (me, [(0, 0), (0, 1), (1, 2)]), (Member("e1", 1), [(0, 3)])))
+    one = residency.bytes_loaded // 3
+    assert [sorted(residency.layer(layer)) for layer in (0, 1)] == [[0, 1], [2]]
+    kept = residency.layer(0)[1]
+    residency.prepare(placement(checkpoint, (me, [(0, 1), (1, 3)]), epoch=EpochId(1, 2)))
+    assert residency.num_slots_used == 4
+    residency.retire(EpochId(1, 1))
+    assert [sorted(residency.layer(layer)) for layer in (0, 1)] == [[1], [3]]
+    assert residency.layer(0)[1] is kept
+    assert residency.bytes_loaded == 2 * one
+
+
+@pytest.fixture
+def pair(checkpoint):
+    """A worker that holds expert 0 of layer 0, and an attention end linked to it."""
+    hub, config = LocalHub(), RouterConfig(combine_timeout_s=10)
+    me, peer = Member("e0", 1), Member("a0", 1)
+    hidden = checkpoint.config.hidden_size
+
+    def identity(member):
+        return LinkIdentity(member, checkpoint.fingerprint, "t", hidden, torch.float32)
+
+    residency = Residency(checkpoint, me, torch.float32, "exact")
+    residency.prepare(placement(checkpoint, (me, [(0, 0)])))
+    end = LocalExpertEnd(hub, identity(me), config)
+    client = LocalAttentionEnd(hub, identity(peer), config)
+    assert not client.connect([Peer(me, end.address)], 5)
+    yield ExpertWorker(residency, end, 100), client
+    client.close()
+    end.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"expert": 1}, RefusalReason.NOT_RESIDENT),
+        ({"layer": 1}, RefusalReason.NOT_RESIDENT),
+        ({"epoch": EpochId(0, 9)}, RefusalReason.STALE_EPOCH),
+    ],
+)
+def test_a_parcel_for_what_is_not_held_is_refused_and_its_neighbours_are_answered(pair, wrong, reason):
+    worker, client = pair
+    worker.residency.oldest_epoch = EpochId(1, 0)
+    hidden = worker.residency.checkpoint.config.hidden_size
+    good, bad = parcel(hidden=hidden), parcel(hidden=hidden, ticket=2, **wrong)
+    tickets = [client.dispatch([p]) for p in (good, bad)]
+    while worker.turn(0.0):
+        pass
+    [[answered], [refused]] = [client.combine(t, 5) for t in tickets]
+    assert isinstance(answered, Reply)
+    assert isinstance(refused, Refusal)
+    assert refused.reason is reason
+
+
+def test_the_service_prepares_in_the_background_and_leaves_no_thread(checkpoint):
+    """Over shm, as a process runs it: listen, load, answer for health, stop."""
+    before = set(threading.enumerate())
+    events, happened = [], threading.Event()
+    service = ExpertService(
+        checkpoint.path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm",
+        lambda e: (events.append(e), happened.set()),
+    )  # fmt: skip
+    service.start()
+    assert service.address
+    config = checkpoint.config
+    service.prepare(
+        spread(EpochId(1, 1), checkpoint.fingerprint, [(service.member, service.address)],
+               config.num_layers, config.num_experts, 1)
+    )  # fmt: skip
+    assert happened.wait(30)
+    health = service.health()
+    service.stop(10)
+    assert events == [Prepared(EpochId(1, 1))]
+    assert health.state is HealthState.READY
+    assert health.bytes_loaded == health.bytes_total > 0
+    assert set(threading.enumerate()) == before
+
+
+def test_a_bad_checkpoint_is_a_failure_with_its_reason(tmp_path):
+    events = []
+    service = ExpertService(tmp_path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm", events.append)
+    service.start()
+    assert service.health().state is HealthState.FAILED
+    [failed] = events
+    assert isinstance(failed, Failed)
+    assert "config.json" in failed.detail
+    service.stop(5)
