@@ -1,0 +1,204 @@
+"""One worker's book: what it was given, what it has said, what may still be given to it.
+
+The worker owns its blocks; here are counts only. What it reported free stands for everything its
+report had seen; prompts given to it and not yet reported done are promised on top of that in full, so
+the room is never taken for larger than it is. The growth of running sequences is not promised: a
+worker that runs dry pauses a sequence itself, says so, and is given nothing until none is paused.
+Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cluster.scheduler.config import SchedulerConfig
+from cluster.scheduler.events import (
+    AttemptId,
+    Incarnation,
+    Plan,
+    Running,
+    Start,
+    WorkerLimits,
+    WorkerReported,
+)
+from cluster.scheduler.waiting import Waiting
+
+STOP_BYTES = 300  # of a plan, at most: request ids are limited to 256 bytes
+
+
+@dataclass(slots=True)
+class Held:
+    """A sequence at a worker, or under way to it."""
+
+    blocks_promised: int  # 0 once its prompt is done: from then on the worker's own count has them
+    since_plan: int
+    stopping: bool = False  # a stop is given or due; it counts until the worker says it has ended
+
+
+class WorkerBook:
+    def __init__(self, worker: Incarnation) -> None:
+        self.worker = worker
+        self.held: dict[AttemptId, Held] = {}
+        self.unlinked_s: float | None = None  # since when its link is gone
+        self._promised = 0  # blocks, over all held
+        self._starts: list[Start] = []  # of the next plan
+        self._starts_bytes = 0
+        self._stops: set[AttemptId] = set()  # still to be said
+
+    def link(self, limits: WorkerLimits, report: WorkerReported, term: int) -> list[AttemptId]:
+        """Its stream began: nothing is under way, so its state is all it runs.
+
+        Plan numbers go on from the last it applied. Returns what it no longer runs, released.
+        """
+        state = report.state or ()
+        self.limits = limits
+        self.unlinked_s = None
+        self.sent = self.applied = report.plan_number if report.term == term else 0
+        self._count(report)
+        self._prompts_done(running.attempt for running in state if running.prompt_done)
+        gone = self._absent(state, self.held)
+        self._stops = {attempt for attempt, held in self.held.items() if held.stopping}
+        return gone
+
+    def violation(self, report: WorkerReported, term: int) -> str | None:
+        """What in this report cannot be. Its stream is then closed: joining again settles it."""
+        applied = report.plan_number if report.term == term else 0
+        if applied > self.sent:
+            return f"plan {applied} applied, {self.sent} given"
+        if report.blocks_free > self.limits.blocks_total:
+            return f"{report.blocks_free} blocks free of {self.limits.blocks_total}"
+        if report.state is not None and report.refused_orders > self.refused_orders and applied < self.sent:
+            return f"plan {applied + 1} of {self.sent} refused"
+        return None
+
+    def update(self, report: WorkerReported, term: int) -> list[AttemptId]:
+        """Take its counts. Returns what its state, if it sent one, no longer has, released."""
+        self.applied = report.plan_number if report.term == term else 0
+        self._count(report)
+        self._prompts_done(report.prompts_done)
+        if report.state is None:
+            return []
+        known = [attempt for attempt, held in self.held.items() if held.since_plan <= self.applied]
+        return self._absent(report.state, known)
+
+    def room(self) -> int:
+        """Blocks that nothing has a claim on."""
+        return self.blocks_free - self._promised
+
+    def accepts(self) -> bool:
+        return self.unlinked_s is None and not self.num_paused and len(self.held) < self.limits.sequences_max
+
+    def could_ever_hold(self, entry: Waiting) -> bool:
+        return entry.tokens_total <= self.limits.tokens_max
+
+    def takes(self, entry: Waiting, plan_bytes_max: int) -> bool:
+        """Whether there is room now, for what it brings and its first token, and in the next plan."""
+        stops_bytes = min(len(self._stops) * STOP_BYTES, plan_bytes_max // 2)
+        return (
+            self.could_ever_hold(entry)
+            and entry.attempt not in self.held  # stopping, and forgotten elsewhere: it must end first
+            and self._blocks_for(entry) <= self.room()
+            and stops_bytes + self._starts_bytes + entry.submission.num_bytes <= plan_bytes_max
+        )
+
+    def start(self, entry: Waiting, gateway_address: str) -> None:
+        """Give it this sequence with the next plan."""
+        attempt, submission, sibling = entry.attempt, entry.submission, entry.sibling
+        assert attempt not in self.held, f"{attempt} is already at {self.worker}"
+        self._hold(attempt, self._blocks_for(entry), self.sent + 1)
+        self._starts_bytes += submission.num_bytes
+        self._starts.append(
+            Start(
+                attempt=attempt,
+                gateway_address=gateway_address,
+                prompt=submission.prompt,
+                accepted=sibling.accepted,
+                spec=submission.spec,
+                seed=sibling.seed,
+                priority=submission.priority,
+                arrival=entry.arrival,
+            )
+        )
+
+    def adopt(self, running: Running) -> None:
+        """It runs this, and we did not know."""
+        blocks = 0 if running.prompt_done else self.limits.num_blocks(running.num_tokens + 1)
+        self._hold(running.attempt, blocks, self.applied)
+
+    def stop(self, attempt: AttemptId) -> None:
+        """Have it end this with the next plan."""
+        self.held[attempt].stopping = True
+        self._stops.add(attempt)
+
+    def release(self, attempt: AttemptId) -> Held | None:
+        """It has ended there. None: it was not there (any more)."""
+        held = self.held.pop(attempt, None)
+        if held is not None:
+            self._promised -= held.blocks_promised
+            self._stops.discard(attempt)
+        return held
+
+    def next_plan(self, config: SchedulerConfig) -> Plan | None:
+        """None when nothing changed. The first of a term is sent all the same: orders of older terms are
+        refused from then on, and its answer is the first state that none of them can change."""
+        is_first = self.sent == 0
+        if self.unlinked_s is not None or not (is_first or self._starts or self._stops):
+            return None
+        stops = sorted(self._stops)[: config.plan_bytes_max // 2 // STOP_BYTES]
+        starts, self._starts, self._starts_bytes = tuple(self._starts), [], 0
+        self._stops.difference_update(stops)
+        self.sent += 1
+        return Plan(
+            number=self.sent,
+            starts=starts,
+            stops=tuple(stops),
+            step_tokens_max=config.step_tokens_max,
+            chunk_tokens_max=config.chunk_tokens_max,
+            send_state=is_first,
+        )
+
+    def gauges(self) -> dict[str, float]:
+        return {
+            "held": len(self.held),
+            "paused": self.num_paused,
+            "blocks_total": self.limits.blocks_total,
+            "blocks_free": self.blocks_free,
+            "blocks_promised": self._promised,
+            "plan": self.sent,
+            "tokens": self.tokens,
+            "refused_orders": self.refused_orders,
+        }
+
+    def check(self) -> None:
+        """Raises AssertionError when its counts contradict one another."""
+        promised = sum(held.blocks_promised for held in self.held.values())
+        assert promised == self._promised, f"{self.worker}: promised {self._promised}, held {promised}"
+        assert self._stops <= self.held.keys(), f"{self.worker}: stops of nothing held"
+        assert self.applied <= self.sent, f"{self.worker}: applied {self.applied} of {self.sent}"
+
+    def _blocks_for(self, entry: Waiting) -> int:
+        return self.limits.num_blocks(entry.num_tokens + 1)
+
+    def _hold(self, attempt: AttemptId, num_blocks: int, since_plan: int) -> None:
+        self.held[attempt] = Held(num_blocks, since_plan)
+        self._promised += num_blocks
+
+    def _count(self, report: WorkerReported) -> None:
+        self.blocks_free = report.blocks_free
+        self.num_paused = report.num_paused
+        self.refused_orders = report.refused_orders
+        self.tokens = report.tokens
+
+    def _prompts_done(self, attempts: Iterable[AttemptId]) -> None:
+        for attempt in attempts:
+            if held := self.held.get(attempt):
+                self._promised -= held.blocks_promised
+                held.blocks_promised = 0
+
+    def _absent(self, state: Iterable[Running], known: Iterable[AttemptId]) -> list[AttemptId]:
+        present = {running.attempt for running in state}
+        gone = sorted(attempt for attempt in known if attempt not in present)
+        for attempt in gone:
+            self.release(attempt)
+        return gone
