@@ -1,0 +1,141 @@
+"""Request bodies as clients write them: which fields exist, their types and fixed bounds.
+
+A field's description is the end of the sentence "accepted: …" in the error for it, and the schema in
+/openapi.json. Bounds that a deployment sets are checked in `validate`. Unknown fields are let through and
+named in a response header; known ones whose meaning is not served are refused by name, unless neutral.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gateway.errors import BadRequest, NotJson, invalid, shown
+
+_INT64 = 2**63
+_INT32 = 2**31
+
+
+class GenerateBody(BaseModel):
+    """What both dialects of the OpenAI API share, and the extensions that other engines have too."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    model: str | None = Field(None, description="the name of the served model, see /v1/models")
+    max_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
+    n: int | None = Field(None, ge=1, description="an integer of at least 1")
+    temperature: float | None = Field(None, ge=0, le=1e6, description="a number of at least 0; 0 is greedy")
+    top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
+    top_k: int | None = Field(None, ge=-1, description="an integer of at least 0; 0 or -1 for all tokens")
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="an integer from -2^63 to 2^63 - 1")
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="a string or a list of strings, none of them empty"
+    )
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = Field(
+        None, description="a list of token ids"
+    )
+    ignore_eos: bool | None = Field(None, description="true or false")
+    stream: bool | None = Field(None, description="true or false")
+    stream_options: dict[str, Any] | None = Field(
+        None, description="an object with include_usage (true or false), together with stream: true"
+    )
+    priority: int | None = Field(
+        None, ge=-_INT32, lt=_INT32, description="an integer from -2^31 to 2^31 - 1; lower runs earlier"
+    )
+    return_token_ids: bool | None = Field(None, description="true or false")
+    return_tokens_as_token_ids: bool | None = Field(None, description="true or false")
+
+
+class CompletionBody(GenerateBody):
+    prompt: Any = Field(
+        None, description="a string, a list of strings, a list of token ids, or a list of such lists"
+    )
+    logprobs: int | None = Field(None, ge=0, description="an integer of at least 0")
+
+
+class ChatBody(GenerateBody):
+    messages: Any = Field(None, description="a list of messages, each an object with role and content")
+    max_completion_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
+    logprobs: bool | None = Field(None, description="true or false")
+    top_logprobs: int | None = Field(None, ge=0, description="an integer of at least 0, with logprobs: true")
+
+
+# Known fields that change the answer and are not served yet: each with the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": (None,),
+    "tool_choice": (None, "none"),
+    "functions": (None,),
+    "function_call": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None,),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "logit_bias": (None, {}),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "prompt_logprobs": (None,),
+    "truncate_prompt_tokens": (None,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "skip_special_tokens": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "continue_final_message": (None, False),
+    "add_generation_prompt": (None, True),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "thinking_token_budget": (None,),
+}
+
+Body = TypeVar("Body", bound=GenerateBody)
+
+
+def parse(raw: bytes, content_type: str) -> dict[str, Any]:
+    """The JSON object of a request body. Raises NotJson (415) or BadRequest (400)."""
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type and media_type != "application/json" and not media_type.endswith("+json"):
+        raise NotJson(f"content-type is {shown(media_type)}; accepted: application/json")
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise BadRequest(f"the body is {shown(body)}; accepted: a JSON object", code="invalid_json")
+    return body
+
+
+def read(body: dict[str, Any], kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
+    """The typed body and the names of the fields nobody will look at. Raises BadRequest naming a field."""
+    for field, accepted in _NEUTRAL.items():
+        if field in body and body[field] not in accepted:
+            neutral = " or ".join(orjson.dumps(value).decode() for value in accepted)
+            raise BadRequest(
+                f"{field} is {shown(body[field])}, which is not supported here; accepted: {neutral}",
+                param=field,
+                code="unsupported_parameter",
+            )
+    try:
+        typed = kind.model_validate(body)
+    except ValidationError as error:
+        raise _refusal(error, kind, body) from None
+    unknown = (name for name in body if name not in kind.model_fields and name not in _NEUTRAL)
+    return typed, tuple(unknown)
+
+
+def _refusal(error: ValidationError, kind: type[GenerateBody], body: dict[str, Any]) -> BadRequest:
+    """The first thing that is wrong, by the field's own description."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = str(first["loc"][0])
+    return invalid(field, body.get(field), accepted_for(kind, field))
+
+
+def accepted_for(kind: type[GenerateBody], field: str) -> str:
+    """What a field accepts, in words."""
+    return str(kind.model_fields[field].description)

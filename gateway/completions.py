@@ -1,0 +1,68 @@
+"""The dialect of /v1/completions: text continues the prompt, one choice per prompt and sequence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gateway import openai_types
+from gateway.model_card import ModelCard
+from gateway.openai_types import Usage
+from gateway.text import Piece
+from gateway.validate import Call
+
+
+class CompletionDialect:
+    def __init__(self, call: Call, card: ModelCard) -> None:
+        self._call = call
+        self._card = card
+        self._created = int(time.time())
+
+    def opening(self) -> Iterable[dict[str, Any]]:
+        """Only the prompts' token ids, where asked for."""
+        if self._call.return_token_ids:
+            for choice in range(len(self._call.requests) * self._call.requests[0].n):
+                yield self._chunk([self._choice(Piece(choice, ""), with_prompt=True)])
+
+    def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
+        if piece.text or piece.finish is not None or (piece.tokens and self._shows_tokens):
+            yield self._chunk([self._choice(piece)])
+
+    def closing(self, usage: Usage) -> dict[str, Any]:
+        return {**self._chunk([]), "usage": usage.body()}
+
+    def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+        choices = [self._choice(piece, with_prompt=self._call.return_token_ids) for piece in pieces]
+        return {**self._envelope(choices), "usage": usage.body()}
+
+    @property
+    def _shows_tokens(self) -> bool:
+        return self._call.return_token_ids or self._call.requests[0].num_logprobs is not None
+
+    def _choice(self, piece: Piece, *, with_prompt: bool = False) -> dict[str, Any]:
+        request = self._call.request_of(piece.choice)
+        logprobs = None
+        if request.num_logprobs is not None:
+            logprobs = openai_types.completion_logprobs(
+                piece, self._card, request.num_logprobs, as_ids=self._call.tokens_as_ids
+            )
+        choice = {
+            "index": piece.choice,
+            "text": piece.text,
+            "logprobs": logprobs,
+            "finish_reason": openai_types.finish_reason(piece),
+            "stop_reason": piece.stop_reason,
+        }
+        if self._call.return_token_ids:
+            choice["token_ids"] = list(piece.tokens)
+        if with_prompt:
+            choice["prompt_token_ids"] = list(request.prompt)
+        return choice
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = self._envelope(choices)
+        return {**chunk, "usage": None} if self._call.include_usage else chunk
+
+    def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return openai_types.envelope("text_completion", self._call.id, self._card, self._created, choices)

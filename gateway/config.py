@@ -1,0 +1,81 @@
+"""What one gateway is told at birth: its limits, each with a name, a unit and bounds of its own."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+
+class GatewayConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    api_key: SecretStr | None = None
+    """What clients must send as `Authorization: Bearer` or `x-api-key`; None: nobody is asked."""
+
+    # --- one client call: beyond these 400, or 413 for the body -------------------------------
+
+    body_bytes_max: int = Field(default=8 * 2**20, ge=1024, le=2**30)
+    """Largest request body. A 200,000-token prompt as ids is 1.4 MB, as text about 1 MB."""
+
+    prompts_max: int = Field(default=64, ge=1, le=1024)
+    """Prompts in one /v1/completions call."""
+
+    n_max: int = Field(default=64, ge=1, le=1024)
+    """`n`: sequences per prompt."""
+
+    stop_strings_max: int = Field(default=16, ge=1, le=256)
+    """Stop strings per request. Each is searched for in every token's text."""
+
+    stop_chars_max: int = Field(default=256, ge=1, le=4096)
+    """Longest stop string: as much text may be held back while it could still become one."""
+
+    stop_token_ids_max: int = Field(default=64, ge=1, le=1024)
+    """`stop_token_ids` per request, eos not counted."""
+
+    logprobs_max: int = Field(default=20, ge=0, le=64)
+    """Alternatives shown per token."""
+
+    # --- all calls together -------------------------------------------------------------------
+
+    in_flight_max: int = Field(default=1024, ge=1, le=2**20)
+    """Sequences open at once in this gateway; beyond: 429. Memory is this times a context of tokens."""
+
+    attempts_max: int = Field(default=16, ge=1, le=1024)
+    """Placements of one sequence, the first included, before its client is told that it failed."""
+
+    silence_s_max: float = Field(default=600.0, gt=0)
+    """Longest wait for any next token of a call, queueing included, before it is given up (503)."""
+
+    client_stall_s_max: float = Field(default=60.0, gt=0)
+    """Longest time a client may leave its socket full; then it counts as hung up."""
+
+    retry_after_s: float = Field(default=1.0, ge=0)
+    """What a refused client is told to wait where the scheduler names no time."""
+
+    # --- links inside the cluster -------------------------------------------------------------
+
+    submit_timeout_s: float = Field(default=10.0, gt=0)
+    """Longest wait for the scheduler to accept or reject; then 503."""
+
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    """Longest wait for the scheduler's welcome on a new stream."""
+
+    reconnect_s_min: float = Field(default=0.05, gt=0)
+    """Pause before the first reconnection to the scheduler; it doubles up to `reconnect_s_max`."""
+
+    reconnect_s_max: float = Field(default=1.0, gt=0)
+
+    keepalive_s: float = Field(default=10.0, ge=1)
+    keepalive_timeout_s: float = Field(default=20.0, ge=1)
+    """A silent scheduler is asked after this long, and its stream ended when it stays silent that long."""
+
+    link_queue_max: int = Field(default=4096, ge=16)
+    """Messages waiting for the scheduler's stream. When full the stream is broken and begun anew."""
+
+    message_bytes_max: int = Field(default=64 * 2**20, ge=2**20, le=2**31 - 1)
+    """Largest message on a link."""
+
+    status_timeout_s: float = Field(default=5.0, gt=0)
+    """Longest wait for the controller's status document."""
+
+    stop_timeout_s: float = Field(default=30.0, ge=0)
+    """How long calls in flight may go on once the HTTP server is asked to stop."""

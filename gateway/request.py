@@ -1,0 +1,85 @@
+"""What a client asked, once validated, and what comes back for it. Plain values: no text, no wire."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import struct
+from dataclasses import dataclass
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"  # eos, a stop token id, or a stop string
+    LENGTH = "length"
+    CANCELLED = "cancelled"  # by plan: the sequence was moved away
+    FAILED = "failed"  # refused or given up by the worker; `detail` says why
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0: the highest logit. top_p 1, top_k 0: all tokens. seed: unsigned 64 bits."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One prompt and the n sequences wanted for it. `stop_token_ids` holds eos too unless it is ignored."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int  # generated tokens of each sequence
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    num_logprobs: int | None = None  # None: none; 0: the sampled token's; k: and the k likeliest
+    priority: int = 0  # lower runs earlier
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """New tokens of one attempt from `position` on; 0 is the first generated token.
+
+    `logprobs` and `top_logprobs` have one entry per token where asked for, else none; a `top_logprobs`
+    entry is (token, logprob) pairs, likeliest first. `finish` belongs to the last token, or to none when
+    a resumed sequence turns out to be over.
+    """
+
+    request_id: str
+    index: int
+    attempt: int
+    position: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    finish: FinishReason | None = None
+    detail: str = ""
+
+    def since(self, position: int) -> TokenDelta:
+        """The same without what lies before `position` (which is inside it, or at its end)."""
+        skip = position - self.position
+        return TokenDelta(
+            self.request_id,
+            self.index,
+            self.attempt,
+            position,
+            self.tokens[skip:],
+            self.logprobs[skip:],
+            self.top_logprobs[skip:],
+            self.finish,
+            self.detail,
+        )
+
+
+def sibling_seed(seed: int, index: int) -> int:
+    """The seed of a request's sequence `index`: its own for 0, so that n does not change the first answer.
+
+    Otherwise the first 8 bytes, little-endian, of BLAKE2b over both numbers as little-endian 64-bit words.
+    """
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(struct.pack("<QQ", seed, index), digest_size=8).digest(), "little")

@@ -1,0 +1,172 @@
+"""The HTTP application: routes, keys, request ids, and errors in OpenAI's shape. Holds no request state."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import uuid
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway import openai_types
+from gateway.answer import answer
+from gateway.bodies import ChatBody, CompletionBody, GenerateBody
+from gateway.chat import ChatDialect
+from gateway.completions import CompletionDialect
+from gateway.errors import BadRequest, NotFound, NotReady, Refusal, Unauthorized
+from gateway.state import GatewayState
+from gateway.validate import Validator, unknown_model
+
+_log = logging.getLogger(__name__)
+
+_OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})  # probes and scrapers have no key
+
+
+def create_app(state: GatewayState) -> FastAPI:
+    """The application for one gateway. Works with any ASGI server; `gateway.http_server` runs it."""
+    app = FastAPI(title="ExpertMesh", version=state.version, docs_url=None, redoc_url=None)
+    app.add_middleware(FrontDoor, state=state)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(HTTPException, _http_error)
+    _add_generating(app, state)
+    _add_models(app, state)
+    _add_operating(app, state)
+    return app
+
+
+def _add_generating(app: FastAPI, state: GatewayState) -> None:
+    @app.post("/v1/completions", openapi_extra=_documented(CompletionBody))
+    async def completions(request: Request) -> Response:
+        return await answer(state, request, "completions", Validator.completion, CompletionDialect)
+
+    @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        return await answer(state, request, "chat", Validator.chat, ChatDialect)
+
+
+def _add_models(app: FastAPI, state: GatewayState) -> None:
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [openai_types.model(state.card, state.model_len_max)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name != state.card.name:
+            raise unknown_model(name, state.card)
+        return JSONResponse(openai_types.model(state.card, state.model_len_max))
+
+
+def _add_operating(app: FastAPI, state: GatewayState) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        return Response()
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        if state.not_ready:
+            raise NotReady(state.not_ready, retry_after_s=state.config.retry_after_s)
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(state.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": state.version})
+
+    @app.get("/v1/admin/status")
+    async def status() -> Response:
+        try:
+            async with asyncio.timeout(state.config.status_timeout_s):
+                return JSONResponse(await state.status())
+        except TimeoutError:
+            raise NotReady(
+                "the controller did not answer in time", retry_after_s=state.config.retry_after_s
+            ) from None
+
+
+class FrontDoor:
+    """Around the application: who may enter, the call's name in every answer, and no foreign exception out."""
+
+    def __init__(self, app: ASGIApp, state: GatewayState) -> None:
+        self._app = app
+        key = state.config.api_key
+        self._key = key.get_secret_value().encode() if key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        name = _request_id(headers)
+        has_begun = False
+
+        async def named(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                answered = MutableHeaders(scope=message)
+                answered["x-request-id"] = answered["request-id"] = name
+            await send(message)
+
+        try:
+            if scope["path"] not in _OPEN_PATHS:
+                self._check_key(headers)
+            await self._app(scope, receive, named)
+        except Refusal as error:
+            await _error_response(error)(scope, receive, named)
+        except Exception:
+            _log.exception("request %s failed", name)
+            if has_begun:
+                raise
+            await _error_response(Refusal("internal error"))(scope, receive, named)
+
+    def _check_key(self, headers: Headers) -> None:
+        if self._key is None:
+            return
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        given = (bearer if kind.lower() == "bearer" else headers.get("x-api-key", "")).strip().encode()
+        if not hmac.compare_digest(given, self._key):
+            raise Unauthorized(
+                "the API key is missing or wrong; accepted: Authorization: Bearer <key>, or x-api-key: <key>"
+            )
+
+
+def _request_id(headers: Headers) -> str:
+    """The client's own name for the call where it can be a header again, else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
+
+
+def _error_response(error: Refusal) -> Response:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return _error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return _error_response(NotFound(f"there is no {request.url.path}"))
+    refusal = BadRequest(f"{request.method} {request.url.path}: {error.detail}", code="method_not_allowed")
+    return JSONResponse(refusal.body(), status_code=error.status_code, headers=error.headers)
+
+
+def _documented(body: type[GenerateBody]) -> dict[str, Any]:
+    """The body's schema for /openapi.json; validation is ours, so that errors are."""
+    content = {"application/json": {"schema": body.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}

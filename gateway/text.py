@@ -1,0 +1,142 @@
+"""One sequence's tokens become text: detokenised as they come, cut at the first stop string.
+
+Pure: the same tokens give the same text however they are sliced into deltas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.request import FinishReason, GenerateRequest, TokenDelta
+from gateway.tokens import IncrementalDetokeniser, Tokens
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string, holding back what could still become one.
+
+    First is the one that ends first; of several that end together, the one that begins first.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """The text that is certainly before any stop string. After a match nothing more comes."""
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return text
+        text = self._held + text
+        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
+        if found:
+            end, _, self.matched = min(found)
+            self._held = ""
+            return text[: end - len(self.matched)]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back and became no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one delta means for the client: text that may be shown, and the tokens that were taken.
+
+    `offsets` are the positions in the choice's text at which each token's text begins. The last piece of a
+    choice has `finish` (STOP or LENGTH), and `stop_reason`: the stop string, or the id of a stop token that is
+    not eos.
+    """
+
+    choice: int
+    text: str
+    tokens: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class ChoiceText:
+    """One choice, from its first delta to its end. Without a tokenizer there is no text, only tokens."""
+
+    def __init__(self, choice: int, request: GenerateRequest, tokens: Tokens | None, eos: frozenset[int]) -> None:
+        self._choice = choice
+        self._stop_token_ids = request.stop_token_ids
+        self._eos = eos
+        self._detokeniser = IncrementalDetokeniser(tokens) if tokens is not None else None
+        self._matcher = StopMatcher(request.stop)
+        self._chars = 0  # decoded so far
+
+    def take(self, delta: TokenDelta) -> Piece:
+        """The piece of this delta; it ends at the token that completes a stop string."""
+        text, offsets = "", []
+        for token in delta.tokens:
+            offsets.append(self._chars)
+            text += self._push(token)
+            if self._matcher.matched is not None:
+                break
+        finish = delta.finish
+        if finish is not None:
+            text += self._end()
+        if self._matcher.matched is not None:
+            finish = FinishReason.STOP
+        count = len(offsets)
+        return Piece(
+            self._choice,
+            text,
+            delta.tokens[:count],
+            tuple(offsets),
+            delta.logprobs[:count],
+            delta.top_logprobs[:count],
+            finish,
+            self._stop_reason(delta, finish),
+        )
+
+    def _push(self, token: int) -> str:
+        if self._detokeniser is None or token in self._stop_token_ids:
+            return ""  # a stop token ends the text, it is not part of it
+        decoded = self._detokeniser.push(token)
+        self._chars += len(decoded)
+        return self._matcher.push(decoded)
+
+    def _end(self) -> str:
+        rest = self._detokeniser.flush() if self._detokeniser is not None else ""
+        return self._matcher.push(rest) + self._matcher.flush()
+
+    def _stop_reason(self, delta: TokenDelta, finish: FinishReason | None) -> str | int | None:
+        if self._matcher.matched is not None:
+            return self._matcher.matched
+        if finish is FinishReason.STOP and delta.tokens and delta.tokens[-1] not in self._eos:
+            return delta.tokens[-1]
+        return None
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of one choice as one."""
+    last = pieces[-1]
+    return Piece(
+        last.choice,
+        "".join(p.text for p in pieces),
+        tuple(t for p in pieces for t in p.tokens),
+        tuple(o for p in pieces for o in p.offsets),
+        tuple(x for p in pieces for x in p.logprobs),
+        tuple(x for p in pieces for x in p.top_logprobs),
+        last.finish,
+        last.stop_reason,
+    )
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

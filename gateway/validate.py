@@ -1,0 +1,254 @@
+"""From a client's body to GenerateRequests: defaults, limits, tokens. All that is wrong with it ends here.
+
+Decisions a client can see:
+- what the client leaves open (temperature, top_p, top_k) comes from the checkpoint's generation_config.json;
+- `max_tokens` left open is 16 for completions and what the context leaves for chat, and never more than that;
+  given, it must fit: more than the context leaves is refused, not cut;
+- an unseeded request gets a random seed, each prompt of a list its own;
+- a temperature below 0.0001 is 0: dividing by less overflows float32, and the highest logit wins anyway;
+- `model` left out is the served model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from gateway import template
+from gateway.bodies import ChatBody, CompletionBody, GenerateBody, accepted_for, read
+from gateway.config import GatewayConfig
+from gateway.errors import BadRequest, NotFound, TooLarge, invalid
+from gateway.model_card import ModelCard
+from gateway.request import GenerateRequest, Sampling
+
+_TEMPERATURE_MIN = 1e-4
+_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+_UINT64 = 2**64
+
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One valid client call. Choices are numbered over `requests` in order, n for each."""
+
+    id: str
+    requests: tuple[GenerateRequest, ...]
+    stream: bool
+    include_usage: bool
+    return_token_ids: bool
+    tokens_as_ids: bool
+    ignored: tuple[str, ...]  # names of fields nobody looked at
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(request.prompt) for request in self.requests)
+
+    def request_of(self, choice: int) -> GenerateRequest:
+        return self.requests[choice // self.requests[0].n]
+
+
+class Validator:
+    """Raises BadRequest or NotFound, naming field, value and what is accepted.
+
+    `model_len_max`: longest prompt and answer together, in tokens.
+    """
+
+    def __init__(self, card: ModelCard, config: GatewayConfig, model_len_max: int) -> None:
+        self._card = card
+        self._config = config
+        self._model_len_max = model_len_max
+
+    def completion(self, raw: dict[str, Any]) -> Call:
+        body, ignored = read(raw, CompletionBody)
+        self._check_model(body)
+        if body.logprobs is not None and body.logprobs > self._config.logprobs_max:
+            raise invalid("logprobs", body.logprobs, f"an integer from 0 to {self._config.logprobs_max}")
+        prompts = self._prompts(body.prompt)
+        limits = [
+            self._room(prompt, "prompt", "max_tokens", body.max_tokens, _COMPLETION_TOKENS) for prompt in prompts
+        ]
+        return self._call("cmpl", body, ignored, prompts, limits, body.logprobs)
+
+    def chat(self, raw: dict[str, Any]) -> Call:
+        body, ignored = read(raw, ChatBody)
+        self._check_model(body)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise invalid("top_logprobs", body.top_logprobs, "nothing, unless logprobs is true")
+        top = body.top_logprobs or 0
+        if top > self._config.logprobs_max:
+            raise invalid("top_logprobs", top, f"an integer from 0 to {self._config.logprobs_max}")
+        prompt = self._chat_prompt(body.messages)
+        name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+        asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        limit = self._room(prompt, "messages", name, asked, self._model_len_max)
+        return self._call("chatcmpl", body, ignored, [prompt], [limit], top if body.logprobs else None)
+
+    # --- prompts -------------------------------------------------------------------------------
+
+    def _prompts(self, prompt: Any) -> list[Prompt]:
+        """A string, a list of strings, a list of token ids, or a list of such lists."""
+        if isinstance(prompt, str):
+            return [self._encoded(prompt, "prompt")]
+        if not isinstance(prompt, list) or not prompt:
+            raise invalid("prompt", prompt, accepted_for(CompletionBody, "prompt"))
+        if not isinstance(prompt[0], str | list):
+            return [self._checked(prompt, "prompt")]
+        if len(prompt) > self._config.prompts_max:
+            raise invalid("prompt", prompt, f"at most {self._config.prompts_max} prompts in one call")
+        return [
+            self._encoded(one, f"prompt[{i}]") if isinstance(one, str) else self._checked(one, f"prompt[{i}]")
+            for i, one in enumerate(prompt)
+        ]
+
+    def _encoded(self, text: str, param: str) -> Prompt:
+        tokens = self._card.tokens
+        if tokens is None:
+            raise BadRequest(
+                f"{param} is text, but this checkpoint has no tokenizer.json; accepted: a list of token ids",
+                param=param,
+                code="no_tokenizer",
+            )
+        if not text:
+            raise invalid(param, text, "at least one character")
+        return tuple(tokens.encode(text))
+
+    def _checked(self, ids: Any, param: str) -> Prompt:
+        if not isinstance(ids, list) or not ids:
+            raise invalid(param, ids, "a list of at least one token id, or a string")
+        return self._token_ids(ids, param)
+
+    def _chat_prompt(self, messages: Any) -> Prompt:
+        if not isinstance(messages, list):
+            raise invalid("messages", messages, accepted_for(ChatBody, "messages"))
+        if self._card.template is None or self._card.tokens is None:
+            missing = "tokenizer.json" if self._card.tokens is None else "chat template"
+            raise BadRequest(
+                f"messages cannot be read: this checkpoint has no {missing}; accepted: /v1/completions with "
+                "token ids",
+                param="messages",
+                code="no_tokenizer",
+            )
+        return self._encoded(self._card.template.render(template.normalise(messages)), "messages")
+
+    # --- parameters ----------------------------------------------------------------------------
+
+    def _call(
+        self,
+        prefix: str,
+        body: GenerateBody,
+        ignored: tuple[str, ...],
+        prompts: list[Prompt],
+        limits: list[int],
+        num_logprobs: int | None,
+    ) -> Call:
+        include_usage = self._include_usage(body)
+        n = body.n or 1
+        if n > self._config.n_max:
+            raise invalid("n", n, f"an integer from 1 to {self._config.n_max}")
+        stop, stop_token_ids = self._stop(body), self._stop_token_ids(body)
+        sampling = self._sampling(body)
+        call_id = f"{prefix}-{uuid.uuid4().hex}"
+        requests = tuple(
+            GenerateRequest(
+                request_id=f"{call_id}-{number}",
+                prompt=prompt,
+                sampling=dataclasses.replace(
+                    sampling, seed=secrets.randbits(64) if body.seed is None else body.seed % _UINT64
+                ),
+                max_tokens=limit,
+                n=n,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                num_logprobs=num_logprobs,
+                priority=body.priority or 0,
+            )
+            for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        )
+        return Call(
+            call_id,
+            requests,
+            bool(body.stream),
+            include_usage,
+            bool(body.return_token_ids),
+            bool(body.return_tokens_as_token_ids),
+            ignored,
+        )
+
+    def _check_model(self, body: GenerateBody) -> None:
+        if body.model not in (None, self._card.name):
+            raise unknown_model(body.model, self._card)
+
+    def _include_usage(self, body: GenerateBody) -> bool:
+        options = body.stream_options or {}
+        if body.stream_options is not None and not body.stream:
+            raise invalid("stream_options", options, "nothing, unless stream is true")
+        include_usage = options.get("include_usage") or False
+        if not isinstance(include_usage, bool):
+            raise invalid("stream_options.include_usage", include_usage, "true or false")
+        return include_usage
+
+    def _sampling(self, body: GenerateBody) -> Sampling:
+        defaults = self._card.defaults
+        temperature = defaults.temperature if body.temperature is None else body.temperature
+        return Sampling(
+            temperature=temperature if temperature >= _TEMPERATURE_MIN else 0.0,
+            top_p=defaults.top_p if body.top_p is None else body.top_p,
+            top_k=defaults.top_k if body.top_k is None else min(max(body.top_k, 0), self._card.vocab_size),
+        )
+
+    def _stop(self, body: GenerateBody) -> tuple[str, ...]:
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        config = self._config
+        if stop and self._card.tokens is None:
+            raise BadRequest(
+                "stop needs text, but this checkpoint has no tokenizer.json; accepted: stop_token_ids",
+                param="stop",
+                code="no_tokenizer",
+            )
+        if len(stop) > config.stop_strings_max:
+            raise invalid("stop", stop, f"at most {config.stop_strings_max} strings")
+        for number, one in enumerate(stop):
+            if not 1 <= len(one) <= config.stop_chars_max:
+                raise invalid(f"stop[{number}]", one, f"a string of 1 to {config.stop_chars_max} characters")
+        return tuple(dict.fromkeys(stop))
+
+    def _stop_token_ids(self, body: GenerateBody) -> frozenset[int]:
+        ids = body.stop_token_ids or []
+        if len(ids) > self._config.stop_token_ids_max:
+            raise invalid("stop_token_ids", ids, f"at most {self._config.stop_token_ids_max} token ids")
+        own = frozenset(self._token_ids(ids, "stop_token_ids"))
+        return own if body.ignore_eos else own | self._card.eos
+
+    def _token_ids(self, values: list[Any], param: str) -> tuple[int, ...]:
+        vocab_size = self._card.vocab_size
+        for number, value in enumerate(values):
+            if type(value) is not int or not 0 <= value < vocab_size:
+                raise invalid(f"{param}[{number}]", value, f"a token id from 0 to {vocab_size - 1}")
+        return tuple(values)
+
+    def _room(self, prompt: Prompt, param: str, limit_param: str, asked: int | None, default: int) -> int:
+        """How many tokens each sequence may generate."""
+        context, room = self._model_len_max, self._model_len_max - len(prompt)
+        if room < 1:
+            raise TooLarge(
+                f"{param} has {len(prompt)} tokens; accepted: at most {context - 1}, so that one more fits into "
+                f"the context of {context}: shorten it by at least {1 - room} tokens",
+                param=param,
+            )
+        if asked is not None and asked > room:
+            raise TooLarge(
+                f"{limit_param} is {asked}; accepted: at most {room}, what the {len(prompt)} tokens of {param} "
+                f"leave of the context of {context}",
+                param=limit_param,
+            )
+        return min(default, room) if asked is None else asked
+
+
+def unknown_model(name: str | None, card: ModelCard) -> NotFound:
+    """The same answer from every endpoint."""
+    error = invalid("model", name, card.name)
+    return NotFound(error.message, param="model", code="model_not_found")

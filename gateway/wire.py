@@ -1,0 +1,130 @@
+"""Between the gateway's values and the messages of expertmesh.v1. What cannot be is MalformedMessage."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
+
+from gateway.config import GatewayConfig
+from gateway.errors import MalformedMessage, NotReady, Overloaded, Refusal, TooLarge, presentable
+from gateway.port import CloseReason, Submission
+from gateway.request import FinishReason, TokenDelta
+
+
+@dataclass(frozen=True)
+class Identity:
+    """This life of this gateway, the checkpoint it serves, and where workers send its tokens."""
+
+    id: str
+    incarnation: int
+    fingerprint: str
+    token_address: str
+
+
+_FINISH = {
+    step_pb2.FINISH_REASON_UNSPECIFIED: None,
+    step_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    step_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    step_pb2.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+    step_pb2.FINISH_REASON_FAILED: FinishReason.FAILED,
+}
+
+_CLOSE = {
+    schedule_pb2.CLOSE_REASON_WORKER_LOST: CloseReason.WORKER_LOST,
+    schedule_pb2.CLOSE_REASON_PREEMPTED: CloseReason.PREEMPTED,
+    schedule_pb2.CLOSE_REASON_FAILED: CloseReason.FAILED,
+}
+
+
+def envelope(sender: Identity, term: int) -> schedule_pb2.GatewayMessage:
+    """A message to the scheduler without a body; `term` is the newest seen."""
+    return schedule_pb2.GatewayMessage(
+        sender=identity_pb2.Incarnation(id=sender.id, number=sender.incarnation),
+        fingerprint=sender.fingerprint,
+        term=term,
+    )
+
+
+def submit(submission: Submission) -> schedule_pb2.Submit:
+    sampling = submission.sampling
+    return schedule_pb2.Submit(
+        request_id=submission.request_id,
+        prompt=submission.prompt,
+        spec=step_pb2.SequenceSpec(
+            sampling=step_pb2.Sampling(
+                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed
+            ),
+            stop_token_ids=sorted(submission.stop_token_ids),
+            max_tokens=submission.max_tokens,
+            num_logprobs=submission.num_logprobs,
+        ),
+        siblings=[
+            schedule_pb2.Sibling(index=s.index, attempt=s.attempt, seed=s.seed, accepted=s.accepted)
+            for s in submission.siblings
+        ],
+        priority=submission.priority,
+        resume=submission.resume,
+    )
+
+
+def finish(request_id: str, index: int, attempt: int, position: int) -> schedule_pb2.Finish:
+    return schedule_pb2.Finish(
+        attempt=identity_pb2.Attempt(request_id=request_id, index=index, number=attempt), position=position
+    )
+
+
+def delta(message: step_pb2.TokenDelta) -> TokenDelta:
+    """Raises MalformedMessage where the counts do not agree or the finish reason is unknown."""
+    tokens, logprobs, flat = tuple(message.tokens), tuple(message.logprobs), message.top_logprobs
+    if logprobs and len(logprobs) != len(tokens):
+        raise MalformedMessage(f"delta has {len(tokens)} tokens and {len(logprobs)} logprobs")
+    if flat and (not tokens or len(flat) % len(tokens)):
+        raise MalformedMessage(f"delta has {len(tokens)} tokens and {len(flat)} top_logprobs")
+    if message.finish not in _FINISH:
+        raise MalformedMessage(f"delta has finish reason {message.finish}")
+    width = len(flat) // len(tokens) if flat else 0
+    pairs = [(top.token, top.logprob) for top in flat]
+    top = tuple(tuple(pairs[i : i + width]) for i in range(0, len(pairs), width or 1))
+    at = message.attempt
+    return TokenDelta(
+        at.request_id,
+        at.index,
+        at.number,
+        message.position,
+        tokens,
+        logprobs,
+        top,
+        _FINISH[message.finish],
+        message.detail,
+    )
+
+
+def close_reason(message: schedule_pb2.AttemptClosed) -> CloseReason:
+    """A reason this gateway does not know is one it cannot resume from."""
+    return _CLOSE.get(message.reason, CloseReason.FAILED)
+
+
+def rejection(message: schedule_pb2.Rejected, config: GatewayConfig) -> Refusal:
+    """The scheduler's refusal as the client's."""
+    why = presentable(message.message)
+    retry_after_s = message.retry_after_s or config.retry_after_s
+    if message.code == schedule_pb2.REJECT_CODE_OVERLOADED:
+        return Overloaded(why, retry_after_s=retry_after_s)
+    if message.code == schedule_pb2.REJECT_CODE_TOO_LARGE:
+        return TooLarge(why)
+    return NotReady(why, retry_after_s=retry_after_s)
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """Call metadata that carries a link's token."""
+    return (("authorization", f"Bearer {token}"),)
+
+
+def is_bearer(metadata: Iterable[tuple[str, str | bytes]], token: str) -> bool:
+    """Whether a call carries the link's token, compared in constant time."""
+    given = next((value for key, value in metadata if key == "authorization"), "")
+    given_bytes = given if isinstance(given, bytes) else given.encode()
+    return hmac.compare_digest(given_bytes, f"Bearer {token}".encode())
