@@ -1,0 +1,102 @@
+"""Thin Ray shells: each builds its process, starts it, and forwards the few calls that Ray makes.
+
+What they host is in `cluster/*_process.py` and knows no Ray. Modules with tensors are imported by the workers
+that need them only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+import ray
+
+from cluster.events import Role
+from cluster.ray_driver import RayWorkers
+from cluster.ray_store import RayStore
+from cluster.spec import ClusterSpec
+from cluster.store import draw
+from router.placement import Member
+
+
+def _log_to_stderr() -> None:
+    """Into Ray's log file of this process."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+
+
+class _Worker:
+    def __init__(self, role: Role, spec: str, worker_id: str, incarnation: int) -> None:
+        from cluster.worker_process import WorkerProcess
+
+        _log_to_stderr()
+        self._process = WorkerProcess(ClusterSpec.from_json(spec), role, Member(worker_id, incarnation))
+        self._process.start()
+
+    async def watch(self) -> str:
+        """Returns when the worker has stopped, with the reason; fails when its process dies before."""
+        return await asyncio.wrap_future(self._process.stopped)
+
+
+@ray.remote
+class AttentionActor(_Worker):
+    def __init__(self, spec: str, worker_id: str, incarnation: int) -> None:
+        super().__init__(Role.ATTENTION, spec, worker_id, incarnation)
+
+
+@ray.remote
+class ExpertActor(_Worker):
+    def __init__(self, spec: str, worker_id: str, incarnation: int) -> None:
+        super().__init__(Role.EXPERT, spec, worker_id, incarnation)
+
+
+@ray.remote
+class ControllerActor:
+    def __init__(self, spec: str) -> None:
+        from cluster.controller_process import ControllerProcess
+
+        _log_to_stderr()
+        parsed = ClusterSpec.from_json(spec)
+        store = RayStore(parsed.cluster_id)
+        workers = RayWorkers(parsed, store, {Role.ATTENTION: AttentionActor, Role.EXPERT: ExpertActor})
+        self._process = ControllerProcess(parsed, store, workers)
+        self._process.start()
+
+    def ready(self) -> None:
+        """Answered once it serves."""
+
+    def drain(self) -> None:
+        self._process.drain()
+
+
+@ray.remote
+class SchedulerActor:
+    def __init__(self, spec: str) -> None:
+        from cluster.scheduler_process import SchedulerProcess
+
+        _log_to_stderr()
+        parsed = ClusterSpec.from_json(spec)
+        self._process = SchedulerProcess(parsed, draw(RayStore(parsed.cluster_id), "scheduler"))
+        self._process.start()
+
+    def ready(self) -> None:
+        """Answered once it serves."""
+
+
+class GatewayReplica:
+    """Serve owns its life; bytes take its own HTTP server."""
+
+    def __init__(self, spec: str) -> None:
+        from cluster.gateway_process import GatewayProcess
+
+        parsed = ClusterSpec.from_json(spec)
+        incarnation = draw(RayStore(parsed.cluster_id), "gateway-0")
+        self._process = GatewayProcess(parsed, Member("gateway-0", incarnation))
+        self._process.start()
+
+    def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        if not self._process.is_alive:
+            raise RuntimeError("the gateway's loop has ended")

@@ -1,0 +1,116 @@
+"""`expertmesh status`: what a running cluster says of itself, over its REST port."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cluster.commands.sizes import show_size
+
+_API_KEY_VARIABLE = "EXPERTMESH_API_KEY"
+_TIMEOUT_S = 10.0
+
+
+class Unreachable(Exception):
+    """Names the URL and what is wrong with it."""
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="show a running cluster",
+        description="Shows phase, placement epoch and every worker of a running cluster.",
+        epilog="Example:  expertmesh status --json | python -m json.tool",
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway (default: %(default)s)")
+    key = os.environ.get(_API_KEY_VARIABLE)
+    parser.add_argument("--api-key", default=key, help=f"if it asks for one (default: ${_API_KEY_VARIABLE})")
+    parser.add_argument("--json", action="store_true", help="the whole document, for scripts")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        document = fetch(arguments.url, arguments.api_key)
+    except Unreachable as error:
+        print(f"expertmesh status: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(document))
+    else:
+        show(document, Console())
+    return 0
+
+
+def fetch(url: str, api_key: str | None) -> dict[str, Any]:
+    """Raises Unreachable."""
+    if not url.startswith(("http://", "https://")):
+        raise Unreachable(f"--url: {url!r}; accepted: http://host:port")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/v1/admin/status", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            document = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise Unreachable(f"{url} answers {error.code}: {_message(error)}") from None
+    except (OSError, ValueError) as error:
+        raise Unreachable(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from None
+    if not isinstance(document, dict) or "workers" not in document:
+        raise Unreachable(f"{url} is not an ExpertMesh gateway")
+    return document
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """Ours is in OpenAI's form; anyone may answer at a wrong port."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(error.reason)
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    """For people."""
+    console.print(_headline(document))
+    columns = ("worker", "state", "pid", "life", "device", "loaded", "slots", "detail")
+    table = Table(*columns, box=None, pad_edge=False)
+    for worker in document["workers"]:
+        loaded = show_size(worker["bytes_loaded"])
+        if worker["bytes_total"] > worker["bytes_loaded"]:
+            loaded += f" of {show_size(worker['bytes_total'])}"
+        table.add_row(
+            worker["id"], Text(worker["state"], style=_STYLES.get(worker["state"], "")), _cell(worker["pid"]),
+            str(worker["incarnation"]), _cell(worker["device"]), loaded, _cell(worker["slots"] or None),
+            Text(worker["detail"]),
+        )  # fmt: skip
+    console.print(table)
+    gauges = (document["scheduler"] or {}).get("gauges", {})
+    told = ", ".join(f"{gauges[name]:g} {name}" for name in ("running", "waiting") if name in gauges)
+    console.print(f"scheduler: {told or 'not there'}")
+    for gateway in document["gateways"]:
+        console.print(f"{gateway['id']}: {gateway['address']} {gateway['state']}", highlight=False)
+    for failure in document["failures"][-5:]:
+        who = f"{failure['id']}#{failure['incarnation']}"
+        console.print(Text(f"{failure['ago_s']:.0f} s ago {who}: {failure['reason']}", style="yellow"))
+
+
+_STYLES = {"ready": "green", "failed": "red", "loading": "cyan", "starting": "cyan", "waiting": "yellow"}
+
+
+def _headline(document: dict[str, Any]) -> Text:
+    epoch = document["epoch"]
+    at = f"epoch {epoch['term']}.{epoch['number']}" if epoch else "no placement yet"
+    model, phase = document["model"], document["phase"]
+    return Text(f"{model}: {phase}, {at}, transport {document['transport']}, up {document['uptime_s']:.0f} s")
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,227 @@
+"""The one configuration of a cluster: a frozen tree, each branch owned by the folder that reads it.
+
+A YAML file gives what differs from the defaults, flags override the file, and whatever is not known is refused
+by name. Nothing here looks at the machine or the checkpoint: `cluster/preflight.py` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from attention_workers.config import AttentionConfig
+from cluster.scheduler.config import SchedulerConfig
+from expert_workers.config import ExpertConfig
+from gateway.config import GatewayConfig
+from router.config import RouterConfig
+
+
+class ConfigError(Exception):
+    """One line per mistake: the field, the value, what is accepted."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PoolsConfig(_Section):
+    attention_workers: int = Field(1, ge=1, le=256)
+    """Each holds all attention weights and its own keys and values; more serve more sequences at once."""
+
+    expert_workers: int = Field(2, ge=1, le=256)
+    """Each holds its share of the experts of every layer."""
+
+    replicas: int = Field(1, ge=1, le=16)
+    """Expert workers that hold each expert. 2 or more: losing one worker is a routing change."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> PoolsConfig:
+        if self.replicas > self.expert_workers:
+            raise ValueError(
+                f"replicas {self.replicas} must not exceed expert_workers {self.expert_workers}: "
+                "the replicas of an expert are on distinct workers"
+            )
+        return self
+
+
+class LifeConfig(_Section):
+    """How the cluster is hosted, and how patient its controller is."""
+
+    name: str = Field("expertmesh", pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
+    """Tells clusters on one Ray apart: lower-case letters, digits and hyphens."""
+
+    ray_address: str | None = None
+    """A Ray cluster to join (`auto` or host:port); null: start one for this cluster alone, and end it with it."""
+
+    ray_auth: Literal["token", "disabled"] = "token"
+    """Ray's authentication when we start Ray; a Ray that is joined keeps its own (RAY_AUTH_MODE)."""
+
+    dashboard: bool = False
+    """Ray's dashboard and job server on 127.0.0.1:8265, when we start Ray. Costs some 200 MB."""
+
+    startup_timeout_s: float = Field(120.0, gt=0)
+    """Longest start of one process until it registers, and longest loading without a byte of progress."""
+
+    drain_timeout_s: float = Field(30.0, ge=0)
+    """Longest wait for running requests once the cluster is told to stop."""
+
+    heartbeat_s: float = Field(1.0, ge=0.05)
+    """Between two signs of life of every process."""
+
+    member_deadline_s: float = Field(5.0, gt=0)
+    """A worker silent for so long is lost: killed and replaced. At least three heartbeats."""
+
+    restarts_max: int = Field(3, ge=0)
+    """Failures of one worker in a row after which it is not started again."""
+
+    @model_validator(mode="after")
+    def _relations(self) -> LifeConfig:
+        if self.member_deadline_s < 3 * self.heartbeat_s:
+            raise ValueError(
+                f"member_deadline_s {self.member_deadline_s:g} must be at least three heartbeats, "
+                f"{3 * self.heartbeat_s:g}"
+            )
+        return self
+
+
+class Config(_Section):
+    model: str
+    """Folder of the checkpoint: config.json and safetensors."""
+
+    served_name: str | None = Field(None, min_length=1, max_length=256)
+    """The model's name in the API; null: the name of its folder."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    """Where REST is served. A wider host than loopback should come with an api_key."""
+
+    device: Literal["cpu"] = "cpu"
+    transport: Literal["shm"] = "shm"
+    """Between the pools. shm: shared memory, all workers on one host."""
+
+    pools: PoolsConfig = PoolsConfig.model_validate({})
+    cluster: LifeConfig = LifeConfig.model_validate({})
+    attention: AttentionConfig = AttentionConfig.model_validate({})
+    expert: ExpertConfig = ExpertConfig.model_validate({})
+    router: RouterConfig = RouterConfig()
+    """The exchange between the pools: the same for both ends."""
+    scheduler: SchedulerConfig = SchedulerConfig.model_validate({})
+    gateway: GatewayConfig = GatewayConfig.model_validate({})
+
+    @field_validator("model")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must be the folder of a checkpoint")
+        return value
+
+    @model_validator(mode="after")
+    def _one_arithmetic(self) -> Config:
+        for name in ("numerics", "dtype"):
+            ours, theirs = getattr(self.attention, name), getattr(self.expert, name)
+            if ours != theirs:
+                raise ValueError(f"attention.{name} {ours!r} and expert.{name} {theirs!r} must be the same")
+        return self
+
+    @property
+    def attention_worker(self) -> AttentionConfig:
+        """What an attention worker is told: its own settings, and those of the exchange."""
+        return self.attention.model_copy(update={"router": self.router})
+
+    @property
+    def model_path(self) -> Path:
+        return Path(self.model).resolve()
+
+    @property
+    def model_name(self) -> str:
+        return self.served_name or self.model_path.name
+
+    def to_yaml(self) -> str:
+        """Everything, defaults included; secrets are masked."""
+        text: str = yaml.safe_dump(_visible(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+        return text
+
+    def to_json(self) -> str:
+        """For the cluster's own processes: secrets are spelled out. `Config.model_validate_json` reads it."""
+        api_key = self.gateway.api_key
+        tree = self.model_dump(mode="json")
+        tree["gateway"]["api_key"] = api_key.get_secret_value() if api_key else None
+        return json.dumps(tree)
+
+
+def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
+    """The file's tree with `flags` (dotted name to value) over it. Raises ConfigError."""
+    tree = _read(file) if file else {}
+    for name, value in flags.items():
+        *path, last = name.split(".")
+        branch = tree
+        for part in path:
+            below = branch.setdefault(part, {})
+            if not isinstance(below, dict):
+                raise ConfigError(f"{part}: {below!r}; accepted: a mapping")
+            branch = below
+        branch[last] = value
+    unknown = list(_unknown(tree, Config, ""))
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(mistake) for mistake in error.errors())) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: unreadable ({error}); accepted: a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: holds a {type(tree).__name__}; accepted: a mapping of settings")
+    return tree
+
+
+def _fields(branch: type) -> dict[str, Any]:
+    """name -> type of each setting. The router's are set once, at the top, for both of its ends."""
+    if dataclasses.is_dataclass(branch):
+        return {field.name: None for field in dataclasses.fields(branch)}
+    assert issubclass(branch, BaseModel)
+    fields = {name: field.annotation for name, field in branch.model_fields.items()}
+    return fields if branch is Config else {name: kind for name, kind in fields.items() if name != "router"}
+
+
+def _unknown(tree: Mapping[Any, Any], branch: type, where: str) -> Iterator[str]:
+    fields = _fields(branch)
+    for key, value in tree.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"the nearest known is {near[0]!r}" if near else f"accepted: {', '.join(fields)}"
+            yield f"{where}{key}: unknown setting; {hint}"
+        elif isinstance(value, dict) and isinstance(fields[key], type):
+            yield from _unknown(value, fields[key], f"{where}{key}.")
+
+
+def _line(mistake: Any) -> str:
+    where = ".".join(map(str, mistake["loc"]))
+    if mistake["type"] == "missing":
+        return f"{where}: none given; accepted: a value (--{where})"
+    message = mistake["msg"].removeprefix("Value error, ").replace("Input should be", "accepted:")
+    message = message.split(", unable to parse")[0]
+    value = mistake["input"]
+    if isinstance(value, dict | BaseModel) or where == "gateway.api_key":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {value!r}; {message}"
+
+
+def _visible(tree: dict[str, Any]) -> dict[str, Any]:
+    return {**tree, "attention": {name: value for name, value in tree["attention"].items() if name != "router"}}

@@ -1,0 +1,300 @@
+"""Membership, health and placement: events and a time in, commands out. Pure.
+
+The controller orders the workers that should be there, places experts on those that are, has a placement
+prepared before it is published and adopted before its elders are retired, replaces who is lost, and ends the
+cluster in order. It decides; the shell (`controller_server`) carries messages and a driver runs processes.
+
+Invariants: a placement is published only when every worker in it has said that it holds its slots; an epoch is
+retired only when no attention worker that may be alive uses it; nothing from an older life is acted upon.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.epochs import Epochs, ModelShape
+from cluster.events import (
+    WORKER_ROLES,
+    ActorDied,
+    Command,
+    Event,
+    Exit,
+    KillWorker,
+    Left,
+    Members,
+    OrderBody,
+    Prepare,
+    Publish,
+    Register,
+    Report,
+    Retire,
+    Role,
+    Send,
+    StopAll,
+    Tick,
+)
+from cluster.lifecycle import WorkerState
+from cluster.roster import NOT_HEARD, Patience, Roster, Worker
+from router.membership import Adopted, Health, PeerLost, Prepared
+from router.placement import Member
+
+
+class Phase(enum.StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DEGRADED = "degraded"  # has served; something that should be there is not
+    FAILED = "failed"  # a worker was given up before the cluster ever served
+    DRAINING = "draining"  # gateways finish what runs
+    STOPPING = "stopping"  # everything else exits
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """What the controller is told at birth."""
+
+    attention_workers: int = 1
+    expert_workers: int = 2
+    replicas: int = 1
+    drain_timeout_s: float = 30.0
+    """Longest wait for gateways to finish what runs."""
+    stop_timeout_s: float = 10.0
+    """Longest wait for workers to exit by themselves."""
+    scheduler_deadline_s: float = 30.0
+    """A scheduler silent for so long is killed, and started again by Ray. Long: nothing running waits for it."""
+    patience: Patience = field(default_factory=Patience)
+
+    @property
+    def pools(self) -> dict[Role, int]:
+        return {Role.ATTENTION: self.attention_workers, Role.EXPERT: self.expert_workers}
+
+
+@dataclass
+class Companion:
+    """A scheduler or gateway: the controller knows it but does not start it."""
+
+    member: Member
+    register: Register
+    heard_s: float
+    health: Health = NOT_HEARD
+
+
+class Controller:
+    def __init__(
+        self, config: ControllerConfig, term: int, shape: ModelShape, incarnations: Mapping[str, int], now_s: float
+    ) -> None:
+        """`incarnations`: newest life of each worker ordered by earlier terms; see Roster.expecting."""
+        self.config = config
+        self.term = term
+        self.shape = shape
+        self.began_s = now_s
+        self.roster, self._first_commands = Roster.expecting(config.patience, config.pools, incarnations, now_s)
+        self.epochs = Epochs(term, shape, config.replicas)
+        self.companions: dict[str, Companion] = {}
+        self.reports_refused = 0
+        self.phase = Phase.STARTING
+        self._phase_since_s = now_s
+        self._present: set[Member] = set()  # registered and its stream not closed since
+        self._has_served = False
+        self._expected: tuple[Member, ...] | None = None
+        self._last_tick_s = now_s
+
+    def step(self, event: Event, now_s: float) -> list[Command]:
+        """What follows from this event. Deadlines are judged on Tick only, so that what came before it counts."""
+        commands, self._first_commands = self._first_commands, []
+        match event:
+            case Report():
+                commands += self._hear(event, now_s)
+            case ActorDied(member, detail):
+                commands += self._lose(member, detail, now_s)
+                self._present.discard(member)
+            case Left(member):
+                self._leave(member)
+            case StopAll():
+                commands += self._drain(now_s)
+            case Tick():
+                commands += self._tick(now_s)
+        return commands + self._follow(now_s)
+
+    # What is reported.
+
+    def _hear(self, report: Report, now_s: float) -> list[Command]:
+        sender, body = report.sender, report.body
+        if report.fingerprint != self.shape.fingerprint:
+            return self._refuse(sender, f"it has checkpoint {report.fingerprint}, not {self.shape.fingerprint}")
+        if isinstance(body, Register) and body.role not in WORKER_ROLES:
+            return self._meet(sender, body, now_s)
+        companion = self.companions.get(sender.id)
+        if companion is not None and companion.member == sender:
+            if isinstance(body, Health):
+                companion.heard_s, companion.health = now_s, body
+            return []
+        worker = self.roster.find(sender)
+        if worker is None:
+            return self._refuse(sender, "its incarnation is not wanted (any more)")
+        return self._hear_worker(worker, body, now_s)
+
+    def _refuse(self, sender: Member, why: str) -> list[Command]:
+        self.reports_refused += 1
+        return [Send(sender, Exit(f"{sender.id}#{sender.incarnation}: {why}"))]
+
+    def _meet(self, sender: Member, register: Register, now_s: float) -> list[Command]:
+        known = self.companions.get(sender.id)
+        if known is not None and known.member.incarnation > sender.incarnation:
+            return self._refuse(sender, f"superseded by incarnation {known.member.incarnation}")
+        self.companions[sender.id] = Companion(sender, register, now_s)
+        self._present.add(sender)
+        return [Send(sender, Members(self._expected or ()))]
+
+    def _hear_worker(self, worker: Worker, body: object, now_s: float) -> list[Command]:
+        match body:
+            case Register():
+                # It serves under an earlier term: we have been restarted, the cluster has not.
+                self._has_served |= body.epoch is not None and body.epoch.term < self.term
+                self.roster.register(worker, body, now_s)
+                self._present.add(worker.member)
+                return self._catch_up(worker, now_s)
+            case Health():
+                return self.roster.hear(worker, body, now_s)
+            case Prepared() | Adopted() if worker.is_live:
+                self.roster.settle(worker, body.epoch, now_s)
+            case PeerLost(member) if worker.is_live:
+                return self._lose(member, f"its link to {worker.id} broke", now_s)
+        return []
+
+    def _catch_up(self, worker: Worker, now_s: float) -> list[Command]:
+        """What a worker that has just (re)joined is to do, whatever it was told before."""
+        epochs = self.epochs
+        if worker.role is Role.ATTENTION:
+            return self._order(worker, Publish(epochs.published), now_s) if epochs.published else []
+        newest = epochs.newest
+        if newest is None or all(placed.member != worker.member for placed in newest.workers):
+            return []  # not placed yet: the next placement will have it
+        return self._order(worker, Prepare(newest), now_s)
+
+    def _order(self, worker: Worker, body: Prepare | Publish, now_s: float) -> list[Command]:
+        self.roster.owe(worker, body.placement.epoch, now_s)
+        return [Send(worker.member, body)]
+
+    def _lose(self, member: Member, reason: str, now_s: float) -> list[Command]:
+        worker = self.roster.find(member)
+        return [] if worker is None else self.roster.lose(worker, reason, now_s)
+
+    def _leave(self, member: Member) -> None:
+        self._present.discard(member)
+        companion = self.companions.get(member.id)
+        if companion is not None and companion.member == member:
+            del self.companions[member.id]
+
+    # Time.
+
+    def _tick(self, now_s: float) -> list[Command]:
+        gap_s, self._last_tick_s = now_s - self._last_tick_s, now_s
+        if gap_s > self.config.patience.member_deadline_s / 2:
+            self.roster.restart_deadlines(now_s)
+            for companion in self.companions.values():
+                companion.heard_s = now_s
+            return []
+        if self.phase in (Phase.STOPPING, Phase.STOPPED):
+            return []
+        return self.roster.judge(now_s) + self._judge_scheduler(now_s)
+
+    def _judge_scheduler(self, now_s: float) -> list[Command]:
+        commands: list[Command] = []
+        for companion in list(self.companions.values()):
+            silent_s = now_s - companion.heard_s
+            if companion.register.role is Role.SCHEDULER and silent_s > self.config.scheduler_deadline_s:
+                del self.companions[companion.member.id]
+                register, reason = companion.register, f"scheduler silent for {silent_s:.0f} s"
+                commands.append(KillWorker(companion.member, register.pid, register.node, reason))
+        return commands
+
+    # The end.
+
+    def _drain(self, now_s: float) -> list[Command]:
+        if self.phase in (Phase.DRAINING, Phase.STOPPING, Phase.STOPPED):
+            return []
+        self._enter(Phase.DRAINING, now_s)
+        return [Send(gateway.member, Exit("the cluster is draining")) for gateway in self._with(Role.GATEWAY)]
+
+    def _stop(self, now_s: float) -> list[Command]:
+        self._enter(Phase.STOPPING, now_s)
+        members = [worker.member for worker in self.roster.workers.values() if worker.is_live]
+        members += [companion.member for companion in self.companions.values()]
+        self.roster.stop(now_s)
+        return [Send(member, Exit("the cluster is stopping")) for member in members]
+
+    # What follows from the state, whatever the event was.
+
+    def _follow(self, now_s: float) -> list[Command]:
+        in_phase_s = now_s - self._phase_since_s
+        match self.phase:
+            case Phase.STOPPED:
+                return []
+            case Phase.STOPPING:
+                if not self._present or in_phase_s > self.config.stop_timeout_s:
+                    self._enter(Phase.STOPPED, now_s)
+                return []
+            case Phase.DRAINING if not self._with(Role.GATEWAY) or in_phase_s > self.config.drain_timeout_s:
+                return self._stop(now_s)
+        commands = self.roster.start_due(now_s) + self._place(now_s) + self._tell_members()
+        if self.phase is not Phase.DRAINING:
+            self._enter(self._serving_phase(), now_s)
+        return commands
+
+    def _place(self, now_s: float) -> list[Command]:
+        commands: list[Command] = []
+        experts = self.roster.live(Role.EXPERT)
+        here = {worker.member: worker.register.address for worker in experts if worker.register}
+        if proposed := self.epochs.propose(here, self._all_here(experts)):
+            for worker in experts:
+                if any(placed.member == worker.member for placed in proposed.workers):
+                    commands += self._order(worker, Prepare(proposed), now_s)
+        if published := self.epochs.publish({worker.member: worker.epoch for worker in experts}):
+            for worker in self.roster.live(Role.ATTENTION):
+                commands += self._order(worker, Publish(published), now_s)
+        attention = self.roster.live(Role.ATTENTION) + self._starting(Role.ATTENTION)
+        if stale := self.epochs.retire([worker.epoch for worker in attention]):
+            commands += [Send(worker.member, Retire(stale)) for worker in experts]
+        return commands
+
+    def _all_here(self, experts: list[Worker]) -> bool:
+        """Every expert worker that is wanted. One that was given up counts no longer, once we have served."""
+        wanted = [worker for worker in self.roster.pool(Role.EXPERT) if worker.state is not WorkerState.FAILED]
+        is_whole = self._has_served or len(wanted) == self.config.expert_workers
+        return is_whole and len(experts) == len(wanted) > 0
+
+    def _tell_members(self) -> list[Command]:
+        attention = self.roster.live(Role.ATTENTION) + self._starting(Role.ATTENTION)
+        expected = tuple(sorted(worker.member for worker in attention))
+        if expected == self._expected:
+            return []
+        self._expected = expected
+        order: OrderBody = Members(expected)
+        return [Send(companion.member, order) for companion in self.companions.values()]
+
+    def _serving_phase(self) -> Phase:
+        workers = self.roster.workers.values()
+        is_whole = (
+            all(worker.state is WorkerState.READY for worker in workers)
+            and self.epochs.published is not None
+            and bool(self._with(Role.SCHEDULER) and self._with(Role.GATEWAY))
+        )
+        self._has_served |= is_whole
+        if self._has_served:
+            return Phase.READY if is_whole else Phase.DEGRADED
+        if any(worker.state is WorkerState.FAILED for worker in workers):
+            return Phase.FAILED
+        return Phase.STARTING
+
+    def _enter(self, phase: Phase, now_s: float) -> None:
+        if phase is not self.phase:
+            self.phase, self._phase_since_s = phase, now_s
+
+    def _with(self, role: Role) -> list[Companion]:
+        return [companion for companion in self.companions.values() if companion.register.role is role]
+
+    def _starting(self, role: Role) -> list[Worker]:
+        return [worker for worker in self.roster.pool(role) if worker.state is WorkerState.STARTING]

@@ -1,0 +1,75 @@
+"""The controller's process without Ray: its server in a loop of its own. One life is one term."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.controller import Controller, ControllerConfig
+from cluster.controller_server import ControllerServer, WorkerDriver
+from cluster.epochs import ModelShape
+from cluster.loop_thread import LoopThread
+from cluster.roster import Patience, worker_ids
+from cluster.spec import ClusterSpec
+from cluster.store import Store, draw
+from cluster.version import VERSION
+
+_START_TIMEOUT_S = 10.0
+_DRAIN_MARGIN_S = 5.0
+"""What a gateway may take beyond the drain itself, to close its connections."""
+
+
+class ControllerProcess:
+    def __init__(self, spec: ClusterSpec, store: Store, driver: WorkerDriver) -> None:
+        """Draws the next term from the store, and reads there which lives earlier terms have ordered."""
+        self._config = _controller_config(spec)
+        self._incarnations = {worker_id: store.last(worker_id) for worker_id in worker_ids(self._config.pools)}
+        self._spec, self._driver = spec, driver
+        self._term = draw(store, "controller")
+        self._thread = LoopThread("controller")
+        self._server: ControllerServer | None = None
+
+    def start(self) -> None:
+        """Returns when it serves. Raises OSError while an earlier life still holds the address."""
+        self._thread.call(self._serve(), _START_TIMEOUT_S)
+
+    async def _serve(self) -> None:
+        spec, life, facts = self._spec, self._spec.config.cluster, self._spec.facts
+        shape = ModelShape(facts.fingerprint, facts.num_layers, facts.num_experts)
+        now_s = self._thread.loop.time()
+        controller = Controller(self._config, self._term, shape, self._incarnations, now_s)
+        self._server = ControllerServer(
+            controller, self._driver, spec.token, _about(spec), life.heartbeat_s / 2, self._thread.loop.time
+        )
+        await self._server.start(spec.controller_address)
+
+    def drain(self) -> None:
+        """Begin to end the cluster; the status document's phase says how far it is."""
+        assert self._server is not None
+        self._thread.call(self._server.drain(), _START_TIMEOUT_S)
+
+
+def _controller_config(spec: ClusterSpec) -> ControllerConfig:
+    pools, life = spec.config.pools, spec.config.cluster
+    return ControllerConfig(
+        attention_workers=pools.attention_workers,
+        expert_workers=pools.expert_workers,
+        replicas=pools.replicas,
+        drain_timeout_s=life.drain_timeout_s + _DRAIN_MARGIN_S,
+        patience=Patience(
+            member_deadline_s=life.member_deadline_s,
+            startup_timeout_s=life.startup_timeout_s,
+            restarts_max=life.restarts_max,
+        ),
+    )
+
+
+def _about(spec: ClusterSpec) -> dict[str, Any]:
+    config = spec.config
+    return {
+        "version": VERSION,
+        "cluster": config.cluster.name,
+        "model": config.model_name,
+        "model_path": str(config.model_path),
+        "transport": config.transport,
+        "numerics": config.attention.numerics,
+    }

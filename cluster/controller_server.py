@@ -1,0 +1,246 @@
+"""The controller's shell: member streams into the pure core, its commands back out. Decides nothing.
+
+One task turns: it takes what the inbox holds, one event at a time, then tells the time; commands go into the
+members' outboxes and to the driver that runs workers. Readers wait while the inbox is full; a member whose
+outbox is full has its stream closed, and is told what is current when it registers again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from expertmesh.v1 import control_pb2, control_pb2_grpc
+
+from cluster import wire
+from cluster.auth import TokenInterceptor
+from cluster.controller import Controller
+from cluster.events import (
+    ActorDied,
+    Command,
+    Event,
+    KillWorker,
+    Left,
+    Order,
+    Register,
+    Send,
+    StartWorker,
+    StopAll,
+    Tick,
+    WatchWorker,
+)
+from cluster.overview import overview
+from router.placement import Member as MemberId  # the RPC is named Member
+
+log = logging.getLogger(__name__)
+
+_INBOX_MAX = 4096
+_OUTBOX_MAX = 256
+_MESSAGE_BYTES_MAX = 64 << 20
+_STOP_GRACE_S = 1.0
+
+
+class WorkerDriver(Protocol):
+    """Runs worker processes. Returns at once; what came of it is told to `on_died`, from any thread."""
+
+    def bind(self, on_died: Callable[[ActorDied], None]) -> None:
+        """Called once, before anything else."""
+
+    def start(self, command: StartWorker) -> None:
+        """Start this life unless its number is taken; `on_died` once it has ended or could not be started."""
+
+    def watch(self, command: WatchWorker) -> None:
+        """`on_died` once this life, started by an earlier controller, has ended: at once if it is gone."""
+
+    def kill(self, command: KillWorker) -> None:
+        """Make sure that this life is over."""
+
+    def close(self) -> None:
+        """Finish what was asked, and leave no thread. Idempotent."""
+
+
+class _Stream:
+    """One member's stream, open."""
+
+    def __init__(self) -> None:
+        self.outbox: asyncio.Queue[control_pb2.MemberOrder] = asyncio.Queue(_OUTBOX_MAX)
+        self.closed = asyncio.Event()
+
+
+class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
+    def __init__(
+        self,
+        controller: Controller,
+        driver: WorkerDriver,
+        token: str,
+        about: Mapping[str, Any],
+        tick_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`about`: added to the status document; `tick_s`: longest pause between two looks at the deadlines."""
+        self._controller, self._driver, self._about = controller, driver, about
+        self._tick_s, self._clock = tick_s, clock
+        self._streams: dict[MemberId, _Stream] = {}
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
+        self._pump: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server = grpc.aio.server(
+            interceptors=[TokenInterceptor(token)],
+            options=[
+                ("grpc.so_reuseport", 0),  # an occupied address is an error
+                ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
+                ("grpc.max_send_message_length", _MESSAGE_BYTES_MAX),
+            ],
+        )
+        control_pb2_grpc.add_ControllerServiceServicer_to_server(self, self._server)
+
+    async def start(self, address: str) -> None:
+        """Serve on `address` and begin to decide. Raises OSError when the address cannot be bound."""
+        try:
+            self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"address {address!r} cannot be bound: {error}") from error
+        self._loop = asyncio.get_running_loop()
+        self._driver.bind(self._died)
+        await self._server.start()
+        self._pump = asyncio.create_task(self._turn_forever())
+
+    async def stop(self) -> None:
+        """Idempotent."""
+        if self._pump is not None:
+            self._pump.cancel()
+            await asyncio.wait([self._pump])
+        for stream in self._streams.values():
+            stream.closed.set()
+        await self._server.stop(_STOP_GRACE_S)
+        self._driver.close()
+
+    async def drain(self) -> None:
+        """Tell the controller to end the cluster: gateways first. Its phase says how far it is."""
+        await self._inbox.put(StopAll())
+
+    def status(self) -> dict[str, Any]:
+        return overview(self._controller, self._about, self._clock())
+
+    # Calls.
+
+    async def Status(
+        self, _request: control_pb2.StatusRequest, _context: grpc.aio.ServicerContext[Any, Any]
+    ) -> control_pb2.StatusReply:
+        return wire.encode_status(self._controller.term, self.status())
+
+    async def Member(
+        self, requests: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        """One stream, from its Register to its end."""
+        stream, member = _Stream(), None
+        tasks: list[asyncio.Task[Any]] = []
+        try:
+            first = await anext(requests, None)
+            if first is None:
+                return
+            report = wire.decode_report(first)
+            if not isinstance(report.body, Register):
+                raise wire.Malformed("report: not a register; accepted: register first on every stream")
+            if report.term > self._controller.term:
+                # Another controller decides: this one must not be heard, and its members will find the other.
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"superseded by term {report.term}")
+            member = report.sender
+            self._open(member, stream)
+            await self._inbox.put(report)
+            tasks = [
+                asyncio.create_task(self._read(requests, member)),
+                asyncio.create_task(self._write(context, stream)),
+                asyncio.create_task(stream.closed.wait()),
+            ]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except wire.Malformed as error:
+            log.warning("stream of %s closed: %s", member, error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            for task in tasks:
+                task.cancel()
+            if member is not None and self._streams.get(member) is stream:
+                del self._streams[member]
+                await self._inbox.put(Left(member))
+
+    def _open(self, member: MemberId, stream: _Stream) -> None:
+        """A second stream of the same life takes the place of the first."""
+        before = self._streams.get(member)
+        if before is not None:
+            before.closed.set()
+        self._streams[member] = stream
+
+    async def _read(self, requests: AsyncIterator[control_pb2.MemberReport], member: MemberId) -> None:
+        async for message in requests:
+            report = wire.decode_report(message)
+            if report.sender != member:
+                raise wire.Malformed(f"sender: {report.sender}; accepted: {member}, who registered")
+            await self._inbox.put(report)
+
+    async def _write(self, context: grpc.aio.ServicerContext[Any, Any], stream: _Stream) -> None:
+        while True:
+            await context.write(await stream.outbox.get())
+
+    # Turning.
+
+    def _died(self, event: ActorDied) -> None:
+        """From the driver's threads."""
+        assert self._loop is not None
+        asyncio.run_coroutine_threadsafe(self._inbox.put(event), self._loop)
+
+    async def _turn_forever(self) -> None:
+        next_tick_s = self._clock()
+        while True:
+            wait_s = max(0.0, next_tick_s - self._clock())
+            events: list[Event] = []
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):  # wait_for may swallow the cancellation that ends us
+                    events.append(await self._inbox.get())
+            while not self._inbox.empty() and len(events) < _INBOX_MAX:
+                events.append(self._inbox.get_nowait())
+            if self._clock() >= next_tick_s:
+                events.append(Tick())
+                next_tick_s = self._clock() + self._tick_s
+            for event in events:
+                self._turn(event)
+
+    def _turn(self, event: Event) -> None:
+        try:
+            commands = self._controller.step(event, self._clock())
+        except Exception:
+            # The process's one net: one event that cannot be digested must not stop the judging of all others.
+            log.exception("the controller could not take %r", event)
+            return
+        for command in commands:
+            self._act(command)
+
+    def _act(self, command: Command) -> None:
+        match command:
+            case Send(to, body):
+                self._send(to, Order(self._controller.term, self._controller.shape.fingerprint, body))
+            case StartWorker():
+                self._driver.start(command)
+            case WatchWorker():
+                self._driver.watch(command)
+            case KillWorker(member, pid, _, reason):
+                log.warning("%s#%d (pid %d) is lost: %s", member.id, member.incarnation, pid, reason)
+                self._driver.kill(command)
+
+    def _send(self, to: MemberId, order: Order) -> None:
+        stream = self._streams.get(to)
+        if stream is None:
+            return  # gone meanwhile: it is told what is current when it registers again
+        try:
+            stream.outbox.put_nowait(wire.encode_order(order))
+        except asyncio.QueueFull:
+            log.warning("stream of %s closed: it has not taken %d orders", to, _OUTBOX_MAX)
+            stream.closed.set()

@@ -1,0 +1,105 @@
+"""Which placement comes next: proposed, prepared by its expert workers, published, and its elders retired. Pure.
+
+One placement is being prepared at a time, and one is published. What is being prepared is left to finish unless
+one of its workers is lost. Knows expert workers as (member, address), and no life cycles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from router.errors import PlacementError
+from router.placement import EpochId, Member, Placement, spread
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a placement must cover, and for which checkpoint."""
+
+    fingerprint: str
+    num_layers: int
+    num_experts: int  # of one layer
+
+
+@dataclass
+class Epochs:
+    term: int
+    shape: ModelShape
+    replicas: int
+    number: int = 0  # of the newest epoch proposed in this term
+    preparing: Placement | None = None
+    published: Placement | None = None
+    retired: EpochId | None = None
+    _considered: tuple[tuple[tuple[Member, str], ...], bool] | None = None
+
+    @property
+    def newest(self) -> Placement | None:
+        return self.preparing or self.published
+
+    def propose(self, here: Mapping[Member, str], is_complete: bool) -> Placement | None:
+        """The placement to prepare now; None when nothing is to change, or nothing can.
+
+        `here`: live expert workers in a fixed order, and their addresses. `is_complete`: all that are expected
+        are here. With everyone here experts are spread anew, which gives a replacement its predecessor's slots;
+        with someone missing the rest go on as soon as they cover the model. Otherwise: wait for who is to come.
+        """
+        if self.preparing and here.keys() >= _members(self.preparing):
+            return None
+        self.preparing = None
+        considered = (tuple(here.items()), is_complete)
+        if considered == self._considered:
+            return None  # asked at every event: the answer has not changed
+        self._considered = considered
+        wanted = self._everyone(here) if is_complete else self._survivors(here)
+        if wanted is None or (self.published and wanted.workers == self.published.workers):
+            return None
+        self.number += 1
+        self.preparing = wanted
+        return wanted
+
+    def _everyone(self, here: Mapping[Member, str]) -> Placement:
+        replicas = min(self.replicas, len(here))
+        shape = self.shape
+        return spread(
+            self._next, shape.fingerprint, list(here.items()), shape.num_layers, shape.num_experts, replicas
+        )
+
+    def _survivors(self, here: Mapping[Member, str]) -> Placement | None:
+        if self.published is None:
+            return None
+        workers = tuple(worker for worker in self.published.workers if worker.member in here)
+        shape = self.shape
+        survivors = Placement(self._next, shape.fingerprint, shape.num_layers, shape.num_experts, workers)
+        try:
+            survivors.validate()
+        except PlacementError:
+            return None  # some expert has no holder left: a replacement must load it first
+        return survivors
+
+    @property
+    def _next(self) -> EpochId:
+        return EpochId(self.term, self.number + 1)
+
+    def publish(self, prepared: Mapping[Member, EpochId | None]) -> Placement | None:
+        """Once every worker of the placement being prepared has prepared it: that placement, now published."""
+        placement = self.preparing
+        if placement is None or any(prepared.get(m) != placement.epoch for m in _members(placement)):
+            return None
+        self.published, self.preparing = placement, None
+        return placement
+
+    def retire(self, adopted: list[EpochId | None]) -> EpochId | None:
+        """The newest epoch nobody uses any more, once: `adopted` is what every attention worker that may be
+        alive uses. It and all older ones are stale."""
+        if self.published is None or any(epoch != self.published.epoch for epoch in adopted):
+            return None
+        stale = EpochId(self.published.epoch.term, self.published.epoch.number - 1)
+        if self.retired is not None and stale <= self.retired:
+            return None
+        self.retired = stale
+        return stale
+
+
+def _members(placement: Placement) -> set[Member]:
+    return {worker.member for worker in placement.workers}

@@ -1,0 +1,160 @@
+"""What the controller is told, and what it answers: its only inputs and outputs.
+
+Reports come from processes over their member streams, other events from the driver that runs workers, and
+time from the pump. Orders go back over the streams, the other commands to the driver. All are immutable.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from router.membership import Adopted, Health, PeerLost, Prepared
+from router.placement import EpochId, Member, Placement
+
+
+class Role(enum.StrEnum):
+    ATTENTION = "attention"
+    EXPERT = "expert"
+    SCHEDULER = "scheduler"
+    GATEWAY = "gateway"
+
+
+WORKER_ROLES = (Role.ATTENTION, Role.EXPERT)
+
+
+@dataclass(frozen=True)
+class Register:
+    """The first report on every stream."""
+
+    role: Role
+    pid: int
+    node: str
+    device: str
+    address: str  # expert worker: its exchange; gateway: its URL; scheduler: its service
+    slots_max: int = 0  # expert worker: how many experts it can hold; 0: not limited
+    epoch: EpochId | None = None  # the placement it already uses, when the controller has restarted
+
+
+ReportBody = Register | Health | Prepared | Adopted | PeerLost
+
+
+@dataclass(frozen=True)
+class Report:
+    """Something a process says of itself or of what it sees."""
+
+    sender: Member
+    fingerprint: str
+    term: int  # the newest controller term it has seen
+    body: ReportBody
+
+
+@dataclass(frozen=True)
+class Left:
+    """A member's stream has closed. It may come back: only its heartbeats decide whether it is lost."""
+
+    member: Member
+
+
+@dataclass(frozen=True)
+class ActorDied:
+    """The driver says that this worker's process has ended, or could not be started."""
+
+    member: Member
+    detail: str
+
+
+@dataclass(frozen=True)
+class StopAll:
+    """Drain: gateways first, then everything else."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time has passed; everything that came before it has been told."""
+
+
+Event = Report | Left | ActorDied | StopAll | Tick
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Expert worker: load what this placement gives you, then report Prepared."""
+
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Attention worker: connect, use it from the next step on, then report Adopted."""
+
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Retire:
+    """Expert worker: free what only this epoch and older ones held."""
+
+    epoch: EpochId
+
+
+@dataclass(frozen=True)
+class Members:
+    """Scheduler and gateways: the attention workers that are not lost."""
+
+    attention: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """End this process: a gateway drains first."""
+
+    reason: str
+
+
+OrderBody = Prepare | Publish | Retire | Members | Exit
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order as it travels: obeyed only when no newer term has been seen."""
+
+    term: int
+    fingerprint: str
+    body: OrderBody
+
+
+@dataclass(frozen=True)
+class Send:
+    """Command: put this order on the member's stream; lost without harm when it has none."""
+
+    to: Member
+    body: OrderBody
+
+
+@dataclass(frozen=True)
+class StartWorker:
+    """Command: start this life of a worker, unless its number has been taken; report ActorDied at its end."""
+
+    role: Role
+    member: Member
+
+
+@dataclass(frozen=True)
+class WatchWorker:
+    """Command: an earlier controller started it; report ActorDied at its end, or at once if it is gone."""
+
+    member: Member
+
+
+@dataclass(frozen=True)
+class KillWorker:
+    """Command: make sure that this life is over. `pid` 0: it never registered."""
+
+    member: Member
+    pid: int
+    node: str
+    reason: str
+
+
+Command = Send | StartWorker | WatchWorker | KillWorker

@@ -1,0 +1,122 @@
+"""A gateway's process without Ray: HTTP, token service, scheduler link and member link in one loop.
+
+Draining: no new calls, /ready says 503, what runs goes on until its time is up; then everything is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+from typing import Any
+
+from cluster.events import Exit, OrderBody, Register, Role
+from cluster.loop_thread import LoopThread
+from cluster.member_link import ControllerUnreachable, MemberLink, fetch_status
+from cluster.spec import ClusterSpec
+from cluster.version import VERSION
+from gateway.errors import NotReady
+from gateway.http_server import HttpServer
+from gateway.ledger import Ledger
+from gateway.link import SchedulerLink
+from gateway.metrics import GatewayMetrics
+from gateway.model_card import read_model_card
+from gateway.server import create_app
+from gateway.state import GatewayState
+from gateway.token_service import TokenService
+from gateway.wire import Identity
+from router.membership import Health, HealthState
+from router.placement import Member
+
+log = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 30.0
+_CLOSE_TIMEOUT_S = 5.0
+_DRAIN_LOOK_S = 0.05
+_FLUSH_S = 1.0
+"""For the last bytes of calls whose sequences have ended; what has not ended by then is cut off."""
+
+
+class GatewayProcess:
+    def __init__(self, spec: ClusterSpec, member: Member) -> None:
+        """Takes the port. Raises PortInUse or CannotListen."""
+        config = spec.config
+        self._spec, self._member = spec, member
+        self._url = f"http://{config.host}:{config.port}"
+        self._http = HttpServer(config.host, config.port)
+        self._thread = LoopThread("gateway")
+        self._stopping: asyncio.Task[None] | None = None
+        self._member_link = MemberLink(
+            spec.controller_address,
+            spec.token,
+            member,
+            spec.facts.fingerprint,
+            lambda: Register(Role.GATEWAY, os.getpid(), platform.node(), "cpu", self._url),
+            self._health,
+            self._obey,
+            config.cluster.heartbeat_s,
+        )
+
+    def start(self) -> None:
+        """Returns when it serves; calls are refused with 503 until a worker has joined."""
+        self._thread.call(self._serve(), _START_TIMEOUT_S)
+        self._member_link.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive
+
+    async def _serve(self) -> None:
+        spec, config, facts = self._spec, self._spec.config.gateway, self._spec.facts
+        card = read_model_card(
+            spec.config.model_path, name=spec.config.model_name, fingerprint=facts.fingerprint,
+            vocab_size=facts.vocab_size, context=facts.context,
+        )  # fmt: skip
+        metrics = GatewayMetrics()
+        address = spec.token_address(self._member.id, self._member.incarnation)
+        identity = Identity(self._member.id, self._member.incarnation, facts.fingerprint, address)
+        self._link = SchedulerLink(spec.scheduler_address, identity, spec.token, config, metrics)
+        self._ledger = Ledger(self._link, config, metrics)
+        self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
+        self._state = GatewayState(config, card, self._link, self._ledger, metrics, self._status, VERSION)
+        await self._tokens.start()
+        self._link.start(self._ledger)
+        await self._http.start(create_app(self._state), stop_timeout_s=_FLUSH_S)
+
+    async def _status(self) -> dict[str, Any]:
+        config, spec = self._spec.config.gateway, self._spec
+        try:
+            return await fetch_status(spec.controller_address, spec.token, config.status_timeout_s)
+        except ControllerUnreachable as error:
+            raise NotReady(str(error), retry_after_s=config.retry_after_s) from error
+
+    def _health(self) -> Health:
+        state = HealthState.DRAINING if self._state.is_draining else HealthState.READY
+        if not self._state.is_draining and self._state.not_ready:
+            state = HealthState.STARTING
+        return Health(state, detail=self._state.not_ready, gauges={"sequences_open": self._ledger.num_open})
+
+    def _obey(self, order: OrderBody) -> None:
+        """Membership is no news to a gateway: its attempts are closed by the scheduler."""
+        if isinstance(order, Exit):
+            log.info("the gateway drains: %s", order.reason)
+            self._thread.loop.call_soon_threadsafe(self._begin_stop)
+
+    def _begin_stop(self) -> None:
+        if self._stopping is None:
+            self._stopping = self._thread.loop.create_task(self._drain_and_stop())
+
+    async def _drain_and_stop(self) -> None:
+        self._state.is_draining = True
+        self._member_link.report()  # its health says it
+        loop, patience_s = asyncio.get_running_loop(), self._spec.config.cluster.drain_timeout_s
+        deadline_s = loop.time() + patience_s
+        while self._ledger.num_open and loop.time() < deadline_s:
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        if self._ledger.num_open:
+            log.warning("%d sequences are cut off after %g s", self._ledger.num_open, patience_s)
+        await self._http.stop()
+        await self._tokens.stop()
+        await self._link.stop()
+        await asyncio.to_thread(self._member_link.close, _CLOSE_TIMEOUT_S)

@@ -1,0 +1,177 @@
+"""The stream that every process keeps to the controller: register, beat, report; and obey what comes back.
+
+It has threads of its own, so that heartbeats depend on no computation and on nobody's event loop. The stream is
+begun anew whenever it ends, with growing pauses; each begins with Register, and the controller answers with
+what is current, so an order lost with a stream needs no second copy. Orders of an older term, or for another
+checkpoint, are refused and counted. It does not know what orders mean.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+from expertmesh.v1 import control_pb2, control_pb2_grpc
+
+from cluster import wire
+from cluster.auth import auth_metadata
+from cluster.events import OrderBody, Register, Report, ReportBody
+from router.membership import Adopted, Health, PeerLost, Prepared
+from router.placement import Member
+
+log = logging.getLogger(__name__)
+
+_REPORTS_MAX = 256
+_PAUSE_S_MIN = 0.05
+_PAUSE_S_MAX = 1.0
+_MESSAGE_BYTES_MAX = 64 << 20
+_OPTIONS = [
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", _MESSAGE_BYTES_MAX),
+    ("grpc.use_local_subchannel_pool", 1),  # else a new channel inherits the old one's back-off
+]
+
+
+class MemberLink:
+    """`register`, `health` and `on_order` are called on the link's threads and must return at once."""
+
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        sender: Member,
+        fingerprint: str,
+        register: Callable[[], Register],
+        health: Callable[[], Health],
+        on_order: Callable[[OrderBody], None],
+        heartbeat_s: float,
+    ) -> None:
+        self._address, self._token = address, token
+        self._sender, self._fingerprint = sender, fingerprint
+        self._register, self._health, self._on_order = register, health, on_order
+        self._heartbeat_s = heartbeat_s
+        self.term = 0  # newest seen
+        self.orders_refused = 0
+        self.reports_dropped = 0
+        self._changed = threading.Condition()  # guards what follows
+        self._reports: deque[ReportBody] = deque()  # not yet said
+        self._is_beat_due = False
+        self._stream = 0  # which stream may speak
+        self._call: Any = None
+        self._closing = threading.Event()
+        self._has_heard = False
+        self._thread = threading.Thread(target=self._keep, name="member-link", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def report(self, body: Prepared | Adopted | PeerLost | None = None) -> None:
+        """Say this, and how we are, without waiting for the next heartbeat. From any thread.
+
+        Kept while there is no stream; with too many waiting the oldest is dropped and counted: the controller
+        asks again for what it needs.
+        """
+        with self._changed:
+            if body is not None:
+                if len(self._reports) >= _REPORTS_MAX:
+                    self._reports.popleft()
+                    self.reports_dropped += 1
+                self._reports.append(body)
+            self._is_beat_due = True
+            self._changed.notify_all()
+
+    def close(self, timeout_s: float) -> None:
+        """End the stream and the threads. Idempotent."""
+        self._closing.set()
+        self._end_stream()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _keep(self) -> None:
+        pause_s = _PAUSE_S_MIN
+        while not self._closing.is_set():
+            self._has_heard = False
+            try:
+                self._converse()
+            except grpc.RpcError as error:
+                log.info("controller at %s: %s %s", self._address, error.code().name, error.details())
+            except Exception:
+                # The thread's one net: whatever an order did, this process must go on beating, or be killed.
+                log.exception("the stream to the controller at %s broke", self._address)
+            pause_s = _PAUSE_S_MIN if self._has_heard else min(2 * pause_s, _PAUSE_S_MAX)
+            self._closing.wait(pause_s)
+
+    def _converse(self) -> None:
+        """One stream, until it ends."""
+        with grpc.insecure_channel(self._address, options=_OPTIONS) as channel:
+            stub = control_pb2_grpc.ControllerServiceStub(channel)
+            with self._changed:
+                if self._closing.is_set():
+                    return
+                speech = self._speak(self._stream)
+                self._call = stub.Member(speech, metadata=auth_metadata(self._token))
+            try:
+                for message in self._call:
+                    self._has_heard = True
+                    self._obey(message)
+            finally:
+                self._end_stream()
+
+    def _end_stream(self) -> None:
+        with self._changed:
+            self._stream += 1
+            self._changed.notify_all()
+            if self._call is not None:
+                self._call.cancel()
+
+    def _speak(self, stream: int) -> Iterator[control_pb2.MemberReport]:
+        """On gRPC's thread: what is to be said on this stream."""
+        yield self._sealed(self._register())
+        while True:
+            while (body := self._next_report(stream)) is not None:
+                yield self._sealed(body)
+            yield self._sealed(self._health())
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_beat_due or self._stream != stream, self._heartbeat_s)
+                self._is_beat_due = False
+                if self._stream != stream:
+                    return
+
+    def _next_report(self, stream: int) -> ReportBody | None:
+        with self._changed:
+            return self._reports.popleft() if self._reports and self._stream == stream else None
+
+    def _sealed(self, body: ReportBody) -> control_pb2.MemberReport:
+        return wire.encode_report(Report(self._sender, self._fingerprint, self.term, body))
+
+    def _obey(self, message: control_pb2.MemberOrder) -> None:
+        order = wire.decode_order(message)
+        if order.term < self.term or order.fingerprint != self._fingerprint:
+            self.orders_refused += 1
+            log.warning(
+                "order of term %d for checkpoint %s refused; ours: term %d, %s",
+                order.term, order.fingerprint, self.term, self._fingerprint,
+            )  # fmt: skip
+            return
+        self.term = order.term
+        self._on_order(order.body)
+
+
+async def fetch_status(address: str, token: str, timeout_s: float) -> dict[str, Any]:
+    """The controller's status document. Raises ControllerUnreachable."""
+    try:
+        async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+            stub = control_pb2_grpc.ControllerServiceStub(channel)
+            call = stub.Status(control_pb2.StatusRequest(), metadata=auth_metadata(token), timeout=timeout_s)
+            return wire.decode_status(await call)
+    except grpc.aio.AioRpcError as error:
+        raise ControllerUnreachable(f"the controller cannot be reached ({error.code().name})") from error
+
+
+class ControllerUnreachable(Exception):
+    """It does not answer; it may be starting anew."""

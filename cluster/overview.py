@@ -1,0 +1,82 @@
+"""The status document: what a person or script may want to know of a cluster, as plain JSON values. Pure.
+
+`expertmesh status --json` prints it as it is; field names are promises (DESIGN section 10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.controller import Companion, Controller
+from cluster.events import Role
+from cluster.lifecycle import WorkerState
+from cluster.roster import Worker
+
+
+def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> dict[str, Any]:
+    """`about`: what the shell knows and no decision needs (model path, transport, addresses)."""
+    epochs, shape = controller.epochs, controller.shape
+    published = epochs.published
+    companions = sorted(controller.companions.values(), key=lambda companion: companion.member)
+    schedulers = [_companion(c, now_s) for c in companions if c.register.role is Role.SCHEDULER]
+    return {
+        **about,
+        "fingerprint": shape.fingerprint,
+        "num_layers": shape.num_layers,
+        "num_experts": shape.num_experts,
+        "term": controller.term,
+        "phase": controller.phase.value,
+        "uptime_s": round(now_s - controller.began_s, 1),
+        "epoch": {"term": published.epoch.term, "number": published.epoch.number} if published else None,
+        "replicas": epochs.replicas,
+        "reports_refused": controller.reports_refused,
+        "workers": [_worker(controller, worker, now_s) for worker in controller.roster.workers.values()],
+        "scheduler": schedulers[-1] if schedulers else None,
+        "gateways": [_companion(c, now_s) for c in companions if c.register.role is Role.GATEWAY],
+        "failures": [
+            {"id": failure.member.id, "incarnation": failure.member.incarnation, "reason": failure.reason,
+             "ago_s": round(now_s - failure.at_s, 1)}
+            for failure in controller.roster.failures
+        ],
+    }  # fmt: skip
+
+
+def _worker(controller: Controller, worker: Worker, now_s: float) -> dict[str, Any]:
+    newest = controller.epochs.newest
+    placed = [w for w in newest.workers if w.member == worker.member] if newest else []
+    register = worker.register
+    detail = worker.health.detail
+    if worker.state in (WorkerState.WAITING, WorkerState.FAILED):
+        detail = worker.detail
+    elif worker.state is WorkerState.STARTING and worker.detail:
+        detail = f"again, after: {worker.detail}"
+    return {
+        "id": worker.id,
+        "role": worker.role.value,
+        "pid": register.pid if register else None,
+        "node": register.node if register else None,
+        "device": register.device if register else None,
+        "state": worker.state.value,
+        "detail": detail,
+        "incarnation": worker.incarnation,
+        "bytes_loaded": worker.health.bytes_loaded,
+        "bytes_total": worker.health.bytes_total,
+        "slots": sum(len(w.experts) for w in placed),
+        "epoch": {"term": worker.epoch.term, "number": worker.epoch.number} if worker.epoch else None,
+        "silent_s": round(now_s - worker.heard_s, 1) if register else None,
+        "gauges": dict(worker.health.gauges),
+    }
+
+
+def _companion(companion: Companion, now_s: float) -> dict[str, Any]:
+    return {
+        "id": companion.member.id,
+        "pid": companion.register.pid,
+        "node": companion.register.node,
+        "address": companion.register.address,
+        "incarnation": companion.member.incarnation,
+        "state": companion.health.state.value,
+        "silent_s": round(now_s - companion.heard_s, 1),
+        "gauges": dict(companion.health.gauges),
+    }

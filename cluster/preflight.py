@@ -1,0 +1,123 @@
+"""Everything that can be found wrong before a process is started: checkpoint, port, memory, relations.
+
+Reads the checkpoint's headers, never its tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from cluster.config import Config
+from cluster.spec import CheckpointFacts
+from gateway.errors import GatewayError
+from gateway.http_server import bind
+from gateway.model_card import read_model_card
+from model.checkpoint import Checkpoint, attention_tensor_names, expert_tensor_names
+from model.errors import ModelError
+from model.exact import bf16_products
+from model.memory import available_bytes
+from router.config import link_bytes_needed
+
+_PROCESS_BYTES = 320 << 20
+"""What a process takes before it holds anything: Python, torch and Ray (measured: 300 to 340 MB)."""
+_OTHER_PROCESSES = 6
+"""Ray's own, controller, scheduler, gateway: together about as much as so many workers."""
+
+
+class PreflightError(Exception):
+    """Names the field or file, what it is and what is accepted."""
+
+
+@dataclass(frozen=True)
+class RoleBytes:
+    """Bytes of weights as stored, of one attention worker and of all experts once."""
+
+    attention: int
+    experts: int
+
+
+def check(config: Config) -> tuple[Config, CheckpointFacts]:
+    """The configuration fitted to the checkpoint, and the checkpoint's facts. Raises PreflightError."""
+    try:
+        checkpoint = Checkpoint.open(config.model_path)
+        facts = _facts(checkpoint)
+        read_model_card(
+            config.model_path, name=config.model_name, fingerprint=facts.fingerprint, vocab_size=facts.vocab_size,
+            context=facts.context,
+        )  # fmt: skip
+        fitted = _fit(config, checkpoint)
+        is_widened = _dtype(config, checkpoint) == "float32" or not bf16_products()
+        factor = 2 if is_widened and checkpoint.config.dtype == "bfloat16" else 1
+        check_memory(config, role_bytes(checkpoint), factor, available_bytes())
+        bind(config.host, config.port).close()
+    except (ModelError, GatewayError) as error:
+        raise PreflightError(str(error)) from error
+    return fitted, facts
+
+
+def _facts(checkpoint: Checkpoint) -> CheckpointFacts:
+    model, context = checkpoint.config, checkpoint.config.max_position_embeddings
+    return CheckpointFacts(checkpoint.fingerprint, model.num_layers, model.num_experts, model.vocab_size, context)
+
+
+def _fit(config: Config, checkpoint: Checkpoint) -> Config:
+    """Links wide enough for the largest step; refuses what no link could carry."""
+    model, router, rows = checkpoint.config, config.router, config.scheduler.step_tokens_max
+    if rows > router.rows_max:
+        raise PreflightError(
+            f"scheduler.step_tokens_max: {rows}; accepted: at most router.rows_max, {router.rows_max}"
+        )
+    if model.experts_per_token > router.experts_per_row_max:
+        raise PreflightError(
+            f"router.experts_per_row_max: {router.experts_per_row_max}; accepted: at least "
+            f"{model.experts_per_token}, the experts per token of {config.model}"
+        )
+    if config.attention.model_len_max > model.max_position_embeddings:
+        raise PreflightError(
+            f"attention.model_len_max (--max-model-len): {config.attention.model_len_max}; accepted: at most "
+            f"{model.max_position_embeddings}, which {config.model} allows"
+        )
+    element_bytes = 4 if _dtype(config, checkpoint) == "float32" else 2
+    needed = link_bytes_needed(
+        rows, model.experts_per_token, model.hidden_size, element_bytes, router.parcels_in_flight_max
+    )
+    wide = dataclasses.replace(router, link_bytes_max=max(router.link_bytes_max, needed))
+    return config.model_copy(update={"router": wide})
+
+
+def _dtype(config: Config, checkpoint: Checkpoint) -> str:
+    return checkpoint.config.dtype if config.attention.dtype == "auto" else config.attention.dtype
+
+
+def role_bytes(checkpoint: Checkpoint) -> RoleBytes:
+    model = checkpoint.config
+    experts = sum(
+        checkpoint.nbytes(expert_tensor_names(model, layer, expert))
+        for layer in range(model.num_layers)
+        for expert in range(model.num_experts)
+    )
+    return RoleBytes(checkpoint.nbytes(attention_tensor_names(model)), experts)
+
+
+def check_memory(config: Config, weights: RoleBytes, factor: int, available: int) -> None:
+    """All workers are on this host. `factor`: bytes held per byte stored, where bf16 is kept as float32.
+
+    Raises PreflightError with the sum, and what would make it smaller.
+    """
+    pools = config.pools
+    attention = pools.attention_workers * (factor * weights.attention + config.attention.kv_bytes)
+    experts = pools.replicas * factor * weights.experts
+    processes = (pools.attention_workers + pools.expert_workers + _OTHER_PROCESSES) * _PROCESS_BYTES
+    needed = attention + experts + processes
+    if needed > available:
+        raise PreflightError(
+            f"memory: {_gib(available)} available, {_gib(needed)} needed: {pools.attention_workers} attention "
+            f"worker(s) with weights and keys and values {_gib(attention)}, experts {pools.replicas} time(s) "
+            f"{_gib(experts)}, processes {_gib(processes)}; accepted: a smaller checkpoint, fewer "
+            f"--attention-workers or --replicas, a smaller --kv-memory, or more memory"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

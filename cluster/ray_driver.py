@@ -1,0 +1,290 @@
+"""Ray, as the rest of the cluster needs it: run workers as actors, and host a cluster from `serve`.
+
+Ray starts and ends processes, keeps the store, and says when a process has died. Nothing on a token's path,
+and no heartbeat, is a Ray call. `RAY_AUTH_MODE` must be set before this module is imported (Ray reads it then).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import RayError
+
+from cluster.config import Config
+from cluster.events import ActorDied, KillWorker, Role, StartWorker, WatchWorker
+from cluster.ray_store import RayStore
+from cluster.spec import ClusterSpec
+from router.placement import Member
+
+log = logging.getLogger(__name__)
+
+_OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; we put nothing into it
+_ACTOR_ANSWER_S = 10.0
+_CLOSE_S = 5.0
+_LAUNCH_WAIT_S = 60.0
+_SERVE_NAMESPACE = "serve"
+_RAY_TITLE = "ray::"  # how Ray names the processes of its actors
+
+
+def namespace(cluster_name: str) -> str:
+    """Actors of clusters with different names never meet."""
+    return f"expertmesh-{cluster_name}"
+
+
+def actor_environment(threads: int) -> dict[str, Any]:
+    """One compute thread per process unless told otherwise: idle OpenMP threads steal cores (DESIGN 11)."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {"env_vars": {**{name: str(threads) for name in names}, "TOKENIZERS_PARALLELISM": "false"}}
+
+
+class RayWorkers:
+    """A WorkerDriver: each life of a worker is a detached actor that is never restarted.
+
+    Ray is asked from one thread of its own, in order; at most a start and a kill per worker wait there.
+    """
+
+    def __init__(self, spec: ClusterSpec, store: RayStore, actors: Mapping[Role, Any]) -> None:
+        """`actors`: the actor class of each role, built from (spec as JSON, id, incarnation)."""
+        self._spec, self._store, self._actors = spec, store, actors
+        self._namespace = namespace(spec.config.cluster.name)
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="ray-workers")
+        self._on_died: Callable[[ActorDied], None] = log.info
+
+    def bind(self, on_died: Callable[[ActorDied], None]) -> None:
+        self._on_died = on_died
+
+    def start(self, command: StartWorker) -> None:
+        self._asking.submit(self._guarded, command.member, lambda: self._start(command))
+
+    def watch(self, command: WatchWorker) -> None:
+        self._asking.submit(self._guarded, command.member, lambda: self._watch(command.member))
+
+    def kill(self, command: KillWorker) -> None:
+        if command.node in ("", platform.node()) and command.pid:
+            _end_process(command.pid)  # at once, and also when it is stopped and would not hear Ray
+        self._asking.submit(self._guarded, command.member, lambda: self._kill(command.member))
+
+    def close(self) -> None:
+        self._asking.shutdown(wait=True)
+
+    def _guarded(self, member: Member, ask: Callable[[], None]) -> None:
+        try:
+            ask()
+        except (RayError, ValueError, TimeoutError) as error:
+            self._on_died(ActorDied(member, f"Ray: {_cause(error)}"))
+
+    def _start(self, command: StartWorker) -> None:
+        member, config = command.member, self._spec.config
+        if not self._store.claim(member.id, member.incarnation):
+            self._on_died(ActorDied(member, "this incarnation was taken by another controller"))
+            return
+        threads = config.attention.threads if command.role is Role.ATTENTION else config.expert.threads
+        options = self._actors[command.role].options(
+            name=_actor_name(member), namespace=self._namespace, lifetime="detached", max_restarts=0, num_cpus=0,
+            resources=_pool_resources(command.role), runtime_env=actor_environment(threads),
+        )  # fmt: skip
+        self._follow(member, options.remote(self._spec.to_json(), member.id, member.incarnation))
+
+    def _watch(self, member: Member) -> None:
+        self._follow(member, ray.get_actor(_actor_name(member), namespace=self._namespace))
+
+    def _follow(self, member: Member, actor: Any) -> None:
+        """Its `watch` ends with the worker, one way or the other."""
+
+        def ended(future: Any) -> None:
+            error = future.exception()
+            if error is None:
+                self._asking.submit(ray.kill, actor, no_restart=True)  # stopped as told: its process may go
+            detail = f"exited: {future.result()}" if error is None else _cause(error)
+            self._on_died(ActorDied(member, detail))
+
+        actor.watch.remote().future().add_done_callback(ended)
+
+    def _kill(self, member: Member) -> None:
+        with contextlib.suppress(ValueError):  # there is no such actor (any more)
+            ray.kill(ray.get_actor(_actor_name(member), namespace=self._namespace), no_restart=True)
+
+
+class RayHost:
+    """What `serve` does with Ray: start or join it, launch a cluster on it, and leave nothing behind."""
+
+    def __init__(self, config: Config, temp_dir: str) -> None:
+        """`temp_dir`: for Ray's sockets and logs when we start it. Raises ClusterExists."""
+        life = config.cluster
+        self._config = config
+        self._owns_ray = life.ray_address is None
+        self._spec: ClusterSpec | None = None
+        self._launching: Future[None] | None = None
+        self._owns_serve = False
+        own: dict[str, Any] = {
+            "_temp_dir": temp_dir, "_node_ip_address": "127.0.0.1", "include_dashboard": life.dashboard,
+            "dashboard_host": "127.0.0.1", "num_cpus": max(1, os.cpu_count() or 1),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }  # fmt: skip
+        ray.init(
+            address="local" if self._owns_ray else life.ray_address, namespace=namespace(life.name),
+            log_to_driver=False, logging_level=logging.ERROR, **(own if self._owns_ray else {}),
+        )  # fmt: skip
+        if names := list(self._names()):
+            ray.shutdown()
+            raise ClusterExists(
+                f"cluster.name: {life.name!r} is taken on this Ray by actors {', '.join(sorted(names))}; "
+                "accepted: another name, or end that cluster first"
+            )
+
+    def launch(self, spec: ClusterSpec, controller: Any, scheduler: Any, gateway: Any) -> Future[None]:
+        """Start the deciders, which start the workers, and the gateway. Fails with LaunchFailed and the reason."""
+        self._spec = spec
+        self._launching = _in_background(lambda: self._launch(controller, scheduler, gateway))
+        return self._launching
+
+    def _launch(self, controller: Any, scheduler: Any, gateway: Any) -> None:
+        try:
+            self._controller = self._decider("controller", controller)
+            answers = [self._controller.ready.remote(), self._decider("scheduler", scheduler).ready.remote()]
+            self._run_gateway(gateway)  # meanwhile they start
+            ray.get(answers, timeout=self._config.cluster.startup_timeout_s)
+        except (RayError, TimeoutError) as error:
+            raise LaunchFailed(_cause(error)) from error
+
+    def _run_gateway(self, gateway: Any) -> None:
+        """Serve owns the gateway's life; bytes take its own HTTP server, so that Serve's proxy is off and its
+        bound on calls, which none passes, lies above every bound of ours."""
+        from ray import serve  # only here: it costs a worker's process a second and 50 MB
+
+        assert self._spec is not None
+        self._owns_serve = _SERVE_NAMESPACE not in {actor["namespace"] for actor in _named_actors()}
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        deploy = serve.deployment(
+            name="gateway", num_replicas=1, max_ongoing_requests=1 << 20,
+            ray_actor_options={"num_cpus": 0, "runtime_env": actor_environment(1)},
+        )  # fmt: skip
+        try:
+            serve.run(deploy(gateway).bind(self._spec.to_json()), name=self._application, route_prefix=None)
+        except RuntimeError as error:  # says that it failed; the application's status says why
+            deployments = serve.status().applications[self._application].deployments
+            raise LaunchFailed(f"gateway: {_cause(deployments['gateway'].message or error)}") from error
+
+    def _decider(self, name: str, actor_class: Any) -> Any:
+        """Restarted by Ray for ever, each life with a new term."""
+        assert self._spec is not None
+        return actor_class.options(
+            name=name, lifetime="detached", max_restarts=-1, num_cpus=0, runtime_env=actor_environment(1)
+        ).remote(self._spec.to_json())
+
+    def drain(self) -> None:
+        """Begin to end the cluster in order."""
+        ray.get(self._controller.drain.remote(), timeout=_ACTOR_ANSWER_S)
+
+    @property
+    def _application(self) -> str:
+        return namespace(self._config.cluster.name)
+
+    def close(self, is_hurried: bool) -> None:
+        """End everything of this cluster that is left, and Ray if we started it: by asking, or killing at once."""
+        if self._owns_ray and is_hurried:
+            end_children(grace_s=0.0)
+            return
+        if self._launching is not None:
+            wait([self._launching], _LAUNCH_WAIT_S)  # never end Ray under a call to it, nor what is not there yet
+        if self._owns_ray:
+            family = psutil.Process().children(recursive=True)
+            ray.shutdown()
+            end_children(_CLOSE_S, family)
+        elif self._spec is not None:
+            self._remove(self._spec.cluster_id)
+            ray.shutdown()
+
+    def _remove(self, cluster_id: str) -> None:
+        """From a Ray that others go on using."""
+        from ray import serve
+
+        if self._owns_serve:
+            serve.shutdown()
+        else:
+            serve.delete(self._application)
+        for name in list(self._names()):
+            with contextlib.suppress(ValueError):  # it has ended by itself
+                ray.kill(ray.get_actor(name), no_restart=True)
+        RayStore(cluster_id).clear()
+
+    def _names(self) -> Iterator[str]:
+        own = namespace(self._config.cluster.name)
+        return (actor["name"] for actor in _named_actors() if actor["namespace"] == own)
+
+
+def _named_actors() -> list[dict[str, str]]:
+    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return actors
+
+
+def end_children(grace_s: float, family: Sequence[psutil.Process] = ()) -> None:
+    """Every process that this one has started, and theirs, ends: by itself within the grace, or killed.
+
+    `family`: some of them, noted while their parents still lived.
+    """
+    _, alive = psutil.wait_procs({*family, *psutil.Process().children(recursive=True)}, grace_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, _CLOSE_S)
+
+
+def _in_background(work: Callable[[], None]) -> Future[None]:
+    """On a thread that ends with the process: Ray's calls cannot be interrupted."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except Exception as error:  # the waiter's to handle, as in any executor
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="launch", daemon=True).start()
+    return future
+
+
+class ClusterExists(Exception):
+    """A cluster of this name runs on the Ray that was to be joined."""
+
+
+class LaunchFailed(Exception):
+    """A decider or the gateway could not be started, and why."""
+
+
+def _actor_name(member: Member) -> str:
+    return f"{member.id}#{member.incarnation}"
+
+
+def _pool_resources(role: Role) -> dict[str, float]:
+    """Where the Ray that was joined declares pools, workers go where their pool is."""
+    name = f"expertmesh_{role.value}"
+    return {name: 1.0} if name in ray.cluster_resources() else {}  # type: ignore[no-untyped-call]
+
+
+def _end_process(pid: int) -> None:
+    """SIGKILL, if the process is one of Ray's: a number may be another's by now."""
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        if psutil.Process(pid).cmdline()[:1] and psutil.Process(pid).cmdline()[0].startswith(_RAY_TITLE):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _cause(error: BaseException | str) -> str:
+    """Ray wraps reasons in pages: of a traceback the last line is what happened, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    is_traceback = any(line.startswith("File ") for line in lines)
+    return lines[-1] if is_traceback else lines[0]

@@ -1,0 +1,218 @@
+"""The workers that should be there, and those that are: started, heard, lost, started again. Pure.
+
+Each worker id has one record and at most one life (incarnation) that counts; whatever an earlier life says is
+refused. Loss is final: a lost life is killed before its number is left behind. Placement is not known here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cluster.events import Command, KillWorker, Register, Role, StartWorker, WatchWorker
+from cluster.lifecycle import LIVE, Change, WorkerState, after
+from router.membership import Health, HealthState
+from router.placement import EpochId, Member
+
+FAILURES_REMEMBERED_MAX = 64
+NOT_HEARD = Health(HealthState.STARTING)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the controller waits, and how often it tries."""
+
+    member_deadline_s: float = 5.0
+    """A registered worker silent for so long is lost. Several heartbeats: a busy machine delays some."""
+
+    startup_timeout_s: float = 120.0
+    """Longest start of a process until it registers, and longest work on an order without a byte of progress."""
+
+    restarts_max: int = 3
+    """Failures in a row, none followed by `settled_s` of service, after which a worker is given up."""
+
+    settled_s: float = 60.0
+    """Service for so long makes the next failure count as the first."""
+
+    backoff_s_min: float = 0.5
+    """Wait before the second restart in a row (the first is at once); doubles with each further one."""
+
+    backoff_s_max: float = 30.0
+
+
+def worker_ids(pools: Mapping[Role, int]) -> dict[str, Role]:
+    """`attention-0`, `expert-0`, …: the workers of both pools by name."""
+    return {f"{role.value}-{index}": role for role, size in pools.items() for index in range(size)}
+
+
+class Failure(NamedTuple):
+    at_s: float
+    member: Member
+    reason: str
+
+
+@dataclass
+class Worker:
+    """What is known of one worker. `incarnation` 0: never started; `register` None: not registered."""
+
+    role: Role
+    id: str
+    incarnation: int = 0
+    state: WorkerState = WorkerState.WAITING
+    register: Register | None = None
+    health: Health = NOT_HEARD
+    detail: str = ""  # why it is waiting or has failed
+    since_s: float = 0.0  # in this state; while it waits, when its next start is due
+    heard_s: float = 0.0
+    epoch: EpochId | None = None  # last one it prepared (expert) or adopted (attention)
+    owes: EpochId | None = None  # the epoch it was ordered to prepare or adopt, until it says so
+    progress_s: float = 0.0  # when it was ordered to, or last loaded something
+    failures: int = 0  # in a row
+    has_served: bool = False  # some life of it has been ready
+
+    @property
+    def member(self) -> Member:
+        return Member(self.id, self.incarnation)
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in LIVE
+
+    def change(self, change: Change, now_s: float) -> None:
+        state = after(self.state, change)
+        if state is not self.state:
+            self.state, self.since_s = state, now_s
+
+
+@dataclass
+class Roster:
+    patience: Patience
+    workers: dict[str, Worker]
+    failures: deque[Failure] = field(default_factory=lambda: deque(maxlen=FAILURES_REMEMBERED_MAX))
+
+    @classmethod
+    def expecting(
+        cls, patience: Patience, pools: Mapping[Role, int], incarnations: Mapping[str, int], now_s: float
+    ) -> tuple[Roster, list[Command]]:
+        """The workers of both pools, and what to do about those that may be there already.
+
+        `incarnations`: the newest life of each that an earlier controller ordered. Those may be alive, so they
+        are watched, and have `startup_timeout_s` to register; the others are started by `start_due`.
+        """
+        workers = {id_: Worker(role, id_, since_s=now_s) for id_, role in worker_ids(pools).items()}
+        commands: list[Command] = []
+        for worker in workers.values():
+            if incarnations.get(worker.id, 0):
+                worker.incarnation = incarnations[worker.id]
+                worker.change(Change.ORDER, now_s)
+                commands.append(WatchWorker(worker.member))
+        return cls(patience, workers), commands
+
+    def pool(self, role: Role) -> list[Worker]:
+        return [worker for worker in self.workers.values() if worker.role is role]
+
+    def live(self, role: Role) -> list[Worker]:
+        return [worker for worker in self.pool(role) if worker.is_live]
+
+    def find(self, member: Member) -> Worker | None:
+        """The worker whose present, unfinished life this is."""
+        worker = self.workers.get(member.id)
+        is_present = (
+            worker is not None
+            and worker.incarnation == member.incarnation
+            and (worker.is_live or worker.state is WorkerState.STARTING)
+        )
+        return worker if is_present else None
+
+    def register(self, worker: Worker, register: Register, now_s: float) -> None:
+        worker.register, worker.epoch, worker.owes, worker.heard_s = register, register.epoch, None, now_s
+        worker.has_served = worker.has_served or register.epoch is not None
+        worker.change(Change.REGISTER, now_s)
+
+    def hear(self, worker: Worker, health: Health, now_s: float) -> list[Command]:
+        """A heartbeat. Before registering it means nothing."""
+        if not worker.is_live:
+            return []
+        if health.bytes_loaded != worker.health.bytes_loaded:
+            worker.progress_s = now_s
+        worker.heard_s, worker.health = now_s, health
+        if health.state == HealthState.FAILED:
+            return self.lose(worker, health.detail or "failed without a reason", now_s, is_its_own_word=True)
+        return []
+
+    def owe(self, worker: Worker, epoch: EpochId, now_s: float) -> None:
+        """It has been ordered to prepare or adopt this epoch."""
+        if worker.epoch == epoch:
+            self.settle(worker, epoch, now_s)
+        elif worker.owes != epoch:
+            worker.owes, worker.progress_s = epoch, now_s
+
+    def settle(self, worker: Worker, epoch: EpochId, now_s: float) -> None:
+        """It has prepared or adopted this epoch: it serves."""
+        worker.epoch = epoch if worker.epoch is None else max(worker.epoch, epoch)
+        worker.owes = None if worker.owes == epoch else worker.owes
+        worker.change(Change.READY, now_s)
+        worker.has_served = True
+
+    def lose(self, worker: Worker, reason: str, now_s: float, is_its_own_word: bool = False) -> list[Command]:
+        """This life is over: kill it, and start another after a back-off, or give the worker up.
+
+        A worker that itself says why it cannot serve, and never has, would say so again: it is given up.
+        """
+        self.failures.append(Failure(now_s, worker.member, reason))
+        pid, node = (worker.register.pid, worker.register.node) if worker.register else (0, "")
+        kill = KillWorker(worker.member, pid, node, reason)
+        has_settled = worker.state is WorkerState.READY and now_s - worker.since_s >= self.patience.settled_s
+        worker.failures = 1 if has_settled else worker.failures + 1
+        is_hopeless = is_its_own_word and not worker.has_served
+        gives_up = is_hopeless or worker.failures > self.patience.restarts_max
+        worker.change(Change.GIVE_UP if gives_up else Change.LOST, now_s)
+        worker.since_s = now_s + self._backoff_s(worker.failures) if not gives_up else now_s
+        worker.detail, worker.register, worker.epoch, worker.owes = reason, None, None, None
+        worker.health = NOT_HEARD
+        return [kill]
+
+    def _backoff_s(self, failures: int) -> float:
+        patience = self.patience
+        return 0.0 if failures < 2 else min(patience.backoff_s_max, patience.backoff_s_min * 2.0 ** (failures - 2))
+
+    def judge(self, now_s: float) -> list[Command]:
+        """Lose who has missed a deadline."""
+        commands: list[Command] = []
+        for worker in self.workers.values():
+            if reason := self._overdue(worker, now_s):
+                commands += self.lose(worker, reason, now_s)
+        return commands
+
+    def start_due(self, now_s: float) -> list[Command]:
+        """Start who is missing, once the back-off of each has passed."""
+        commands: list[Command] = []
+        for worker in self.workers.values():
+            if worker.state is WorkerState.WAITING and now_s >= worker.since_s:
+                worker.incarnation += 1
+                worker.change(Change.ORDER, now_s)
+                commands.append(StartWorker(worker.role, worker.member))
+        return commands
+
+    def _overdue(self, worker: Worker, now_s: float) -> str:
+        patience = self.patience
+        if worker.state is WorkerState.STARTING and now_s - worker.since_s > patience.startup_timeout_s:
+            return f"did not register within {patience.startup_timeout_s:g} s"
+        if worker.is_live and now_s - worker.heard_s > patience.member_deadline_s:
+            return f"silent for {now_s - worker.heard_s:.1f} s"
+        if worker.owes and now_s - worker.progress_s > patience.startup_timeout_s:
+            return f"no progress for {now_s - worker.progress_s:.0f} s ({worker.health.detail or 'loading'})"
+        return ""
+
+    def restart_deadlines(self, now_s: float) -> None:
+        """We were not looking for a while: nobody is late yet."""
+        for worker in self.workers.values():
+            worker.heard_s = worker.progress_s = now_s
+            if worker.state is WorkerState.STARTING:
+                worker.since_s = now_s
+
+    def stop(self, now_s: float) -> None:
+        for worker in self.workers.values():
+            worker.change(Change.STOP, now_s)

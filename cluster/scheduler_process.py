@@ -1,0 +1,90 @@
+"""The scheduler's process without Ray: its server in a loop of its own, joined to the controller.
+
+One life is one term. A scheduler that is superseded or has failed ends its process: whoever runs it starts the
+next term, and running work never notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+
+from cluster.events import Exit, Members, OrderBody, Register, Role
+from cluster.loop_thread import LoopThread
+from cluster.member_link import MemberLink
+from cluster.scheduler.core import Scheduler
+from cluster.scheduler.events import Incarnation, MembersExpected
+from cluster.scheduler.server import SchedulerServer
+from cluster.spec import ClusterSpec
+from router.membership import Health, HealthState
+from router.placement import Member
+
+log = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 5.0
+
+
+class SchedulerProcess:
+    def __init__(self, spec: ClusterSpec, term: int) -> None:
+        self._address = spec.scheduler_address
+        self._state = HealthState.STARTING
+        self._thread = LoopThread("scheduler")
+        self._spec, self._term = spec, term
+        self._server: SchedulerServer | None = None
+        self._link = MemberLink(
+            spec.controller_address,
+            spec.token,
+            Member("scheduler", term),
+            spec.facts.fingerprint,
+            lambda: Register(Role.SCHEDULER, os.getpid(), platform.node(), "cpu", self._address),
+            self._health,
+            self._obey,
+            spec.config.cluster.heartbeat_s,
+        )
+
+    def start(self) -> None:
+        """Returns when it serves. Raises AddressUnusable while an earlier life still holds the address."""
+        self._thread.call(self._serve(), _START_TIMEOUT_S)
+        self._link.start()
+
+    async def _serve(self) -> None:
+        scheduler = Scheduler(self._spec.config.scheduler, self._term, self._spec.facts.fingerprint)
+        self._server = SchedulerServer(scheduler, self._spec.token)
+        await self._server.start(self._address)
+        self._state = HealthState.READY
+        self._ending = asyncio.create_task(self._end_with(self._server))
+
+    async def _end_with(self, server: SchedulerServer) -> None:
+        try:
+            log.error("term %d is superseded by term %d", self._term, await server.wait())
+        except Exception:
+            # The process's one net: a decider in doubt ends, and the next term starts from what its peers say.
+            log.exception("term %d has failed", self._term)
+        os._exit(1)
+
+    def _health(self) -> Health:
+        gauges = self._server.snapshot() if self._server is not None else {}
+        return Health(self._state, gauges=gauges)
+
+    def _obey(self, order: OrderBody) -> None:
+        loop = self._thread.loop
+        match order:
+            case Members(attention):
+                workers = frozenset(Incarnation(member.id, member.incarnation) for member in attention)
+                if self._server is not None:
+                    loop.call_soon_threadsafe(self._server.post, MembersExpected(workers))
+            case Exit(reason):
+                log.info("the scheduler stops: %s", reason)
+                loop.call_soon_threadsafe(lambda: loop.create_task(self._stop()))
+            case _:
+                log.warning("the scheduler was ordered %s, which is not for it", type(order).__name__)
+
+    async def _stop(self) -> None:
+        """The process stays, idle, until it is ended from outside: ending itself, it would be restarted."""
+        self._ending.cancel()
+        if self._server is not None:
+            await self._server.stop()
+        await asyncio.to_thread(self._link.close, _STOP_TIMEOUT_S)

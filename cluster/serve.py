@@ -1,0 +1,221 @@
+"""`expertmesh serve`, from configuration to exit code: check, launch, show, wait, drain, leave nothing behind.
+
+Exit codes: 0 ended in order · 1 it could not start, or has failed · 2 something to correct before starting ·
+130 ended at once: told to before it was ready, or told twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from cluster.config import Config
+from cluster.member_link import ControllerUnreachable, fetch_status
+from cluster.preflight import PreflightError, check
+from cluster.progress import LoadingDisplay, loading_display
+from cluster.spec import ClusterSpec
+
+if TYPE_CHECKING:
+    from cluster.ray_driver import RayHost
+
+_LOOK_S = 0.25
+_WATCH_S = 1.0
+_STATUS_TIMEOUT_S = 5.0
+_STOP_MARGIN_S = 20.0
+
+
+class StartFailed(Exception):
+    """Why the cluster did not become ready, in the words of what failed."""
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: the first asks for an orderly end, the second hurries it."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    def install(self) -> None:
+        """Again after Ray has installed its own."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._asked)
+
+    def _asked(self, _number: int, _frame: FrameType | None) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+
+
+def serve(config: Config) -> int:
+    """Blocks until the cluster has ended."""
+    console, stop, began_s = Console(), Stop(), time.monotonic()
+    stop.install()
+    try:
+        fitted, facts = check(config)
+    except PreflightError as error:
+        print(f"expertmesh serve: {error}", file=sys.stderr)
+        return 2
+    spec = ClusterSpec(secrets.token_hex(4), secrets.token_urlsafe(24), fitted, facts)
+    try:
+        with _ray(spec, stop, console) as (host, launching), asyncio.Runner() as runner:
+            cluster = _Cluster(spec, host, stop, console, runner)
+            if not cluster.come_up(launching, began_s):
+                raise KeyboardInterrupt  # nothing runs yet that could be finished
+            cluster.watch()
+            cluster.drain()
+    except StartFailed as error:
+        print(f"expertmesh serve: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, SystemExit):
+        print("expertmesh serve: ended at once", file=sys.stderr, flush=True)
+        os._exit(130)  # Ray would wait at exit for what has been killed
+    return 0
+
+
+@contextmanager
+def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[RayHost, Future[None]]]:
+    """Ray, with the cluster being launched on it; whatever happens, nothing of it is left afterwards."""
+    _prepare_environment(spec.config)
+    # After the environment: Ray reads it when it is imported.
+    from cluster import actors
+    from cluster.ray_driver import ClusterExists, LaunchFailed, RayHost, end_children
+
+    temp_dir = tempfile.mkdtemp(prefix="em-", dir="/tmp")  # short: Unix socket paths may have 107 characters
+    joined = spec.config.cluster.ray_address
+    host: RayHost | None = None
+    is_hurried = False
+    try:
+        console.print(f"joining Ray at {joined}" if joined else "starting Ray", highlight=False)
+        host = RayHost(spec.config, temp_dir)
+        stop.install()
+        console.print("starting controller, scheduler, workers, gateway", highlight=False)
+        yield host, host.launch(spec, actors.ControllerActor, actors.SchedulerActor, actors.GatewayReplica)
+    except (ClusterExists, LaunchFailed, ConnectionError) as error:
+        raise StartFailed(str(error)) from error
+    except (KeyboardInterrupt, SystemExit):
+        is_hurried = True
+        raise
+    finally:
+        try:
+            if host is not None:
+                host.close(is_hurried)
+        finally:
+            end_children(grace_s=0.0)
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _prepare_environment(config: Config) -> None:
+    """RAY_AUTH_MODE is always explicit when we start Ray: its silent default breaks job submission."""
+    if config.cluster.ray_address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", config.cluster.ray_auth)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@dataclass
+class _Cluster:
+    _spec: ClusterSpec
+    _host: RayHost
+    _stop: Stop
+    _console: Console
+    _runner: asyncio.Runner
+
+    def come_up(self, launching: Future[None], began_s: float) -> bool:
+        """Show loading until ready (True) or asked to stop. Raises StartFailed with the worker's own reason."""
+        display = loading_display(self._console)
+        try:
+            while not self._is_up(display) or not launching.done():
+                if launching.done():
+                    launching.result()
+                if self._stop.is_asked:
+                    return False
+                time.sleep(_LOOK_S)
+        finally:
+            display.close()
+        self._announce(time.monotonic() - began_s)
+        return True
+
+    def _is_up(self, display: LoadingDisplay) -> bool:
+        document = self._status()
+        if document is None:
+            return False
+        display.update(document)
+        _raise_if_failed(document)
+        return bool(document["phase"] == "ready") and any(g["state"] == "ready" for g in document["gateways"])
+
+    def watch(self) -> None:
+        """Until asked to stop: say what is lost and what phase follows. Raises StartFailed if all is lost."""
+        told, phase, heard_s = 0, "ready", time.monotonic()
+        while not self._stop.is_asked:
+            time.sleep(_WATCH_S)
+            document = self._status()
+            if document is None:
+                if time.monotonic() - heard_s > self._spec.config.cluster.startup_timeout_s:
+                    raise StartFailed("the controller has not answered for too long")
+                continue
+            heard_s = time.monotonic()
+            failures = document["failures"]
+            for failure in failures[told:] if told <= len(failures) else []:
+                self._say(f"{failure['id']}#{failure['incarnation']} is lost: {failure['reason']}")
+            told = len(failures)
+            if document["phase"] != phase:
+                phase = document["phase"]
+                self._say(f"the cluster is {phase}")
+
+    def drain(self) -> None:
+        """Running requests are finished, then everything exits by itself; what does not is ended by Ray."""
+        running = (self._status() or {}).get("gateways", [])
+        open_now = sum(int(gateway["gauges"].get("sequences_open", 0)) for gateway in running)
+        self._say(f"draining, {open_now} sequences open; Ctrl-C again ends at once")
+        self._host.drain()
+        deadline_s = time.monotonic() + self._spec.config.cluster.drain_timeout_s + _STOP_MARGIN_S
+        while time.monotonic() < deadline_s:
+            document = self._status()
+            if document is not None and document["phase"] == "stopped":
+                break
+            time.sleep(_LOOK_S)
+        self._say("ended")
+
+    def _status(self) -> dict[str, Any] | None:
+        spec = self._spec
+        try:
+            return self._runner.run(fetch_status(spec.controller_address, spec.token, _STATUS_TIMEOUT_S))
+        except ControllerUnreachable:
+            return None  # it is being restarted; what runs goes on without it
+
+    def _announce(self, took_s: float) -> None:
+        config, url = self._spec.config, f"http://{self._spec.config.host}:{self._spec.config.port}"
+        attention, experts = config.pools.attention_workers, config.pools.expert_workers
+        key = " -H 'Authorization: Bearer '$EXPERTMESH_API_KEY" if config.gateway.api_key else ""
+        has_text = (config.model_path / "tokenizer.json").is_file()
+        prompt = '"Hello"' if has_text else "[1, 2, 3]"
+        self._say(
+            f"ready after {took_s:.1f} s: {config.model_name} on {url}, "
+            f"{attention} attention and {experts} expert workers over {config.transport}\n"
+            f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
+            f'    -d \'{{"model": "{config.model_name}", "prompt": {prompt}, "max_tokens": 16}}\'\n'
+            f"  expertmesh status --url {url}\n"
+            "Ctrl-C ends it."
+        )
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _raise_if_failed(document: dict[str, Any]) -> None:
+    if document["phase"] == "failed":
+        failed = [worker for worker in document["workers"] if worker["state"] == "failed"]
+        raise StartFailed("\n".join(f"{worker['id']} failed: {worker['detail']}" for worker in failed))

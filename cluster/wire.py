@@ -1,0 +1,212 @@
+"""Between the controller's events and orders and the messages of `expertmesh.v1`. What cannot be is Malformed.
+
+Expert ids travel as layer * num_experts + expert, one per slot in slot order. Sizes are checked against the
+table's own shape before anything is built from it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from expertmesh.v1 import control_pb2, identity_pb2
+
+from cluster.events import (
+    Exit,
+    Members,
+    Order,
+    OrderBody,
+    Prepare,
+    Publish,
+    Register,
+    Report,
+    ReportBody,
+    Retire,
+    Role,
+)
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
+from router.placement import EpochId, Member, PlacedWorker, Placement
+
+_ROLES = {
+    Role.ATTENTION: identity_pb2.ROLE_ATTENTION,
+    Role.EXPERT: identity_pb2.ROLE_EXPERT,
+    Role.SCHEDULER: identity_pb2.ROLE_SCHEDULER,
+    Role.GATEWAY: identity_pb2.ROLE_GATEWAY,
+}
+_ROLES_BACK = {number: role for role, number in _ROLES.items()}
+
+_STATES = {
+    HealthState.STARTING: control_pb2.MEMBER_STATE_STARTING,
+    HealthState.LOADING: control_pb2.MEMBER_STATE_LOADING,
+    HealthState.READY: control_pb2.MEMBER_STATE_READY,
+    HealthState.DRAINING: control_pb2.MEMBER_STATE_DRAINING,
+    HealthState.FAILED: control_pb2.MEMBER_STATE_FAILED,
+}
+_STATES_BACK = {number: state for state, number in _STATES.items()}
+
+
+class Malformed(Exception):
+    """A message that no peer of ours sends: names the field, the value and what is accepted."""
+
+
+def encode_report(report: Report) -> control_pb2.MemberReport:
+    message = control_pb2.MemberReport(
+        sender=_incarnation(report.sender), fingerprint=report.fingerprint, term=report.term
+    )
+    match report.body:
+        case Register() as body:
+            message.register.CopyFrom(_register(body))
+        case Health() as body:
+            message.heartbeat.CopyFrom(_heartbeat(body))
+        case Prepared(epoch):
+            message.prepared.epoch.CopyFrom(_epoch(epoch))
+        case Adopted(epoch):
+            message.adopted.epoch.CopyFrom(_epoch(epoch))
+        case PeerLost(member):
+            message.peer_lost.CopyFrom(_incarnation(member))
+    return message
+
+
+def decode_report(message: control_pb2.MemberReport) -> Report:
+    return Report(_member(message.sender), message.fingerprint, message.term, _report_body(message))
+
+
+def _report_body(message: control_pb2.MemberReport) -> ReportBody:
+    match message.WhichOneof("body"):
+        case "register":
+            return _decode_register(message.register)
+        case "heartbeat":
+            return _decode_heartbeat(message.heartbeat)
+        case "prepared":
+            return Prepared(_epoch_id(message.prepared.epoch))
+        case "adopted":
+            return Adopted(_epoch_id(message.adopted.epoch))
+        case "peer_lost":
+            return PeerLost(_member(message.peer_lost))
+        case other:
+            raise Malformed(f"report: body {other}; accepted: register, heartbeat, prepared, adopted, peer_lost")
+
+
+def encode_order(order: Order) -> control_pb2.MemberOrder:
+    message = control_pb2.MemberOrder(term=order.term, fingerprint=order.fingerprint)
+    match order.body:
+        case Prepare(placement):
+            message.prepare.CopyFrom(_table(placement))
+        case Publish(placement):
+            message.publish.CopyFrom(_table(placement))
+        case Retire(epoch):
+            message.retire.epoch.CopyFrom(_epoch(epoch))
+        case Members(attention):
+            message.members.attention.extend(map(_incarnation, attention))
+            message.members.SetInParent()
+        case Exit(reason):
+            message.exit.reason = reason
+            message.exit.SetInParent()
+    return message
+
+
+def decode_order(message: control_pb2.MemberOrder) -> Order:
+    return Order(message.term, message.fingerprint, _order_body(message))
+
+
+def _order_body(message: control_pb2.MemberOrder) -> OrderBody:
+    match message.WhichOneof("body"):
+        case "prepare":
+            return Prepare(_placement(message.prepare))
+        case "publish":
+            return Publish(_placement(message.publish))
+        case "retire":
+            return Retire(_epoch_id(message.retire.epoch))
+        case "members":
+            return Members(tuple(map(_member, message.members.attention)))
+        case "exit":
+            return Exit(message.exit.reason)
+        case other:
+            raise Malformed(f"order: body {other}; accepted: prepare, publish, retire, members, exit")
+
+
+def encode_status(term: int, document: dict[str, Any]) -> control_pb2.StatusReply:
+    return control_pb2.StatusReply(term=term, json=json.dumps(document))
+
+
+def decode_status(reply: control_pb2.StatusReply) -> dict[str, Any]:
+    document = json.loads(reply.json)
+    if not isinstance(document, dict):
+        raise Malformed(f"status: a {type(document).__name__}; accepted: an object")
+    return document
+
+
+def _register(body: Register) -> control_pb2.Register:
+    return control_pb2.Register(
+        role=_ROLES[body.role], pid=body.pid, node=body.node, device=body.device, address=body.address,
+        slots_max=body.slots_max, epoch=_epoch(body.epoch) if body.epoch else None,
+    )  # fmt: skip
+
+
+def _decode_register(body: control_pb2.Register) -> Register:
+    if body.role not in _ROLES_BACK:
+        raise Malformed(f"register: role {body.role}; accepted: {sorted(_ROLES_BACK)}")
+    epoch = _epoch_id(body.epoch) if body.HasField("epoch") else None
+    return Register(_ROLES_BACK[body.role], body.pid, body.node, body.device, body.address, body.slots_max, epoch)
+
+
+def _heartbeat(body: Health) -> control_pb2.Heartbeat:
+    return control_pb2.Heartbeat(
+        state=_STATES[HealthState(body.state)], bytes_loaded=body.bytes_loaded, bytes_total=body.bytes_total,
+        detail=body.detail, gauges=dict(body.gauges),
+    )  # fmt: skip
+
+
+def _decode_heartbeat(body: control_pb2.Heartbeat) -> Health:
+    if body.state not in _STATES_BACK:
+        raise Malformed(f"heartbeat: state {body.state}; accepted: {sorted(_STATES_BACK)}")
+    return Health(_STATES_BACK[body.state], body.bytes_loaded, body.bytes_total, body.detail, dict(body.gauges))
+
+
+def _table(placement: Placement) -> control_pb2.PlacementTable:
+    num_experts = placement.num_experts
+    return control_pb2.PlacementTable(
+        epoch=_epoch(placement.epoch),
+        fingerprint=placement.fingerprint,
+        num_layers=placement.num_layers,
+        num_experts=num_experts,
+        workers=[
+            control_pb2.PlacedWorker(
+                worker=_incarnation(worker.member),
+                address=worker.address,
+                experts=[layer * num_experts + expert for layer, expert in worker.experts],
+            )
+            for worker in placement.workers
+        ],
+    )
+
+
+def _placement(table: control_pb2.PlacementTable) -> Placement:
+    num_layers, num_experts = table.num_layers, table.num_experts
+    slots = num_layers * num_experts
+    workers = []
+    for worker in table.workers:
+        outside = [expert for expert in worker.experts if expert >= slots]
+        if outside:
+            raise Malformed(f"placement: expert {outside[0]} of {worker.worker.id}; accepted: below {slots}")
+        experts = tuple(divmod(expert, num_experts) for expert in worker.experts)
+        workers.append(PlacedWorker(_member(worker.worker), worker.address, experts))
+    return Placement(_epoch_id(table.epoch), table.fingerprint, num_layers, num_experts, tuple(workers))
+
+
+def _incarnation(member: Member) -> identity_pb2.Incarnation:
+    return identity_pb2.Incarnation(id=member.id, number=member.incarnation)
+
+
+def _member(incarnation: identity_pb2.Incarnation) -> Member:
+    if not incarnation.id or not incarnation.number:
+        raise Malformed(f"incarnation: {incarnation.id!r}#{incarnation.number}; accepted: a name, and 1 or more")
+    return Member(incarnation.id, incarnation.number)
+
+
+def _epoch(epoch: EpochId) -> identity_pb2.Epoch:
+    return identity_pb2.Epoch(term=epoch.term, number=epoch.number)
+
+
+def _epoch_id(epoch: identity_pb2.Epoch) -> EpochId:
+    return EpochId(epoch.term, epoch.number)

@@ -1,0 +1,126 @@
+"""A worker's process without Ray: its service joined to the controller.
+
+Orders go to the service, its events and health to the controller. Each role imports its own service only, so
+an expert worker's process never holds attention code. When told to exit it stops the service, closes the link
+and ends the process, for nobody may need it any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from cluster.events import Exit, OrderBody, Prepare, Publish, Register, Retire, Role
+from cluster.member_link import MemberLink
+from cluster.spec import ClusterSpec
+from router.membership import Adopted, Failed, Health, MemberEvent, Prepared
+from router.placement import EpochId, Member
+
+log = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 5.0
+_COLLECT_S = 3.0
+"""How long a stopped process waits for Ray to end it; then it ends itself."""
+
+Handlers = dict[type[Any], Callable[[Any], None]]
+
+
+class Service(Protocol):
+    """What both pools' services have in common."""
+
+    def start(self) -> None: ...
+
+    def health(self) -> Health: ...
+
+    def stop(self, grace_s: float) -> None: ...
+
+
+class WorkerProcess:
+    def __init__(self, spec: ClusterSpec, role: Role, member: Member) -> None:
+        self._member = member
+        self._epoch: EpochId | None = None  # last prepared or adopted
+        self._told_to_exit = threading.Event()
+        self.stopped: Future[str] = Future()
+        """Done when the worker has stopped because it was told to: why."""
+        self._reason = ""
+        build = _attention if role is Role.ATTENTION else _expert
+        self._service, self._handlers, address = build(spec, member, self._happened)
+        self._link = MemberLink(
+            spec.controller_address,
+            spec.token,
+            member,
+            spec.facts.fingerprint,
+            lambda: Register(role, os.getpid(), platform.node(), spec.config.device, address(), 0, self._epoch),
+            self._service.health,
+            self._obey,
+            spec.config.cluster.heartbeat_s,
+        )
+
+    def start(self) -> None:
+        """Returns at once; a service that cannot start says so through its health."""
+        self._service.start()
+        self._link.start()
+        threading.Thread(target=self._end, name="worker-end", daemon=True).start()
+
+    def _happened(self, event: MemberEvent) -> None:
+        """From the service's threads."""
+        if isinstance(event, Failed):
+            log.error("%s#%d: %s", self._member.id, self._member.incarnation, event.detail)
+            self._link.report()  # its health says it
+            return
+        if isinstance(event, Prepared | Adopted):
+            self._epoch = event.epoch
+        self._link.report(event)
+
+    def _obey(self, order: OrderBody) -> None:
+        if isinstance(order, Exit):
+            self._reason = order.reason
+            self._told_to_exit.set()
+        elif type(order) in self._handlers:
+            self._handlers[type(order)](order)
+        else:
+            log.warning("%s was ordered %s, which is not for its role", self._member.id, type(order).__name__)
+
+    def _end(self) -> None:
+        self._told_to_exit.wait()
+        log.info("%s#%d exits: %s", self._member.id, self._member.incarnation, self._reason)
+        self._service.stop(_STOP_GRACE_S)
+        self._link.close(_STOP_GRACE_S)
+        self.stopped.set_result(self._reason)
+        threading.Event().wait(_COLLECT_S)
+        os._exit(0)
+
+
+def _attention(
+    spec: ClusterSpec, member: Member, on_event: Callable[[MemberEvent], None]
+) -> tuple[Service, Handlers, Callable[[], str]]:
+    from attention_workers.service import AttentionService
+
+    config = spec.config
+    service = AttentionService(
+        config.model_path, member, spec.token, config.attention_worker, config.transport, spec.scheduler_address,
+        on_event,
+    )  # fmt: skip
+    handlers: Handlers = {Publish: lambda order: service.publish(order.placement)}
+    return service, handlers, lambda: ""
+
+
+def _expert(
+    spec: ClusterSpec, member: Member, on_event: Callable[[MemberEvent], None]
+) -> tuple[Service, Handlers, Callable[[], str]]:
+    from expert_workers.service import ExpertService
+
+    config = spec.config
+    service = ExpertService(
+        config.model_path, member, spec.token, config.expert, config.router, config.transport, on_event
+    )
+    handlers: Handlers = {
+        Prepare: lambda order: service.prepare(order.placement),
+        Retire: lambda order: service.retire(order.epoch),
+    }
+    return service, handlers, lambda: service.address

@@ -1,0 +1,114 @@
+"""A real cluster for tests: `expertmesh serve` as a user starts it, on a free port, ended by SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+READY_WITHIN_S = 120.0
+END_WITHIN_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ours_left(cluster_id: str) -> list[str]:
+    """Abstract sockets named after a cluster."""
+    return [line for line in Path("/proc/net/unix").read_text().splitlines() if f"expertmesh-{cluster_id}" in line]
+
+
+class Served:
+    """`with Served(checkpoint, "--expert-workers", "3") as cluster: cluster.post("/v1/completions", {...})`"""
+
+    def __init__(self, model: Path, *flags: str, log: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = log
+        command = [
+            sys.executable,
+            "-m",
+            "cluster.cli",
+            "serve",
+            "--model",
+            str(model),
+            "--port",
+            str(self.port),
+            *flags,
+        ]
+        with log.open("w") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        self.client = httpx.Client(base_url=self.url, timeout=120)
+
+    def __enter__(self) -> Served:
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + READY_WITHIN_S
+        while time.monotonic() < deadline:
+            try:
+                self.process.wait(0.2)
+                raise AssertionError(f"serve ended with {self.process.returncode}:\n{self._log.read_text()}")
+            except subprocess.TimeoutExpired:
+                try:
+                    if self.client.get("/ready").status_code == 200:
+                        return
+                except httpx.TransportError:
+                    continue
+        raise AssertionError(f"not ready within {READY_WITHIN_S} s:\n{self._log.read_text()}")
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(END_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def status(self) -> dict:
+        return self.client.get("/v1/admin/status").raise_for_status().json()
+
+    def post(self, path: str, body: dict) -> dict:
+        answer = self.client.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def complete(self, prompt, **options) -> dict:
+        """The one choice of a completion of token ids, with its ids."""
+        body = {"prompt": list(prompt), "return_token_ids": True, **options}
+        return self.post("/v1/completions", body)["choices"][0]
+
+    def wait_for_status(self, is_wanted, within_s: float = 15.0) -> dict:
+        """Poll until the status document is as wanted; heartbeats carry its gauges."""
+        deadline = time.monotonic() + within_s
+        while not is_wanted(status := self.status()):
+            assert time.monotonic() < deadline, status
+            try:
+                self.process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+        return status
+
+    def cluster_id(self) -> str:
+        return re.search(r"expertmesh-([0-9a-f]+)-", self.status()["scheduler"]["address"]).group(1)

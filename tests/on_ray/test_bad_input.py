@@ -1,0 +1,149 @@
+"""Bad input to a running server and to `serve` itself: named errors, and the server goes on."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from model.synthetic import make_checkpoint
+from tests.on_ray.served import Served
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny, tmp_path_factory):
+    with Served(tiny, log=tmp_path_factory.mktemp("bad") / "log") as served:
+        yield served
+
+
+def context(cluster):
+    return cluster.client.get("/v1/models").json()["data"][0]["max_model_len"]
+
+
+BAD = {
+    "prompt longer than the context": ({"prompt": [30] * 100_000}, "prompt", ["100000"]),
+    "max_tokens 0": ({"max_tokens": 0}, "max_tokens", ["0"]),
+    "max_tokens beyond the context": ({"max_tokens": 10**6}, "max_tokens", ["1000000"]),
+    "unknown model": ({"model": "gpt-17"}, "model", ["gpt-17"]),
+    "wrong type": ({"max_tokens": "many"}, "max_tokens", ["many"]),
+    "negative temperature": ({"temperature": -1}, "temperature", ["-1"]),
+    "1,000 stop strings": ({"stop": [f"s{i}" for i in range(1000)]}, "stop", ["1,000"]),
+    "empty prompt": ({"prompt": ""}, "prompt", []),
+    "no prompt": ({"prompt": None}, "prompt", []),
+    "token id out of vocabulary": ({"prompt": [10**6]}, "prompt", ["1000000"]),
+    "n too large": ({"n": 100_000}, "n", ["100000"]),
+    "top_p zero": ({"top_p": 0}, "top_p", ["0"]),
+    "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options", []),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_field_is_named_and_the_server_goes_on(cluster, case):
+    fields, param, said = BAD[case]
+    answer = cluster.client.post("/v1/completions", json={"prompt": [30, 31], "max_tokens": 2} | fields)
+    assert answer.status_code == (404 if param == "model" else 400), answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].startswith(param)
+    assert all(words in error["message"] for words in said), error
+    assert len(cluster.complete([30, 31], max_tokens=2, ignore_eos=True)["token_ids"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [(b'{"prompt": ', "application/json", 400), (b"[1]", "application/json", 400), (b"x", "text/plain", 415)],
+    ids=["cut short", "not an object", "not JSON"],
+)
+def test_a_body_that_is_no_request_is_refused(cluster, content, kind, status):
+    answer = cluster.client.post("/v1/completions", content=content, headers={"content-type": kind})
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+def serve(*flags):
+    command = [sys.executable, "-m", "cluster.cli", "serve", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A checkpoint to break."""
+    make_checkpoint("tiny", tmp_path / "tiny", seed=0)
+    return tmp_path / "tiny"
+
+
+def set_config(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_a_truncated_shard_is_named_before_anything_starts(broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    ran = serve("--model", broken)
+    assert ran.returncode == 2
+    assert "model.safetensors" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_missing_shard_is_named(broken):
+    (broken / "model.safetensors").unlink()
+    ran = serve("--model", broken)
+    assert ran.returncode == 2
+    assert "model.safetensors" in ran.stderr
+
+
+def test_an_unknown_scoring_function_is_named_with_what_is_accepted(broken):
+    set_config(broken, scoring_func="softplus")
+    ran = serve("--model", broken)
+    assert ran.returncode == 2
+    assert all(word in ran.stderr for word in ("scoring_func", "softplus", "sigmoid"))
+
+
+def test_a_port_in_use_is_named(broken):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ran = serve("--model", broken, "--port", port)
+    assert ran.returncode == 2
+    assert str(port) in ran.stderr
+    assert "in use" in ran.stderr
+
+
+def test_more_weights_than_memory_are_refused_with_both_numbers(broken):
+    """A checkpoint whose headers promise half a terabyte, in a sparse file."""
+    config = json.loads((broken / "config.json").read_text())
+    wide = config["intermediate_size"] * 200_000
+    header_size = int.from_bytes((weights := broken / "model.safetensors").read_bytes()[:8], "little")
+    header = json.loads(weights.read_bytes()[8 : 8 + header_size])
+    set_config(broken, intermediate_size=wide)
+    at = 0
+    for name in sorted(k for k in header if k != "__metadata__"):
+        entry = header[name]
+        if ".experts." in name:
+            entry["shape"][1 if ".w2." in name else 0] = wide
+        size = entry["shape"][0] * (entry["shape"][1] if len(entry["shape"]) > 1 else 1) * 4
+        entry["data_offsets"] = [at, at + size]
+        at += size
+    text = json.dumps(header).encode()
+    with weights.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    ran = serve("--model", broken)
+    assert ran.returncode == 2, ran.stderr
+    assert "GiB" in ran.stderr
+    assert "memory" in ran.stderr
+
+
+def test_a_checkpoint_without_tokenizer_serves_ids_and_refuses_text_by_name(broken, tmp_path):
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (broken / file).unlink()
+    with Served(broken, log=tmp_path / "log") as served:
+        assert len(served.complete([30, 31], max_tokens=3, ignore_eos=True)["token_ids"]) == 3
+        refused = served.client.post("/v1/completions", json={"prompt": "Hello"})
+        assert refused.status_code == 400
+        assert "tokenizer.json" in refused.json()["error"]["message"]

@@ -1,0 +1,131 @@
+"""Many clients at once on the demo model: nothing lost, nothing mixed up, nothing left; and a frozen scheduler."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+
+import httpx
+import pytest
+
+from model.synthetic import make_checkpoint
+from tests.on_ray.served import Served
+
+pytestmark = pytest.mark.ray
+
+FROZEN_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    path = tmp_path_factory.mktemp("load")
+    make_checkpoint("demo", path / "demo", seed=0)
+    with Served(path / "demo", log=path / "log") as served:
+        yield served
+
+
+def body(i, max_tokens):
+    prompt = [20 + (7 * i + j) % 900 for j in range(3 + i % 40)]
+    return {
+        "prompt": prompt, "max_tokens": max_tokens, "seed": i, "ignore_eos": True, "return_token_ids": True,
+    }  # fmt: skip
+
+
+async def stream(client, i, max_tokens, arrivals=None):
+    """The token ids of one stream, and its finish reason."""
+    ids, reason = [], None
+    asked = body(i, max_tokens) | {"stream": True}
+    async with client.stream("POST", "/v1/completions", json=asked) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            if arrivals is not None:
+                arrivals.append(time.monotonic())
+            ids += event["choices"][0].get("token_ids") or []
+            reason = event["choices"][0]["finish_reason"] or reason
+    return ids, reason
+
+
+def clients(cluster):
+    return httpx.AsyncClient(base_url=cluster.url, timeout=120, limits=httpx.Limits(max_connections=200))
+
+
+def assert_idle(cluster):
+    """Every KV block free, nothing running, queued or open."""
+
+    def is_idle(status):
+        [worker] = [w["gauges"] for w in status["workers"] if w["role"] == "attention"]
+        scheduler, [gateway] = status["scheduler"]["gauges"], status["gateways"]
+        return (
+            worker["kv_blocks_free"] == worker["kv_blocks_total"]
+            and worker["sequences"] == scheduler["running"] == scheduler["waiting"] == 0
+            and gateway["gauges"]["sequences_open"] == 0
+        )
+
+    cluster.wait_for_status(is_idle)
+
+
+def test_64_streams_complete_and_none_is_mixed_up(cluster):
+    """Each stream brings what the same request brings alone."""
+
+    async def story():
+        async with clients(cluster) as client:
+            together = await asyncio.gather(*(stream(client, i, 24 + i % 9) for i in range(64)))
+            for i in range(0, 64, 7):
+                assert await stream(client, i, 24 + i % 9) == together[i]
+            return together
+
+    answers = asyncio.run(story())
+    assert [(len(ids), reason) for ids, reason in answers] == [(24 + i % 9, "length") for i in range(64)]
+    assert len({tuple(ids) for ids, _ in answers}) == 64
+    assert_idle(cluster)
+
+
+def test_streams_go_on_while_the_scheduler_is_frozen(cluster):
+    """Plans are standing orders: SIGSTOP for ten seconds stops no stream, and none fails afterwards."""
+    before = cluster.status()
+    pid = before["scheduler"]["pid"]
+
+    async def story():
+        arrivals = []
+        async with clients(cluster) as client:
+            running = [asyncio.create_task(stream(client, i, 400, arrivals)) for i in range(16)]
+            while len(arrivals) < 64:
+                await asyncio.sleep(0.05)
+            os.kill(pid, signal.SIGSTOP)
+            frozen_at = time.monotonic()
+            try:
+                await asyncio.sleep(FROZEN_S)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            return await asyncio.gather(*running), arrivals, frozen_at
+
+    answers, arrivals, frozen_at = asyncio.run(story())
+    assert [(len(ids), reason) for ids, reason in answers] == [(400, "length")] * 16
+    for second in range(int(FROZEN_S)):
+        if max(arrivals) > frozen_at + second + 1:  # all may have ended before
+            assert any(frozen_at + second < at < frozen_at + second + 1 for at in arrivals), second
+    assert sum(frozen_at < at < frozen_at + FROZEN_S for at in arrivals) > 100
+    assert_idle(cluster)
+
+
+def test_a_client_that_hangs_up_leaves_no_work_behind(cluster):
+    """Streaming and unary: the sequence ends, and its blocks are free."""
+
+    async def story():
+        async with clients(cluster) as client:
+            for _ in range(4):
+                async with client.stream(
+                    "POST", "/v1/completions", json=body(1, 4000) | {"stream": True}
+                ) as answer:
+                    async for _ in answer.aiter_lines():
+                        break
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post("/v1/completions", json=body(2, 4000), timeout=0.5)
+
+    asyncio.run(story())
+    assert_idle(cluster)

@@ -1,0 +1,60 @@
+"""Parity: what users get through REST is what Transformers computes, on every topology."""
+
+import math
+
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint
+from model.reference import Reference
+from tests.on_ray.served import Served
+
+pytestmark = pytest.mark.ray
+
+TOPOLOGIES = {"1x1": ("1", "1"), "1x3": ("1", "3"), "2x3": ("2", "3")}
+LENGTHS = (1, 2, 15, 16, 31, 32, 33, 64, 97, 130)
+GAP = 1e-4
+
+
+@pytest.fixture(scope="module", params=[0.25, 0.5, 1.0], ids=lambda f: f"rotary-{f}")
+def oracle(request, tmp_path_factory):
+    """A random model that Transformers saved, unchanged on disk."""
+    from tests.parity.transformers_oracle import save_random_model
+
+    path = tmp_path_factory.mktemp("saved")
+    model = save_random_model(path, rotary_fraction=request.param, seed=int(100 * request.param))
+    return path, model
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_logprobs_and_greedy_tokens_equal_transformers(oracle, topology, tmp_path):
+    """Logprobs within 1e-4; greedy tokens equal, teacher-forced, wherever no two candidates are that close."""
+    from tests.parity.transformers_oracle import oracle_logits
+
+    path, model = oracle
+    attention, experts = TOPOLOGIES[topology]
+    generator = torch.Generator().manual_seed(7)
+    reference, vocabulary = Reference(Checkpoint.open(path)), model.config.vocab_size
+    compared = 0
+    with Served(
+        path, "--attention-workers", attention, "--expert-workers", experts, log=tmp_path / "log"
+    ) as cluster:
+        for length in LENGTHS:
+            prompt = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+            choice = cluster.complete(prompt, max_tokens=8, temperature=0, logprobs=2, ignore_eos=True)
+            tokens = choice["token_ids"]
+            forced = prompt + tokens
+            logits = oracle_logits(model, forced)[length - 1 : -1]
+            gaps = reference.trace(forced).gate_gaps.amin(-1)
+            expected = torch.log_softmax(logits, -1)
+            for i, token in enumerate(tokens):
+                if gaps[: length + i].min() <= GAP:
+                    break  # a tie in a router: either choice is right, and what follows differs
+                assert math.isclose(
+                    choice["logprobs"]["token_logprobs"][i], float(expected[i, token]), abs_tol=GAP
+                )
+                best = expected[i].topk(2).values
+                if best[0] - best[1] > GAP:
+                    assert token == int(expected[i].argmax())
+                compared += 1
+    assert compared >= 6 * len(LENGTHS)

@@ -1,0 +1,171 @@
+"""A whole cluster on a real Ray: it serves, survives, and leaves nothing behind. One cluster, in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.on_ray.served import Served
+
+pytestmark = pytest.mark.ray
+
+WITHIN_S = 90.0
+GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+_LEAVES = {"/dev/shm": "*", "/tmp": "em-*"}
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One attention worker, two expert workers that both hold everything."""
+    with Served(tiny, "--replicas", "2", log=tmp_path_factory.mktemp("serve") / "log") as served:
+        yield served
+
+
+def leaves() -> set[str]:
+    """Segments and folders that a cluster could leave on a machine."""
+    return {str(path) for folder, ours in _LEAVES.items() for path in Path(folder).glob(ours)}
+
+
+def sockets(cluster_id: str, workers: list[dict[str, Any]]) -> list[str]:
+    """Abstract sockets of a cluster: its meeting places, and its expert workers' doors."""
+    names = [f"expertmesh-{cluster_id}"] + [f"expertmesh/{w['id']}.{w['incarnation']}/" for w in workers]
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return [line for line in lines if any(name in line for name in names)]
+
+
+def family(server: Served) -> set[psutil.Process]:
+    return set(psutil.Process(server.process.pid).children(recursive=True))
+
+
+def workers(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {worker["id"]: worker for worker in document["workers"]}
+
+
+def is_whole(document: dict[str, Any]) -> bool:
+    return bool(document["phase"] == "ready")
+
+
+def tokens(server: Served) -> list[int]:
+    ids: list[int] = server.complete([5, 6, 7], **GREEDY)["token_ids"]
+    return ids
+
+
+def test_pools_are_separate_processes_that_hold_their_own_weights(server: Served) -> None:
+    """No expert worker reads attention weights, and no attention worker expert weights."""
+    document = server.status()
+    found = workers(document)
+    assert found.keys() == {"attention-0", "expert-0", "expert-1"}
+    assert len({worker["pid"] for worker in found.values()}) == 3
+    assert {worker["state"] for worker in found.values()} == {"ready"}
+    layers, experts, hidden, expert_hidden, float32 = 3, 8, 64, 32, 4
+    assert found["expert-0"]["bytes_loaded"] == layers * experts * 3 * hidden * expert_hidden * float32
+    assert 0 < found["attention-0"]["bytes_loaded"] < found["expert-0"]["bytes_loaded"]
+    assert (found["expert-0"]["slots"], found["attention-0"]["slots"]) == (layers * experts, 0)
+
+
+def test_status_command_prints_the_gateways_document(server: Served) -> None:
+    command = [sys.executable, "-m", "cluster.cli", "status", "--json", "--url", server.url]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=True)
+    assert workers(json.loads(ran.stdout)).keys() == workers(server.status()).keys()
+
+
+def test_killed_expert_worker_is_replaced_and_tokens_stay_the_same(server: Served) -> None:
+    """SIGKILL: the survivor goes on at once, the next life joins, the answer does not change."""
+    expected, victim = tokens(server), workers(server.status())["expert-1"]
+    os.kill(victim["pid"], signal.SIGKILL)
+    assert tokens(server) == expected
+    document = server.wait_for_status(
+        lambda document: is_whole(document) and workers(document)["expert-1"]["incarnation"] == 2, WITHIN_S
+    )
+    assert workers(document)["expert-1"]["pid"] != victim["pid"]
+    assert workers(document)["expert-0"]["incarnation"] == 1
+    assert tokens(server) == expected
+
+
+def test_killed_attention_worker_is_replaced_and_its_stream_goes_on(server: Served) -> None:
+    """Its keys and values are gone, its requests are not: the gateway has them resumed by the next life."""
+    long = {"prompt": [5, 6, 7], **GREEDY, "max_tokens": 400, "return_token_ids": True}
+    expected = server.post("/v1/completions", long)["choices"][0]["token_ids"]
+    victim, streamed = workers(server.status())["attention-0"], []
+    with server.client.stream("POST", "/v1/completions", json=long | {"stream": True}) as answer:
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            streamed += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
+            if victim and len(streamed) >= 5:
+                os.kill(victim["pid"], signal.SIGKILL)
+                victim = None
+    assert streamed == expected
+    server.wait_for_status(
+        lambda document: is_whole(document) and workers(document)["attention-0"]["incarnation"] == 2, WITHIN_S
+    )
+
+
+def test_killed_controller_comes_back_with_a_new_term_and_the_same_workers(server: Served) -> None:
+    """It starts nobody again: those who live tell it who they are."""
+    before, expected = server.status(), tokens(server)
+    (controller,) = [p for p in family(server) if p.name().startswith("ray::ControllerActor"[:15])]
+    controller.kill()
+    assert tokens(server) == expected
+    psutil.wait_procs([controller], WITHIN_S)
+    _wait_answered(server)
+    after = server.wait_for_status(lambda document: is_whole(document) and document["term"] == 2, WITHIN_S)
+    assert {id_: w["pid"] for id_, w in workers(after).items()} == {
+        id_: w["pid"] for id_, w in workers(before).items()
+    }  # fmt: skip
+
+
+def _wait_answered(server: Served) -> None:
+    """The gateway says 503 while there is no controller."""
+    answered = httpx.Client(transport=httpx.HTTPTransport(retries=3), base_url=server.url, timeout=WITHIN_S)
+    with answered:
+        while answered.get("/v1/admin/status").status_code == 503:
+            continue  # each answer takes as long as the gateway tries
+
+
+def test_killed_scheduler_comes_back_with_a_new_term(server: Served) -> None:
+    expected, scheduler = tokens(server), server.status()["scheduler"]
+    os.kill(scheduler["pid"], signal.SIGKILL)
+    server.wait_for_status(
+        lambda document: (
+            is_whole(document)
+            and document["scheduler"]["incarnation"] == scheduler["incarnation"] + 1
+            and document["gateways"][0]["state"] == "ready"
+        ),
+        WITHIN_S,
+    )
+    assert tokens(server) == expected
+
+
+def test_ended_cluster_leaves_nothing_behind(server: Served) -> None:
+    """Last of this cluster: SIGTERM drains, exits 0, and no process, socket, segment or folder is left."""
+    cluster_id, found = server.cluster_id(), server.status()["workers"]
+    assert sockets(cluster_id, found), "else their absence would prove nothing"
+    processes = family(server)
+    assert len(processes) > 5
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(WITHIN_S) == 0, server.log
+    assert "draining" in server.log
+    _, alive = psutil.wait_procs(processes, WITHIN_S)
+    assert not alive
+    assert not sockets(cluster_id, found)
+
+
+def test_worker_that_cannot_start_ends_serve_with_its_own_reason(tiny: Path, tmp_path: Path) -> None:
+    """What only a worker can find out: serve says why, exits 1 and leaves nothing."""
+    before = leaves()
+    served = Served(tiny, "--kv-memory", "1KB", log=tmp_path / "log")
+    with pytest.raises(AssertionError, match="attention-0 failed: kv_bytes 1000"), served:
+        pytest.fail("it must not become ready")
+    assert served.process.returncode == 1
+    assert leaves() <= before

@@ -1,0 +1,224 @@
+"""The command line: it teaches, it refuses by name, and its exit codes mean something. Nothing is started."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import socket
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.cli import main
+from cluster.commands.sizes import parse_size, show_size
+from cluster.config import load_config
+from cluster.preflight import PreflightError, RoleBytes, check, check_memory
+from cluster.version import VERSION
+
+ROOT = Path(__file__).parents[2]
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    assert main(["make-checkpoint", "--preset", "tiny", "--out", str(folder)]) == 0
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(argv) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "make-checkpoint"])
+def test_help_of_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"Example: expertmesh {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_version_is_the_projects() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == VERSION
+
+
+def test_print_config_is_yaml_with_flags_over_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("model: somewhere\nport: 1234\n")
+    assert main(["serve", "--config", str(file), "--kv-memory", "2GiB", "--threads", "2", "--print-config"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert (tree["model"], tree["port"]) == ("somewhere", 1234)
+    assert tree["attention"]["kv_bytes"] == 2 << 30
+    assert (tree["attention"]["threads"], tree["expert"]["threads"]) == (2, 2)
+
+
+def test_dtype_and_numerics_are_one_choice_for_both_pools(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model", "m", "--dtype", "float32", "--numerics", "fast", "--print-config"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert {tree[pool]["dtype"] for pool in ("attention", "expert")} == {"float32"}
+    assert {tree[pool]["numerics"] for pool in ("attention", "expert")} == {"fast"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--port", "0"], "port: '0'; accepted: greater than or equal to 1"),
+        (["--device", "cuda"], "device: 'cuda'; accepted: 'cpu'"),
+        (["--replicas", "3"], "replicas 3 must not exceed expert_workers 2"),
+        (["--kv-memory", "2 parsecs"], "--kv-memory: '2 parsecs'; accepted: a number with B, KB"),
+        (["--config", "absent.yaml"], "absent.yaml: unreadable"),
+        (["--max-model-len", "100000"], "100000; accepted: at most 1024"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_started(
+    flags: list[str], words: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(capsys, "serve", "--model", str(checkpoint), *flags)
+
+
+def test_no_model_is_refused_with_the_flag_that_gives_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "model: none given" in refused(capsys, "serve")
+
+
+def test_missing_checkpoint_is_refused_by_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(tmp_path / "nowhere") in refused(capsys, "serve", "--model", str(tmp_path / "nowhere"))
+
+
+def test_truncated_shard_is_refused_by_file(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    shard = next(broken.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    message = refused(capsys, "serve", "--model", str(broken))
+    assert shard.name in message
+    assert "truncated" in message
+
+
+def test_occupied_port_is_refused_by_number(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port}: the port is in use" in refused(
+            capsys, "serve", "--model", str(checkpoint), "--port", port
+        )
+
+
+def test_more_weights_than_memory_is_refused_with_the_sum() -> None:
+    """Replicas count for experts, workers for attention; a fitting cluster is accepted."""
+    flags = {"model": "m", "pools.attention_workers": 2, "pools.expert_workers": 4, "pools.replicas": 2}
+    config = load_config(None, flags)
+    weights = RoleBytes(attention=1024 * MIB, experts=2048 * MIB)
+    check_memory(config, weights, factor=1, available=10_240 * MIB)
+    with pytest.raises(PreflightError, match=r"memory: 6\.00 GiB available, .* experts 2 time\(s\) 4\.00 GiB"):
+        check_memory(config, weights, factor=1, available=6144 * MIB)
+    with pytest.raises(PreflightError, match=r"9\.00 GiB available"):
+        check_memory(config, weights, factor=2, available=9216 * MIB)
+
+
+def test_links_are_made_wide_enough_for_the_largest_step(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = load_config(None, {"model": str(checkpoint), "port": port, "router.link_bytes_max": 4096})
+    fitted, facts = check(config)
+    assert fitted.router.link_bytes_max >= 2 * 512 * 2 * 64 * 4  # rows x experts per row x hidden x float32
+    assert (facts.num_layers, facts.num_experts, facts.context) == (3, 8, 1024)
+
+
+def test_step_larger_than_a_dispatch_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(PreflightError, match=r"scheduler.step_tokens_max: 512; .* router.rows_max, 100"):
+        check(load_config(None, {"model": str(checkpoint), "router.rows_max": 100}))
+
+
+def test_checkpoint_is_not_overwritten_unless_forced(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["make-checkpoint", "--preset", "tiny", "--out", str(checkpoint)]) == 1
+    assert str(checkpoint) in capsys.readouterr().err
+    assert main(["make-checkpoint", "--preset", "tiny", "--out", str(checkpoint), "--force"]) == 0
+
+
+DOCUMENT = {
+    "model": "tiny", "phase": "ready", "epoch": {"term": 1, "number": 2}, "transport": "shm", "uptime_s": 5.0,
+    "workers": [
+        {"id": "expert-0", "state": "loading", "pid": 7, "incarnation": 2, "device": "cpu", "slots": 12,
+         "bytes_loaded": MIB, "bytes_total": 2 * MIB, "detail": "loading experts"},
+    ],
+    "scheduler": {"gauges": {"running": 3.0, "waiting": 1.0}},
+    "gateways": [{"id": "gateway-0", "address": "http://127.0.0.1:8000", "state": "ready"}],
+    "failures": [{"id": "expert-0", "incarnation": 1, "reason": "silent for 5.1 s", "ago_s": 9.0}],
+}  # fmt: skip
+
+
+class Gateway(http.server.BaseHTTPRequestHandler):
+    """Answers as a gateway with the key `sesame` does."""
+
+    def do_GET(self) -> None:
+        has_key = self.headers["Authorization"] == "Bearer sesame"
+        body = DOCUMENT if has_key else {"error": {"message": "the API key is missing"}}
+        self.send_response(200 if has_key else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Not into the test's output."""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_status_json_is_the_gateways_document(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--url", url, "--api-key", "sesame", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == DOCUMENT
+
+
+def test_status_for_people_shows_workers_and_what_was_lost(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--url", url, "--api-key", "sesame"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("ready, epoch 1.2", "1.0 MiB of 2.0 MiB", "3 running, 1 waiting", "silent for 5.1 s"):
+        assert words in shown
+
+
+def test_status_without_the_key_says_so(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EXPERTMESH_API_KEY", raising=False)
+    assert main(["status", "--url", url]) == 1
+    assert "answers 401: the API key is missing" in capsys.readouterr().err
+
+
+def test_status_names_the_url_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert main(["status", "--url", f"http://127.0.0.1:{port}"]) == 1
+    assert f"http://127.0.0.1:{port} cannot be reached" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GiB", 2 << 30), ("512MB", 512_000_000), ("1.5 g", 3 << 29), ("1048576", 1 << 20), ("7kb", 7000)],
+)
+def test_sizes_are_read_as_written(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GB", "2GX", "1e9"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="accepted: a number with"):
+        parse_size(text)
+
+
+def test_sizes_are_shown_short() -> None:
+    assert [show_size(size) for size in (0, 1023, 1536, 3 << 29)] == ["0 B", "1023 B", "1.5 KiB", "1.5 GiB"]

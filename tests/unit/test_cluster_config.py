@@ -1,0 +1,121 @@
+"""One configuration: a file, flags over it, and a clear word for everything that does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import Config, ConfigError, load_config
+from cluster.spec import CheckpointFacts, ClusterSpec
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "cluster.yaml"
+    file.write_text(text)
+    return file
+
+
+def refused(file: Path | None = None, **flags: object) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(file, {"model": "demo", **flags})
+    return str(error.value)
+
+
+def test_defaults_are_one_attention_and_two_expert_workers_on_loopback() -> None:
+    config = load_config(None, {"model": "checkpoints/demo"})
+    assert (config.pools.attention_workers, config.pools.expert_workers, config.pools.replicas) == (1, 2, 1)
+    assert (config.host, config.port, config.transport, config.device) == ("127.0.0.1", 8000, "shm", "cpu")
+    assert config.model_name == "demo"
+    assert config.attention.numerics == "exact"
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "port: 1234\npools: {expert_workers: 4}\nscheduler: {step_tokens_max: 300}\n")
+    config = load_config(file, {"model": "m", "port": "99", "pools.replicas": 3})
+    assert (config.port, config.pools.expert_workers, config.pools.replicas) == (99, 4, 3)
+    assert config.scheduler.step_tokens_max == 300
+
+
+def test_printed_configuration_reads_back_as_the_same(tmp_path: Path) -> None:
+    config = load_config(None, {"model": "m", "router.peers_max": 7, "attention.kv_bytes": 2**30})
+    assert load_config(write(tmp_path, config.to_yaml()), {}) == config
+
+
+def test_api_key_is_not_printed_but_reaches_the_processes() -> None:
+    config = load_config(None, {"model": "m", "gateway.api_key": "s3cret"})
+    assert "s3cret" not in config.to_yaml()
+    assert "s3cret" not in repr(config)
+    facts = CheckpointFacts("f00d", 2, 4, 100, 64)
+    spec = ClusterSpec("ab12", "token", config, facts)
+    assert ClusterSpec.from_json(spec.to_json()) == spec
+
+
+def test_addresses_of_two_clusters_and_of_two_gateway_lives_differ() -> None:
+    config, facts = load_config(None, {"model": "m"}), CheckpointFacts("f00d", 2, 4, 100, 64)
+    one, other = ClusterSpec("a", "t", config, facts), ClusterSpec("b", "t", config, facts)
+    addresses = {
+        address
+        for spec in (one, other)
+        for address in (
+            spec.controller_address, spec.scheduler_address,
+            spec.token_address("gateway-0", 1), spec.token_address("gateway-0", 2),
+        )
+    }  # fmt: skip
+    assert len(addresses) == 8
+    assert all(address.startswith("unix-abstract:expertmesh-") for address in addresses)
+
+
+def test_unknown_settings_are_named_with_the_nearest_known(tmp_path: Path) -> None:
+    file = write(tmp_path, "model: m\nschedler: {}\npools: {experts_workers: 2}\nrouter: {combine_timeout: 1}\n")
+    message = refused(file)
+    assert "schedler: unknown setting; the nearest known is 'scheduler'" in message
+    assert "pools.experts_workers: unknown setting; the nearest known is 'expert_workers'" in message
+    assert "router.combine_timeout: unknown setting; the nearest known is 'combine_timeout_s'" in message
+
+
+def test_exchange_is_set_in_one_place_for_both_pools() -> None:
+    """Two ends of a link with different limits would refuse each other."""
+    assert "attention.router: unknown setting" in refused(**{"attention.router": {}})
+    config = load_config(None, {"model": "m", "router.peers_max": 7})
+    assert config.attention_worker.router == config.router
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("port", 0, "port: 0; accepted: greater than or equal to 1"),
+        ("port", "80a", "port: '80a'; accepted: a valid integer"),
+        ("device", "cuda", "device: 'cuda'; accepted: 'cpu'"),
+        ("transport", "nccl", "transport: 'nccl'; accepted: 'shm'"),
+        ("attention.dtype", "fp8", "accepted: 'auto', 'float32' or 'bfloat16'"),
+        ("pools.replicas", 3, "replicas 3 must not exceed expert_workers 2"),
+        ("attention.numerics", "fast", "must be the same"),
+        ("cluster.heartbeat_s", 9, "member_deadline_s 5 must be at least three heartbeats, 27"),
+        ("cluster.name", "Ünique", "cluster.name: 'Ünique'"),
+        ("pools", 3, "pools: 3;"),
+    ],
+)
+def test_bad_values_are_refused_by_field_value_and_what_is_accepted(flag: str, value: object, words: str) -> None:
+    assert words in refused(**{flag: value})
+
+
+def test_model_is_required_and_the_message_says_how() -> None:
+    with pytest.raises(ConfigError, match=r"model: none given.*--model"):
+        load_config(None, {})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\x00"])
+def test_file_that_is_no_mapping_is_refused_by_its_name(tmp_path: Path, text: str) -> None:
+    assert "cluster.yaml" in refused(write(tmp_path, text))
+
+
+def test_missing_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    assert "absent.yaml: unreadable" in refused(tmp_path / "absent.yaml")
+
+
+def test_every_setting_of_every_folder_can_be_printed() -> None:
+    tree = yaml.safe_load(load_config(None, {"model": "m"}).to_yaml())
+    assert tree.keys() == Config.model_fields.keys()
+    assert tree["attention"].keys() == Config.model_fields["attention"].annotation.model_fields.keys() - {"router"}

@@ -1,0 +1,294 @@
+"""The stream between a process and the controller, over a real abstract socket: what is said arrives, whatever
+breaks in between."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import secrets
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster import wire
+from cluster.controller import Controller, ControllerConfig
+from cluster.controller_server import ControllerServer
+from cluster.epochs import ModelShape
+from cluster.events import (
+    ActorDied,
+    Exit,
+    KillWorker,
+    Members,
+    Order,
+    OrderBody,
+    Prepare,
+    Publish,
+    Register,
+    Report,
+    ReportBody,
+    Retire,
+    Role,
+    StartWorker,
+    WatchWorker,
+)
+from cluster.loop_thread import LoopThread
+from cluster.member_link import ControllerUnreachable, MemberLink, fetch_status
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
+from router.placement import EpochId, Member, spread
+
+SHAPE = ModelShape("f00d", num_layers=2, num_experts=4)
+WAIT_S = 10.0
+
+
+class ListedStarts:
+    """A driver whose processes are the links that the test makes."""
+
+    def __init__(self) -> None:
+        self.started: queue.Queue[Member] = queue.Queue()
+        self.killed: queue.Queue[Member] = queue.Queue()
+        self.are_gone = True  # what an earlier controller started
+
+    def bind(self, on_died: object) -> None:
+        self.on_died = on_died
+
+    def start(self, command: StartWorker) -> None:
+        self.started.put(command.member)
+
+    def watch(self, command: WatchWorker) -> None:
+        if self.are_gone:
+            self.on_died(ActorDied(command.member, "it is gone"))
+
+    def kill(self, command: KillWorker) -> None:
+        self.killed.put(command.member)
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class Cluster:
+    """A served controller of one worker per pool, restartable under the same address."""
+
+    def __init__(self) -> None:
+        self.address = f"unix-abstract:expertmesh-test-{secrets.token_hex(6)}"
+        self.driver = ListedStarts()
+        self.thread = LoopThread("test-controller")
+        self.term = 0
+        self.incarnations: dict[str, int] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        if self.term:
+            self.thread.call(self.server.stop(), WAIT_S)
+        self.term += 1
+        config = ControllerConfig(attention_workers=1, expert_workers=1)
+        controller = Controller(config, self.term, SHAPE, self.incarnations, self.thread.loop.time())
+        self.server = self.thread.call(self._served(controller), WAIT_S)
+
+    async def _served(self, controller: Controller) -> ControllerServer:
+        server = ControllerServer(controller, self.driver, "token", {"model": "m"}, tick_s=0.02)
+        await server.start(self.address)
+        return server
+
+    def close(self) -> None:
+        self.thread.call(self.server.stop(), WAIT_S)
+        self.thread.close(WAIT_S)
+
+
+class Process:
+    """A member that writes down its orders."""
+
+    def __init__(self, cluster: Cluster, role: Role, member: Member, token: str = "token") -> None:
+        self.orders: queue.Queue[OrderBody] = queue.Queue()
+        self.epoch: EpochId | None = None
+        self.link = MemberLink(
+            cluster.address, token, member, "f00d",
+            lambda: Register(role, 1, "here", "cpu", f"@{member.id}", 0, self.epoch),
+            lambda: Health(HealthState.READY, 5, 5, "", {"rows": 3.0}),
+            self.orders.put, heartbeat_s=0.05,
+        )  # fmt: skip
+        self.link.start()
+
+    def ordered(self, kind: type) -> OrderBody:
+        while True:
+            order = self.orders.get(timeout=WAIT_S)
+            if isinstance(order, kind):
+                return order
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def join(cluster: Cluster) -> Iterator[object]:
+    processes: list[Process] = []
+
+    def joined(role: Role, member: Member, **other: str) -> Process:
+        processes.append(Process(cluster, role, member, **other))
+        return processes[-1]
+
+    yield joined
+    for process in processes:
+        process.link.close(WAIT_S)
+    assert not [thread for thread in threading.enumerate() if thread.name == "member-link"]
+
+
+def document(cluster: Cluster) -> dict[str, object]:
+    return cluster.thread.call(fetch_status(cluster.address, "token", WAIT_S), WAIT_S)
+
+
+def serve_one_epoch(cluster: Cluster, join: object) -> tuple[Process, Process]:
+    started = {cluster.driver.started.get(timeout=WAIT_S).id for _ in range(2)}
+    assert started == {"attention-0", "expert-0"}
+    expert = join(Role.EXPERT, Member("expert-0", 1))
+    attention = join(Role.ATTENTION, Member("attention-0", 1))
+    placement = expert.ordered(Prepare).placement
+    expert.epoch = placement.epoch
+    expert.link.report(Prepared(placement.epoch))
+    assert attention.ordered(Publish).placement == placement
+    attention.epoch = placement.epoch
+    attention.link.report(Adopted(placement.epoch))
+    assert expert.ordered(Retire).epoch == EpochId(placement.epoch.term, placement.epoch.number - 1)
+    return attention, expert
+
+
+def test_epoch_is_prepared_published_adopted_over_the_wire(cluster: Cluster, join: object) -> None:
+    """From registration to the first epoch, and all of it in the status document."""
+    serve_one_epoch(cluster, join)
+    told = document(cluster)
+    assert [(w["id"], w["state"], w["bytes_loaded"]) for w in told["workers"]] == [
+        ("attention-0", "ready", 5), ("expert-0", "ready", 5),
+    ]  # fmt: skip
+    assert (told["model"], told["epoch"]) == ("m", {"term": 1, "number": 1})
+
+
+def test_link_finds_a_restarted_controller_by_itself(cluster: Cluster, join: object) -> None:
+    """The new term starts nobody: those who lived registered again, with the epoch they use."""
+    attention, expert = serve_one_epoch(cluster, join)
+    cluster.incarnations = {"attention-0": 1, "expert-0": 1}
+    cluster.driver.are_gone = False
+    cluster.restart()
+    placement = expert.ordered(Prepare).placement
+    assert placement.epoch == EpochId(2, 1)
+    expert.link.report(Prepared(placement.epoch))
+    assert attention.ordered(Publish).placement.epoch == EpochId(2, 1)
+    assert attention.link.term == 2
+    assert cluster.driver.started.empty()
+
+
+def test_worker_of_an_older_life_is_told_to_exit(cluster: Cluster, join: object) -> None:
+    serve_one_epoch(cluster, join)
+    ghost = join(Role.EXPERT, Member("expert-0", 99))
+    assert "expert-0#99" in ghost.ordered(Exit).reason
+
+
+def test_scheduler_is_told_the_members(join: object) -> None:
+    scheduler = join(Role.SCHEDULER, Member("scheduler", 1))
+    while scheduler.ordered(Members).attention != (Member("attention-0", 1),):
+        pass
+
+
+def test_lost_peer_is_killed_and_started_again(cluster: Cluster, join: object) -> None:
+    attention, _ = serve_one_epoch(cluster, join)
+    attention.link.report(PeerLost(Member("expert-0", 1)))
+    assert cluster.driver.killed.get(timeout=WAIT_S) == Member("expert-0", 1)
+    assert cluster.driver.started.get(timeout=WAIT_S) == Member("expert-0", 2)
+
+
+def test_stranger_without_the_token_is_not_heard(cluster: Cluster, join: object) -> None:
+    join(Role.SCHEDULER, Member("scheduler", 1), token="guess")
+    with pytest.raises(ControllerUnreachable, match="UNAUTHENTICATED"):
+        cluster.thread.call(fetch_status(cluster.address, "guess", WAIT_S), WAIT_S)
+    assert document(cluster)["scheduler"] is None
+
+
+def test_order_of_an_older_term_is_refused(cluster: Cluster, join: object) -> None:
+    """A controller that was only frozen comes back with an older term: nobody obeys."""
+    _, expert = serve_one_epoch(cluster, join)
+    expert.link.term = 9
+    expert.link.close(WAIT_S)
+    stale = wire.encode_order(Order(3, "f00d", Exit("you are lost")))
+    expert.link._obey(stale)
+    assert expert.orders.empty()
+    assert expert.link.orders_refused == 1
+
+
+def test_absent_controller_is_named_so(cluster: Cluster) -> None:
+    absent = "unix-abstract:expertmesh-test-nobody"
+    with pytest.raises(ControllerUnreachable, match="UNAVAILABLE"):
+        cluster.thread.call(fetch_status(absent, "token", WAIT_S), WAIT_S)
+
+
+def test_second_server_on_one_address_is_an_error(cluster: Cluster) -> None:
+    second = Controller(ControllerConfig(), 2, SHAPE, {}, 0.0)
+
+    async def serve_again() -> None:
+        server = ControllerServer(second, ListedStarts(), "token", {}, tick_s=1)
+        try:
+            await server.start(cluster.address)
+        finally:
+            await server.stop()
+
+    with pytest.raises(OSError, match="cannot be bound"):
+        asyncio.run_coroutine_threadsafe(serve_again(), cluster.thread.loop).result(WAIT_S)
+
+
+names = st.text(min_size=1, max_size=8)
+members = st.builds(Member, names, st.integers(1, 2**40))
+epochs = st.builds(EpochId, st.integers(0, 2**40), st.integers(0, 2**40))
+healths = st.builds(
+    Health, st.sampled_from(HealthState), st.integers(0, 2**60), st.integers(0, 2**60), names,
+    st.dictionaries(names, st.floats(allow_nan=False), max_size=3),
+)  # fmt: skip
+registers = st.builds(
+    Register, st.sampled_from(Role), st.integers(0, 2**31), names, names, names, st.integers(0, 2**31),
+    st.none() | epochs,
+)  # fmt: skip
+said = st.builds(Prepared, epochs) | st.builds(Adopted, epochs) | st.builds(PeerLost, members)
+bodies = registers | healths | said
+
+
+@given(members, names, st.integers(0, 2**60), bodies)
+def test_reports_survive_the_wire(sender: Member, fingerprint: str, term: int, body: ReportBody) -> None:
+    report = Report(sender, fingerprint, term, body)
+    assert wire.decode_report(wire.encode_report(report)) == report
+
+
+placements = st.builds(
+    lambda epoch, ids, layers, experts: spread(
+        epoch, "f00d", [(Member(name, 1), f"@{name}") for name in ids], layers, experts, len(ids)
+    ),
+    epochs, st.lists(names, min_size=1, max_size=3, unique=True), st.integers(1, 3), st.integers(1, 5),
+)  # fmt: skip
+orders = (
+    st.builds(Prepare, placements) | st.builds(Publish, placements) | st.builds(Retire, epochs)
+    | st.builds(Exit, st.text()) | st.builds(Members, st.lists(members).map(tuple))
+)  # fmt: skip
+
+
+@given(st.integers(0, 2**60), names, orders)
+def test_orders_survive_the_wire(term: int, fingerprint: str, body: OrderBody) -> None:
+    order = Order(term, fingerprint, body)
+    assert wire.decode_order(wire.encode_order(order)) == order
+
+
+def test_messages_that_cannot_be_are_refused_by_field() -> None:
+    sender = Member("expert-0", 1)
+    empty = wire.encode_report(Report(sender, "f", 1, Prepared(EpochId(1, 1))))
+    empty.ClearField("prepared")
+    with pytest.raises(wire.Malformed, match="body None"):
+        wire.decode_report(empty)
+    nobody = wire.encode_report(Report(Member("", 0), "f", 1, Prepared(EpochId(1, 1))))
+    with pytest.raises(wire.Malformed, match="incarnation"):
+        wire.decode_report(nobody)
+    placement = spread(EpochId(1, 1), "f", [(sender, "@")], 1, 2, 1)
+    beyond = wire.encode_order(Order(1, "f", Prepare(placement)))
+    beyond.prepare.workers[0].experts[0] = 2
+    with pytest.raises(wire.Malformed, match="expert 2 of expert-0; accepted: below 2"):
+        wire.decode_order(beyond)
