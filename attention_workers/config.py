@@ -6,8 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.config import RouterConfig
-
 
 class AttentionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,5 +36,3 @@ class AttentionConfig(BaseModel):
 
     token_backlog_max: int = Field(1024, ge=1)
     """Token batches waiting for one gateway before its sequences are given back to it."""
-
-    router: RouterConfig = RouterConfig()

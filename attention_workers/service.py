@@ -29,6 +29,7 @@ from model.checkpoint import Checkpoint
 from model.errors import ModelError
 from model.exact import NumericsError, bf16_products
 from model.memory import NotEnoughMemory, available_bytes, require
+from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.errors import ExpertsUnavailable, RouterError
 from router.membership import Adopted, Failed, Health, HealthState, MemberEvent, PeerLost
@@ -52,12 +53,13 @@ class AttentionService:
         member: Member,
         token: str,
         config: AttentionConfig,
+        router: RouterConfig,
         transport: str,
         scheduler_address: str,
         on_event: Callable[[MemberEvent], None],
     ) -> None:
         self.member = member
-        self._model_path, self._token, self._config = model_path, token, config
+        self._model_path, self._token, self._config, self._router = model_path, token, config, router
         self._transport = transport
         self._on_event = on_event
         self._inbox: queue.Queue[Plan | Placement | GatewayGone | AttemptsRefused | None] = queue.Queue(_INBOX_MAX)
@@ -142,7 +144,9 @@ class AttentionService:
             progress=self._progress,
         )
         blocks = self._make_kv(model, model_len)
-        sequences_max = min(config.sequences_max, config.router.rows_max)  # each may be a row of one step
+        shape = checkpoint.config
+        router = self._router.fitted(shape.experts_per_token, shape.hidden_size, dtype.itemsize)
+        sequences_max = min(config.sequences_max, router.rows_max)  # each may be a row of one step
         book = Book(
             checkpoint.fingerprint,
             self.member.incarnation,
@@ -150,13 +154,11 @@ class AttentionService:
             TILE,
             sequences_max,
             model_len,
-            config.router.rows_max,
+            router.rows_max,
         )
-        identity = LinkIdentity(
-            self.member, checkpoint.fingerprint, self._token, checkpoint.config.hidden_size, dtype
-        )
-        end = attention_end(self._transport, identity, config.router)
-        dispatcher = Dispatcher(end, self.member, config.router, lambda peer: self._on_event(PeerLost(peer)))
+        identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, shape.hidden_size, dtype)
+        end = attention_end(self._transport, identity, router)
+        dispatcher = Dispatcher(end, self.member, router, lambda peer: self._on_event(PeerLost(peer)))
         self._worker = AttentionWorker(model, book, dispatcher, config.microbatches)
         self._detail = "waiting for experts"
         return self._worker

@@ -61,7 +61,7 @@ class LifeConfig(_Section):
     """A Ray cluster to join (`auto` or host:port); null: start one for this cluster alone, and end it with it."""
 
     ray_auth: Literal["token", "disabled"] = "token"
-    """Ray's authentication when we start Ray; a Ray that is joined keeps its own (RAY_AUTH_MODE)."""
+    """Ray's authentication when we start Ray, unless RAY_AUTH_MODE is set; a Ray that is joined has its own."""
 
     dashboard: bool = False
     """Ray's dashboard and job server on 127.0.0.1:8265, when we start Ray. Costs some 200 MB."""
@@ -131,11 +131,6 @@ class Config(_Section):
         return self
 
     @property
-    def attention_worker(self) -> AttentionConfig:
-        """What an attention worker is told: its own settings, and those of the exchange."""
-        return self.attention.model_copy(update={"router": self.router})
-
-    @property
     def model_path(self) -> Path:
         return Path(self.model).resolve()
 
@@ -145,7 +140,7 @@ class Config(_Section):
 
     def to_yaml(self) -> str:
         """Everything, defaults included; secrets are masked."""
-        text: str = yaml.safe_dump(_visible(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return text
 
     def to_json(self) -> str:
@@ -192,12 +187,11 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _fields(branch: type) -> dict[str, Any]:
-    """name -> type of each setting. The router's are set once, at the top, for both of its ends."""
+    """name -> type of each setting."""
     if dataclasses.is_dataclass(branch):
         return {field.name: None for field in dataclasses.fields(branch)}
     assert issubclass(branch, BaseModel)
-    fields = {name: field.annotation for name, field in branch.model_fields.items()}
-    return fields if branch is Config else {name: kind for name, kind in fields.items() if name != "router"}
+    return {name: field.annotation for name, field in branch.model_fields.items()}
 
 
 def _unknown(tree: Mapping[Any, Any], branch: type, where: str) -> Iterator[str]:
@@ -221,7 +215,3 @@ def _line(mistake: Any) -> str:
     if isinstance(value, dict | BaseModel) or where == "gateway.api_key":
         return f"{where}: {message}" if where else message
     return f"{where}: {value!r}; {message}"
-
-
-def _visible(tree: dict[str, Any]) -> dict[str, Any]:
-    return {**tree, "attention": {name: value for name, value in tree["attention"].items() if name != "router"}}

@@ -131,10 +131,12 @@ class RayHost:
             "dashboard_host": "127.0.0.1", "num_cpus": max(1, os.cpu_count() or 1),
             "object_store_memory": _OBJECT_STORE_BYTES,
         }  # fmt: skip
-        ray.init(
+        context = ray.init(
             address="local" if self._owns_ray else life.ray_address, namespace=namespace(life.name),
             log_to_driver=False, logging_level=logging.ERROR, **(own if self._owns_ray else {}),
         )  # fmt: skip
+        self.dashboard_url: str = context.dashboard_url or ""
+        """host:port of Ray's dashboard and job server; empty: not asked for."""
         if names := list(self._names()):
             ray.shutdown()
             raise ClusterExists(
@@ -211,7 +213,7 @@ class RayHost:
         from ray import serve
 
         if self._owns_serve:
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]
         else:
             serve.delete(self._application)
         for name in list(self._names()):

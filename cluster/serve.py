@@ -207,9 +207,12 @@ class _Cluster:
             f"{attention} attention and {experts} expert workers over {config.transport}\n"
             f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
             f'    -d \'{{"model": "{config.model_name}", "prompt": {prompt}, "max_tokens": 16}}\'\n'
-            f"  expertmesh status --url {url}\n"
-            "Ctrl-C ends it."
+            f"  expertmesh status --url {url}"
         )
+        if self._host.dashboard_url:
+            mode = os.environ.get("RAY_AUTH_MODE", "its own choice")
+            self._say(f"  Ray's dashboard and jobs: http://{self._host.dashboard_url} (RAY_AUTH_MODE={mode})")
+        self._say("Ctrl-C ends it.")
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -103,8 +103,8 @@ def _attention(
 
     config = spec.config
     service = AttentionService(
-        config.model_path, member, spec.token, config.attention_worker, config.transport, spec.scheduler_address,
-        on_event,
+        config.model_path, member, spec.token, config.attention, config.router, config.transport,
+        spec.scheduler_address, on_event,
     )  # fmt: skip
     handlers: Handlers = {Publish: lambda order: service.publish(order.placement)}
     return service, handlers, lambda: ""

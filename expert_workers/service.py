@@ -117,7 +117,8 @@ class ExpertService:
         dtype = getattr(torch, model.dtype if self._config.dtype == "auto" else self._config.dtype)
         self._residency = Residency(checkpoint, self.member, dtype, self._config.numerics)
         identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, model.hidden_size, dtype)
-        self._end = expert_end(self._transport, identity, self._router)
+        router = self._router.fitted(model.experts_per_token, model.hidden_size, dtype.itemsize)
+        self._end = expert_end(self._transport, identity, router)
         self._worker = ExpertWorker(self._residency, self._end, self._config.batch_rows_max)
         self._state, self._detail = HealthState.LOADING, "waiting for a placement"
 

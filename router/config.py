@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 FRAME_OVERHEAD_BYTES = 256  # a frame's header, padding and alignment never cost more
 PAGE_BYTES = 4096
@@ -47,6 +47,13 @@ class RouterConfig:
                 raise ValueError(f"{field.name}: {value}; must be at least {least:g}")
         if self.link_bytes_max % PAGE_BYTES:
             raise ValueError(f"link_bytes_max: {self.link_bytes_max}; must be a multiple of {PAGE_BYTES}")
+
+    def fitted(self, experts_per_row: int, hidden: int, element_bytes: int) -> RouterConfig:
+        """With links wide enough for a full step of this model, all of whose experts are on one worker."""
+        needed = link_bytes_needed(
+            self.rows_max, experts_per_row, hidden, element_bytes, self.parcels_in_flight_max
+        )
+        return replace(self, link_bytes_max=max(self.link_bytes_max, needed))
 
     @property
     def routes_max(self) -> int:

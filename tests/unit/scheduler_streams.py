@@ -18,6 +18,7 @@ from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.core import Scheduler
 from cluster.scheduler.events import MembersExpected
 from cluster.scheduler.server import SchedulerServer
+from tests import one_loop
 
 MODEL = "model-a"
 TOKEN = "secret"
@@ -78,7 +79,7 @@ async def cluster(**config: Any) -> AsyncIterator[tuple[SchedulerServer, Client]
 
 
 def run(story: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(story(), 20))
+    one_loop.run(asyncio.wait_for(story(), 20))
 
 
 def hello_worker() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from expertmesh.v1 import schedule_pb2_grpc, step_pb2, step_pb2_grpc
 from attention_workers.links import SchedulerLink, TokenLinks
 from attention_workers.step import AttemptId, Completion, FinishReason, TokenDelta
 from router.placement import Member
+from tests.one_loop import run
 
 ME = Member("a0", 1)
 ATTEMPT = AttemptId("r", 0, 1)
@@ -79,7 +80,7 @@ def test_a_completion_is_reported_once_its_batch_is_taken():
         gateway.acks.put_nowait(step_pb2.TokenAck(number=2))
         assert await heard.get() == ("completed", [DONE])
 
-    asyncio.run(with_gateway(story))
+    run(with_gateway(story))
 
 
 def test_a_broken_stream_names_what_may_not_have_arrived():
@@ -91,7 +92,7 @@ def test_a_broken_stream_names_what_may_not_have_arrived():
         links.send(address, [delta(0)], [])  # a gateway that is back gets a new stream, numbered anew
         assert (await gateway.taken.get()).number == 1
 
-    asyncio.run(with_gateway(story))
+    run(with_gateway(story))
 
 
 def test_a_gateway_that_falls_behind_is_given_its_sequences_back():
@@ -102,7 +103,7 @@ def test_a_gateway_that_falls_behind_is_given_its_sequences_back():
             links.send(address, [delta(position)], [DONE] if position == 4 else [])
         assert await heard.get() == ("broken", address, [ATTEMPT])
 
-    asyncio.run(with_gateway(story))
+    run(with_gateway(story))
 
 
 def test_refused_attempts_are_passed_on():
@@ -113,7 +114,7 @@ def test_refused_attempts_are_passed_on():
         gateway.acks.put_nowait(ack)
         assert await heard.get() == ("refused", [ATTEMPT])
 
-    asyncio.run(with_gateway(story))
+    run(with_gateway(story))
 
 
 class Scheduler(schedule_pb2_grpc.SchedulerServiceServicer):
@@ -155,4 +156,4 @@ def test_every_stream_to_the_scheduler_begins_with_the_whole_state():
             await task
         await server.stop(0)
 
-    asyncio.run(asyncio.wait_for(story(), 20))
+    run(asyncio.wait_for(story(), 20))

@@ -20,13 +20,6 @@ from gateway.server import create_app
 from gateway.state import GatewayState
 from tests.unit.gateway_world import EchoEngine, card_of, said, state_of, write_checkpoint
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:

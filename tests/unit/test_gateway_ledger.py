@@ -17,16 +17,10 @@ from gateway.ledger import Generation, Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.port import CloseReason
 from gateway.request import FinishReason, GenerateRequest, Sampling, TokenDelta, sibling_seed
+from tests.one_loop import run
 from tests.unit.gateway_world import PROPERTY, EchoEngine, said, settled
 
-pytestmark = pytest.mark.anyio
-
 PROMPT = (5, 6, 7, 8, 9)
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 def stage(**limits: Any) -> tuple[Ledger, EchoEngine]:
@@ -321,4 +315,4 @@ def test_any_history_streams_the_same_tokens_once(data: st.DataObject) -> None:
         engine.cancel("r")
         return generation_tokens[0]
 
-    assert asyncio.run(history()) == tokens
+    assert run(history()) == tokens

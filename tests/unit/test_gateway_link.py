@@ -14,13 +14,6 @@ from gateway.request import FinishReason, TokenDelta
 from tests.unit.gateway_link_world import FINGERPRINT, TOKEN, Order, Stage, ask, attempt, staged
 from tests.unit.gateway_world import until
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
 
 def rejected(code: schedule_pb2.RejectCode, retry_after_s: float = 0.0) -> Callable[[schedule_pb2.Submit], Order]:
     return lambda submit: Order(

@@ -20,14 +20,7 @@ from gateway.server import create_app
 from gateway.stream import EventStream
 from tests.unit.gateway_world import card_of, serving, state_of, until, write_checkpoint
 
-pytestmark = pytest.mark.anyio
-
 CHAT: list[Any] = [{"role": "user", "content": "Grüße 🙂"}]
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,6 @@ from gateway.request import FinishReason, TokenDelta
 from gateway.token_service import TokenService
 from tests.unit.gateway_link_world import FINGERPRINT, TOKEN, Stage, ask, attempt, staged
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
 
 def batch(*deltas: step_pb2.TokenDelta, fingerprint: str = FINGERPRINT) -> step_pb2.TokenBatch:
     return step_pb2.TokenBatch(
