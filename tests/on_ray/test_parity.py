@@ -14,6 +14,7 @@ pytestmark = pytest.mark.ray
 TOPOLOGIES = {"1x1": ("1", "1"), "1x3": ("1", "3"), "2x3": ("2", "3")}
 LENGTHS = (1, 2, 15, 16, 31, 32, 33, 64, 97, 130)
 GAP = 1e-4
+ROUTER_TIE = 1e-5  # closer than this, rounding alone decides which expert runs
 
 
 @pytest.fixture(scope="module", params=[0.25, 0.5, 1.0], ids=lambda f: f"rotary-{f}")
@@ -48,7 +49,7 @@ def test_logprobs_and_greedy_tokens_equal_transformers(oracle, topology, tmp_pat
             gaps = reference.trace(forced).gate_gaps.amin(-1)
             expected = torch.log_softmax(logits, -1)
             for i, token in enumerate(tokens):
-                if gaps[: length + i].min() <= GAP:
+                if gaps[: length + i].min() <= ROUTER_TIE:
                     break  # a tie in a router: either choice is right, and what follows differs
                 assert math.isclose(
                     choice["logprobs"]["token_logprobs"][i], float(expected[i, token]), abs_tol=GAP
