@@ -69,7 +69,7 @@ class AttentionService:
         self._worker: AttentionWorker | None = None
         self._counts = step_pb2.WorkerReport()
         self._has_new_orders = False
-        self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell)
+        self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell, self._fail)
         self._compute = threading.Thread(target=self._run, name="attention-compute", daemon=True)
 
     # --- from outside ------------------------------------------------------------------------
@@ -244,5 +244,8 @@ class AttentionService:
             self._streams.counts = counts
 
     def _tell(self, item: Plan | GatewayGone | AttemptsRefused | None) -> None:
-        """From the streams' thread. A second without room is a hung worker: the stream breaks with queue.Full."""
-        self._inbox.put(item, timeout=_IDLE_WAIT_S)
+        """From the streams' thread. Never waits: so many unread messages mean that the compute thread hangs."""
+        try:
+            self._inbox.put_nowait(item)
+        except queue.Full:
+            self._fail(f"inbox: {_INBOX_MAX} messages unread; the compute thread hangs")

@@ -79,7 +79,7 @@ class LifeConfig(_Section):
     """A worker silent for so long is lost: killed and replaced. At least three heartbeats."""
 
     restarts_max: int = Field(3, ge=0)
-    """Failures of one worker in a row after which it is not started again."""
+    """Failed starts of one worker in a row after which it is not started again."""
 
     @model_validator(mode="after")
     def _relations(self) -> LifeConfig:

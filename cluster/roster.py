@@ -31,10 +31,10 @@ class Patience:
     """Longest start of a process until it registers, and longest work on an order without a byte of progress."""
 
     restarts_max: int = 3
-    """Failures in a row, none followed by `settled_s` of service, after which a worker is given up."""
+    """Starts in a row that never led to service, after which a worker is not started again."""
 
-    settled_s: float = 60.0
-    """Service for so long makes the next failure count as the first."""
+    settled_s: float = 10.0
+    """Service for so long makes the next failure count as the first, so that its restart does not wait."""
 
     backoff_s_min: float = 0.5
     """Wait before the second restart in a row (the first is at once); doubles with each further one."""
@@ -69,7 +69,8 @@ class Worker:
     epoch: EpochId | None = None  # last one it prepared (expert) or adopted (attention)
     owes: EpochId | None = None  # the epoch it was ordered to prepare or adopt, until it says so
     progress_s: float = 0.0  # when it was ordered to, or last loaded something
-    failures: int = 0  # in a row
+    failures: int = 0  # in a row, without settling in between: they make restarts wait
+    failed_starts: int = 0  # in a row, without service in between: too many, and it is given up
     has_served: bool = False  # some life of it has been ready
 
     @property
@@ -166,8 +167,9 @@ class Roster:
         kill = KillWorker(worker.member, pid, node, reason)
         has_settled = worker.state is WorkerState.READY and now_s - worker.since_s >= self.patience.settled_s
         worker.failures = 1 if has_settled else worker.failures + 1
+        worker.failed_starts = 0 if worker.state is WorkerState.READY else worker.failed_starts + 1
         is_hopeless = is_its_own_word and not worker.has_served
-        gives_up = is_hopeless or worker.failures > self.patience.restarts_max
+        gives_up = is_hopeless or worker.failed_starts > self.patience.restarts_max
         worker.change(Change.GIVE_UP if gives_up else Change.LOST, now_s)
         worker.since_s = now_s + self._backoff_s(worker.failures) if not gives_up else now_s
         worker.detail, worker.register, worker.epoch, worker.owes = reason, None, None, None

@@ -180,19 +180,28 @@ def test_restarts_are_bounded_and_further_apart_each_time() -> None:
     assert world.controller.phase is Phase.FAILED
 
 
-def test_long_service_forgives_earlier_failures() -> None:
-    world = World(ControllerConfig(1, 2, 1, patience=Patience(restarts_max=1, settled_s=50)))
+def test_worker_that_serves_between_its_deaths_is_never_given_up() -> None:
+    """Restarts wait longer while it does not settle, and not at all once it has."""
+    world = World(ControllerConfig(1, 2, 1, patience=Patience(restarts_max=1, settled_s=20)))
+    world.run(15)
     for _ in range(4):
-        world.run(100)
         world.kill(world.one("expert-0").member)
-    world.run(30)
+        world.run(15)
+    assert world.one("expert-0").member.incarnation == 5
+    assert world.controller.roster.workers["expert-0"].failures == 4
+    world.run(60)
+    world.kill(world.one("expert-0").member)
+    world.run(10)
     assert world.controller.phase is Phase.READY
+    assert world.controller.roster.workers["expert-0"].failures == 1
 
 
 def test_expert_worker_given_up_after_service_leaves_its_experts_to_the_rest() -> None:
     world = ready(ControllerConfig(1, 3, 1, patience=Patience(restarts_max=0)))
+    world.fails_to_start["expert-2"] = "no memory left"
     world.kill(Member("expert-2", 1))
     world.run(30)
+    assert state(world, "expert-2") is WorkerState.FAILED
     published = world.controller.epochs.published
     published.validate()
     assert [w.member.id for w in published.workers] == ["expert-0", "expert-1"]
