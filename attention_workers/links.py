@@ -118,7 +118,7 @@ class TokenLink:
         return True
 
     async def run(self) -> None:
-        """Until the stream breaks; then says so once and ends."""
+        """Until the stream breaks, in whatever way; then says so once and ends."""
         try:
             async with grpc.aio.insecure_channel(self.address, options=_OPTIONS) as channel:
                 stub = step_pb2_grpc.TokenServiceStub(channel)
@@ -126,7 +126,8 @@ class TokenLink:
                     self._acknowledge(ack)
         except grpc.aio.AioRpcError as error:
             log.warning("token stream to gateway %s broke: %s", self.address, error.code().name)
-        self._links.broken(self)
+        finally:
+            self._links.broken(self)
 
     def _acknowledge(self, ack: step_pb2.TokenAck) -> None:
         while self._unacknowledged and self._unacknowledged[0][0] <= ack.number:

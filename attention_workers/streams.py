@@ -45,10 +45,13 @@ class Streams:
         scheduler_address: str,
         backlog_max: int,
         tell: Callable[[Plan | GatewayGone | AttemptsRefused | None], None],
+        on_failure: Callable[[str], None],
     ) -> None:
+        """`tell` must not wait. `on_failure`: a stream's task ended that should not have, and why."""
         self.member = member
         self._token, self._scheduler_address, self._backlog_max = token, scheduler_address, backlog_max
         self._tell = tell
+        self._on_failure = on_failure
         self.counts = step_pb2.WorkerReport()  # the newest, replaced whole by the compute thread
         self.running = step_pb2.State()
         self._loop = asyncio.new_event_loop()
@@ -95,10 +98,13 @@ class Streams:
             on_refused=lambda attempts: self._tell(AttemptsRefused(attempts)),
             on_broken=lambda address, undelivered: self._tell(GatewayGone(address, undelivered)),
         )
-        self._tasks = [
-            self._loop.create_task(self._scheduler.run()),
-            self._loop.create_task(self._report_counts()),
-        ]
+        self._tasks = [self._loop.create_task(work) for work in (self._scheduler.run(), self._report_counts())]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._on_failure(f"a stream's task ended: {task.exception()!r}")
 
     async def _end(self) -> None:
         for task in self._tasks:
