@@ -22,6 +22,8 @@ from expert_workers.config import ExpertConfig
 from gateway.config import GatewayConfig
 from router.config import RouterConfig
 
+_MASK = "**********"
+
 
 class ConfigError(Exception):
     """One line per mistake: the field, the value, what is accepted."""
@@ -163,6 +165,8 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
                 raise ConfigError(f"{part}: {below!r}; accepted: a mapping")
             branch = below
         branch[last] = value
+    if isinstance(tree.get("gateway"), dict) and tree["gateway"].get("api_key") == _MASK:
+        raise ConfigError("gateway.api_key: masked, as --print-config shows it; accepted: the key itself, or null")
     unknown = list(_unknown(tree, Config, ""))
     if unknown:
         raise ConfigError("\n".join(unknown))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from typing import Any
 
 from cluster.controller import Controller, ControllerConfig
@@ -72,4 +74,5 @@ def _about(spec: ClusterSpec) -> dict[str, Any]:
         "model_path": str(config.model_path),
         "transport": config.transport,
         "numerics": config.attention.numerics,
+        "controller": {"pid": os.getpid(), "node": platform.node(), "address": spec.controller_address},
     }

@@ -93,7 +93,8 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[RayH
     from cluster import actors
     from cluster.ray_driver import ClusterExists, LaunchFailed, RayHost, end_children
 
-    temp_dir = tempfile.mkdtemp(prefix="em-", dir="/tmp")  # short: Unix socket paths may have 107 characters
+    # Short, and not TMPDIR, which may be long: Unix socket paths may have 107 characters.
+    temp_dir = tempfile.mkdtemp(prefix="em-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
     joined = spec.config.cluster.ray_address
     host: RayHost | None = None
     is_hurried = False
@@ -122,6 +123,7 @@ def _prepare_environment(config: Config) -> None:
     if config.cluster.ray_address is None:
         os.environ.setdefault("RAY_AUTH_MODE", config.cluster.ray_auth)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")  # `watch` says it in a line
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -158,7 +160,7 @@ class _Cluster:
 
     def watch(self) -> None:
         """Until asked to stop: say what is lost and what phase follows. Raises StartFailed if all is lost."""
-        told, phase, heard_s = 0, "ready", time.monotonic()
+        told, phase, heard_s = len((self._status() or {}).get("failures", [])), "ready", time.monotonic()
         while not self._stop.is_asked:
             time.sleep(_WATCH_S)
             document = self._status()

@@ -89,11 +89,13 @@ class WorkerProcess:
     def _end(self) -> None:
         self._told_to_exit.wait()
         log.info("%s#%d exits: %s", self._member.id, self._member.incarnation, self._reason)
-        self._service.stop(_STOP_GRACE_S)
-        self._link.close(_STOP_GRACE_S)
-        self.stopped.set_result(self._reason)
-        threading.Event().wait(_COLLECT_S)
-        os._exit(0)
+        try:
+            self._service.stop(_STOP_GRACE_S)
+            self._link.close(_STOP_GRACE_S)
+            self.stopped.set_result(self._reason)
+            threading.Event().wait(_COLLECT_S)
+        finally:
+            os._exit(0)
 
 
 def _attention(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from cluster.commands.sizes import parse_size
+from cluster.commands.status import API_KEY_VARIABLE
 from cluster.config import ConfigError, load_config
 
 # flag -> the settings it overrides, and how to read and explain it
@@ -28,7 +30,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "--kv-memory": (("attention.kv_bytes",), "SIZE", "of each attention worker, as 2GiB or 512MB"),
     "--host": (("host",), "HOST", "default 127.0.0.1"),
     "--port": (("port",), "PORT", "REST; default 8000"),
-    "--api-key": (("gateway.api_key",), "KEY", "clients must present it"),
+    "--api-key": (("gateway.api_key",), "KEY", f"clients must present it; better in ${API_KEY_VARIABLE}"),
     "--name": (("cluster.name",), "NAME", "tells clusters on one Ray apart"),
     "--ray-address": (("cluster.ray_address",), "ADDR", "a Ray to join (auto or host:port) instead of our own"),
 }  # fmt: skip
@@ -68,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _overrides(given: dict[str, Any]) -> dict[str, Any]:
     """Dotted name -> value of every flag that was given."""
     overrides: dict[str, Any] = {"cluster.dashboard": True} if given["dashboard"] else {}
+    if API_KEY_VARIABLE in os.environ:
+        overrides["gateway.api_key"] = os.environ[API_KEY_VARIABLE]
     for flag, (names, _, _) in _SETTINGS.items():
         value = given[names[0]]
         if value is None:

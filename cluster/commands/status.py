@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cluster.commands.sizes import show_size
 
-_API_KEY_VARIABLE = "EXPERTMESH_API_KEY"
+API_KEY_VARIABLE = "EXPERTMESH_API_KEY"
 _TIMEOUT_S = 10.0
 
 
@@ -32,8 +32,8 @@ def add_to(commands: Any) -> None:
         epilog="Example:  expertmesh status --json | python -m json.tool",
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway (default: %(default)s)")
-    key = os.environ.get(_API_KEY_VARIABLE)
-    parser.add_argument("--api-key", default=key, help=f"if it asks for one (default: ${_API_KEY_VARIABLE})")
+    key = os.environ.get(API_KEY_VARIABLE)
+    parser.add_argument("--api-key", default=key, help=f"if it asks for one (default: ${API_KEY_VARIABLE})")
     parser.add_argument("--json", action="store_true", help="the whole document, for scripts")
     parser.set_defaults(run=run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,9 @@ def ray_environment() -> Iterator[None]:
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
-        yield
+        with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as short:  # for Ray's sockets
+            patch.setenv("RAY_TMPDIR", short)
+            yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-READY_WITHIN_S = 120.0
+READY_WITHIN_S = 180.0
 END_WITHIN_S = 60.0
 
 

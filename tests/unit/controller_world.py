@@ -213,6 +213,9 @@ class World:
         self._at(self._delay(0.5, 3.0), lambda: self._register(process))
 
     def _register(self, process: Process) -> None:
+        if self.now_s < process.frozen_until_s:
+            self._at_time(process.frozen_until_s, lambda: self._register(process))
+            return
         reason = self.fails_to_start.get(process.member.id)
         body = Register(process.role, process.pid, "here", "cpu", f"@{process.member.id}", 0, process.epoch)
         self.report(process, body)

@@ -59,6 +59,17 @@ def test_print_config_is_yaml_with_flags_over_the_file(tmp_path: Path, capsys: p
     assert (tree["attention"]["threads"], tree["expert"]["threads"]) == (2, 2)
 
 
+def test_api_key_may_come_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a command line every user of the machine could read it."""
+    monkeypatch.setenv("EXPERTMESH_API_KEY", "sesame")
+    assert main(["serve", "--model", "m", "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    assert yaml.safe_load(shown)["gateway"]["api_key"] == "**********"
+    assert "sesame" not in shown
+
+
 def test_dtype_and_numerics_are_one_choice_for_both_pools(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--model", "m", "--dtype", "float32", "--numerics", "fast", "--print-config"]) == 0
     tree = yaml.safe_load(capsys.readouterr().out)

@@ -216,6 +216,40 @@ def test_controller_that_was_frozen_judges_nobody_by_the_silence_it_slept_throug
     assert world.controller.phase is Phase.READY
 
 
+def test_machine_that_slept_loses_nobody() -> None:
+    """A suspended laptop: all clocks went on, nobody spoke, and nobody is late."""
+    world = ready()
+    for process in world.processes.values():
+        world.freeze(process.member, 60)
+    world.pause_controller(60)
+    world.run(90)
+    assert not world.ordered(KillWorker)
+    assert world.controller.phase is Phase.READY
+
+
+def test_worker_that_comes_back_is_told_again_what_it_may_have_missed() -> None:
+    """An order lost with a stream needs no second copy: registering again brings it."""
+    world = ready()
+    world.kill(Member("expert-1", 1))
+    world.run(1)
+    (survivors,) = [send.body.placement for send in world.sent(Prepare)[-1:]]
+    expert = world.one("expert-0")
+    world.report(expert, Register(Role.EXPERT, expert.pid, "here", "cpu", "@expert-0", 0, EpochId(1, 1)))
+    assert (world.sent(Prepare)[-1].to, world.sent(Prepare)[-1].body.placement) == (expert.member, survivors)
+
+
+def test_new_term_retires_nothing_before_all_who_may_live_have_left_it() -> None:
+    """An attention worker that is slow to come back still uses the last term's epoch (asserted by the world)."""
+    world = ready()
+    world.freeze(Member("attention-1", 1), 15)
+    world.restart_controller()
+    world.run(14)
+    assert not [send for send in world.sent(Retire) if send.body.epoch.term == 2]
+    world.run(10)
+    assert [send.body.epoch for send in world.sent(Retire)][-1] == EpochId(2, 0)
+    assert world.controller.phase is Phase.READY
+
+
 def test_new_term_keeps_every_process_and_retires_the_old_terms_epoch() -> None:
     """A restarted controller starts nobody twice, and its first epoch replaces the one of the term before."""
     world = ready()
