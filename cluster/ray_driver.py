@@ -194,12 +194,16 @@ class RayHost:
         return namespace(self._config.cluster.name)
 
     def close(self, is_hurried: bool) -> None:
-        """End everything of this cluster that is left, and Ray if we started it: by asking, or killing at once."""
-        if self._owns_ray and is_hurried:
+        """End everything of this cluster that is left, and Ray if we started it: by asking, or killing at once.
+
+        Ray is not asked while a launch is still calling it: our own is killed, one that was joined has to wait.
+        """
+        is_launched = self._launching is None or self._launching.done()
+        if self._owns_ray and (is_hurried or not is_launched):
             end_children(grace_s=0.0)
             return
         if self._launching is not None:
-            wait([self._launching], _LAUNCH_WAIT_S)  # never end Ray under a call to it, nor what is not there yet
+            wait([self._launching], _LAUNCH_WAIT_S)
         if self._owns_ray:
             family = psutil.Process().children(recursive=True)
             ray.shutdown()

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
@@ -77,12 +77,18 @@ def serve(config: Config) -> int:
             cluster.watch()
             cluster.drain()
     except StartFailed as error:
-        print(f"expertmesh serve: {error}", file=sys.stderr)
-        return 1
+        _leave(1, str(error))
     except (KeyboardInterrupt, SystemExit):
-        print("expertmesh serve: ended at once", file=sys.stderr, flush=True)
-        os._exit(130)  # Ray would wait at exit for what has been killed
+        _leave(130, "ended at once")
     return 0
+
+
+def _leave(code: int, why: str) -> NoReturn:
+    """Without Ray's own exit, which would wait for processes that have been killed."""
+    print(f"expertmesh serve: {why}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

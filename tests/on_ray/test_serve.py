@@ -101,14 +101,15 @@ def test_killed_attention_worker_is_replaced_and_its_stream_goes_on(server: Serv
     """Its keys and values are gone, its requests are not: the gateway has them resumed by the next life."""
     long = {"prompt": [5, 6, 7], **GREEDY, "max_tokens": 150, "return_token_ids": True}
     expected = server.post("/v1/completions", long)["choices"][0]["token_ids"]
-    victim, streamed = workers(server.status())["attention-0"], []
+    victim: int | None = workers(server.status())["attention-0"]["pid"]
+    streamed: list[int] = []
     with server.client.stream("POST", "/v1/completions", json=long | {"stream": True}) as answer:
         for line in answer.iter_lines():
             if not line.startswith("data: {"):
                 continue
             streamed += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
             if victim and len(streamed) >= 5:
-                os.kill(victim["pid"], signal.SIGKILL)
+                os.kill(victim, signal.SIGKILL)
                 victim = None
     assert streamed == expected
     server.wait_for_status(
