@@ -76,6 +76,3 @@ class GatewayConfig(BaseModel):
 
     status_timeout_s: float = Field(default=5.0, gt=0)
     """Longest wait for the controller's status document."""
-
-    stop_timeout_s: float = Field(default=30.0, ge=0)
-    """How long calls in flight may go on once the HTTP server is asked to stop."""
