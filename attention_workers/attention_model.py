@@ -31,6 +31,7 @@ class Microbatch:
     positions: Tensor  # [T] int64, of each token in its sequence
     write_block: Tensor  # [T] int64: where its key and value go
     write_offset: Tensor  # [T] int64
+    fresh_blocks: Tensor  # blocks whose first token is written here
     tiles: list[QueryTiles]
     sampled_rows: Tensor  # rows whose logits are wanted, in span order
     hidden: Tensor  # [T, H]
@@ -135,6 +136,7 @@ class AttentionModel:
             position,
             torch.tensor(blocks),
             position % TILE,
+            torch.tensor([b for b, p in zip(blocks, positions, strict=True) if p % TILE == 0], dtype=torch.int64),
             query_tiles(layout),
             torch.tensor(sampled, dtype=torch.int64),
             self.embedding[torch.tensor(tokens)],
@@ -150,6 +152,8 @@ class AttentionModel:
         rows = len(mb.hidden)
         q = self.rotary(q.reshape(rows, c.num_heads, c.head_dim), mb.positions)
         k = self.rotary(k.reshape(rows, c.num_kv_heads, c.head_dim), mb.positions)
+        # A masked key's weight of zero times what the block's last owner left must be zero, even were that NaN.
+        self.values[layer][mb.fresh_blocks] = 0
         self.keys[layer][mb.write_block, :, mb.write_offset] = k
         self.values[layer][mb.write_block, :, mb.write_offset] = v.reshape(rows, c.num_kv_heads, c.head_dim)
         mixed = self.attention(q, self.keys[layer], self.values[layer], mb.tiles)

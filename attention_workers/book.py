@@ -130,7 +130,7 @@ class Book:
         self.sequences[start.attempt] = sequence
         why = self._cannot_run(sequence)
         if why:
-            self._fail(sequence, why, result)
+            self.fail(sequence, why, result)
         elif sequence.num_generated and (reason := self._finish_reason(sequence)):
             self._deliver(sequence, TokenDelta(start.attempt, sequence.num_generated, (), finish=reason), result)
             self._end(sequence, reason, result)
@@ -225,7 +225,7 @@ class Book:
 
     def fail_all(self, why: str, result: StepResult) -> None:
         for sequence in list(self.sequences.values()):
-            self._fail(sequence, why, result)
+            self.fail(sequence, why, result)
 
     def drop(self, gateway_address: str, result: StepResult) -> list[AttemptId]:
         """Forget the sequences of a gateway that cannot be reached; it resumes what it still wants."""
@@ -250,7 +250,7 @@ class Book:
             return FinishReason.LENGTH
         return None
 
-    def _fail(self, sequence: Sequence, why: str, result: StepResult) -> None:
+    def fail(self, sequence: Sequence, why: str, result: StepResult) -> None:
         delta = TokenDelta(sequence.start.attempt, sequence.num_generated, (), (), FinishReason.FAILED, why)
         self._deliver(sequence, delta, result)
         self._end(sequence, FinishReason.FAILED, result, why)

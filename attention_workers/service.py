@@ -113,10 +113,15 @@ class AttentionService:
         except PERMANENT as error:
             self._fail(str(error))
             return
+        except Exception as error:
+            # One of the process's two nets: a worker that cannot load must be seen as failed, with its reason.
+            log.exception("attention worker %s", self.member)
+            self._fail(f"{type(error).__name__}: {error}")
+            return
         try:
             self._serve(worker)
         except Exception as error:
-            # The process's one net: a worker that has lost its loop must be seen as failed and replaced.
+            # The other net: a worker that has lost its loop must be seen as failed and replaced.
             log.exception("attention worker %s", self.member)
             self._fail(f"{type(error).__name__}: {error}")
         finally:
@@ -192,7 +197,8 @@ class AttentionService:
             self._drain_inbox(worker, result, wait_s)
             try:
                 is_busy = self._state is HealthState.READY and worker.step(result)
-                unavailable_since = None
+                if unavailable_since is not None:
+                    unavailable_since, self._detail = None, ""
             except ExpertsUnavailable as error:
                 now = time.monotonic()
                 unavailable_since = unavailable_since or now

@@ -77,7 +77,7 @@ class Streams:
         self._loop.call_soon_threadsafe(self._begin, book.fingerprint)
 
     def hand_over(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
-        self._loop.call_soon_threadsafe(self._send, result, counts)
+        self._loop.call_soon_threadsafe(self._send_or_fail, result, counts)
 
     def close(self, grace_s: float) -> None:
         if self._thread.is_alive():
@@ -121,6 +121,14 @@ class Streams:
         report.hello.CopyFrom(self._hello)
         report.state.CopyFrom(self.running)
         return report
+
+    def _send_or_fail(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
+        try:
+            self._send(result, counts)
+        except Exception as error:
+            # The loop would only log it; but tokens of a step are gone, so the worker must not go on.
+            self._on_failure(f"a step's tokens could not be sent: {error!r}")
+            raise
 
     def _send(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
         assert self._tokens is not None

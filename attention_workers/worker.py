@@ -45,6 +45,12 @@ class AttentionWorker:
 
     def _sample(self, batch: Microbatch, logits: Tensor, result: StepResult) -> None:
         sequences: list[Sequence] = [span.sequence for span in batch.spans if span.samples]
+        sound = torch.isfinite(logits).all(-1)
+        if not sound.all():
+            for sequence in [s for s, is_sound in zip(sequences, sound.tolist(), strict=True) if not is_sound]:
+                sequences.remove(sequence)
+                self.book.fail(sequence, "the model's logits are not finite", result)
+            logits = logits[sound]
         tokens = [
             sampler.sample(row, s.num_generated, s.start.sampling)
             for s, row in zip(sequences, logits, strict=True)

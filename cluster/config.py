@@ -125,6 +125,19 @@ class Config(_Section):
         return value
 
     @model_validator(mode="after")
+    def _bounds_meet(self) -> Config:
+        """A gateway must not accept what its link or the scheduler would break over."""
+        gateway, scheduler = self.gateway, self.scheduler
+        for name, value, bound, of in (
+            ("gateway.n_max", gateway.n_max, scheduler.siblings_max, "scheduler.siblings_max"),
+            ("gateway.in_flight_max", gateway.in_flight_max, gateway.link_queue_max, "gateway.link_queue_max"),
+            ("scheduler.step_tokens_max", scheduler.step_tokens_max, self.router.rows_max, "router.rows_max"),
+        ):
+            if value > bound:
+                raise ValueError(f"{name} {value} must not exceed {of} {bound}")
+        return self
+
+    @model_validator(mode="after")
     def _one_arithmetic(self) -> Config:
         for name in ("numerics", "dtype"):
             ours, theirs = getattr(self.attention, name), getattr(self.expert, name)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 class GatewayConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    api_key: SecretStr | None = None
+    api_key: SecretStr | None = Field(default=None, min_length=1)
     """What clients must send as `Authorization: Bearer` or `x-api-key`; None: nobody is asked."""
 
     # --- one client call: beyond these 400, or 413 for the body -------------------------------

@@ -45,6 +45,8 @@ class TokenService(step_pb2_grpc.TokenServiceServicer):
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
+                # Workers ask an idle stream for a sign of life; by default gRPC takes that for abuse and cuts it.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
                 ("grpc.max_receive_message_length", self._config.message_bytes_max),
                 ("grpc.max_send_message_length", self._config.message_bytes_max),
             ]

@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _overrides(given: dict[str, Any]) -> dict[str, Any]:
     """Dotted name -> value of every flag that was given."""
     overrides: dict[str, Any] = {"cluster.dashboard": True} if given["dashboard"] else {}
-    if API_KEY_VARIABLE in os.environ:
-        overrides["gateway.api_key"] = os.environ[API_KEY_VARIABLE]
+    if key := os.environ.get(API_KEY_VARIABLE):
+        overrides["gateway.api_key"] = key
     for flag, (names, _, _) in _SETTINGS.items():
         value = given[names[0]]
         if value is None:

@@ -130,3 +130,32 @@ def test_random_mixtures_of_everything(checkpoint, dtype):
         assert answers == expected
         comparisons += len(answers)
     assert comparisons == 60
+
+
+def test_what_a_block_held_before_leaves_no_trace(checkpoint, dtype, alone):
+    """Even NaN left in a freed block: a masked key must weigh nothing."""
+    with LocalCluster(checkpoint, dtype=dtype) as cluster:
+        model = cluster.workers[0].model
+        model.keys.fill_(torch.nan)
+        model.values.fill_(torch.nan)
+        assert cluster.run([me()])["me"] == alone
+
+
+def test_logits_that_are_not_finite_fail_their_sequence_by_name(checkpoint, dtype):
+    """One sequence ends with the reason; the worker and the others go on."""
+    with LocalCluster(checkpoint, dtype=dtype) as cluster:
+        worker = cluster.workers[0]
+        unembed = worker.model.unembed
+
+        def poisoned(batch):
+            logits = unembed(batch)
+            bad = [s.sequence.start.attempt.request_id == "bad" for s in batch.spans if s.samples]
+            logits[torch.tensor(bad)] = torch.nan
+            return logits
+
+        worker.model.unembed = poisoned
+        result = cluster.order(0, [request("bad", PROMPT), request("good", PROMPT[:30], max_tokens=5)])
+        while worker.book.sequences:
+            worker.step(result)
+    ends = {c.attempt.request_id: (c.reason.name, c.detail) for c in result.completions}
+    assert ends == {"bad": ("FAILED", "the model's logits are not finite"), "good": ("LENGTH", "")}
