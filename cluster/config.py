@@ -131,7 +131,6 @@ class Config(_Section):
         for name, value, bound, of in (
             ("gateway.n_max", gateway.n_max, scheduler.siblings_max, "scheduler.siblings_max"),
             ("gateway.in_flight_max", gateway.in_flight_max, gateway.link_queue_max, "gateway.link_queue_max"),
-            ("scheduler.step_tokens_max", scheduler.step_tokens_max, self.router.rows_max, "router.rows_max"),
         ):
             if value > bound:
                 raise ValueError(f"{name} {value} must not exceed {of} {bound}")
