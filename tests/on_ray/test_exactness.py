@@ -15,11 +15,8 @@ CHUNKS_OF_16 = "scheduler:\n  chunk_tokens_max: 16\n  step_tokens_max: 64\n"
 CASES = {
     "1x1": ((1, 1), ""),
     "1x3 in chunks of 16": ((1, 3), CHUNKS_OF_16),
-    "2x3 in chunks of 16": ((2, 3), CHUNKS_OF_16),
-    "2x3 with 2 threads, replicas 2": (
-        (2, 3),
-        "attention:\n  threads: 2\nexpert:\n  threads: 2\npools:\n  replicas: 2\n",
-    ),
+    "2x3 in chunks of 16, replicas 2": ((2, 3), CHUNKS_OF_16 + "pools:\n  replicas: 2\n"),
+    "1x1 with 2 threads": ((1, 1), "attention:\n  threads: 2\nexpert:\n  threads: 2\n"),
 }
 
 
