@@ -153,3 +153,15 @@ class StatusReply(_message.Message):
     term: int
     json: str
     def __init__(self, term: _Optional[int] = ..., json: _Optional[str] = ...) -> None: ...
+
+class PlacementRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PlacementReply(_message.Message):
+    __slots__ = ("term", "table")
+    TERM_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    term: int
+    table: PlacementTable
+    def __init__(self, term: _Optional[int] = ..., table: _Optional[_Union[PlacementTable, _Mapping]] = ...) -> None: ...
