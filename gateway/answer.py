@@ -20,18 +20,16 @@ from starlette.responses import Response
 from gateway import bodies
 from gateway.config import GatewayConfig
 from gateway.errors import BodyTooLarge, ClientGone, NotReady, Refusal, TooSlow
-from gateway.ledger import Generation
 from gateway.metrics import Meter
 from gateway.model_card import ModelCard
 from gateway.openai_types import Usage
+from gateway.running import Running, beside, outcome
 from gateway.state import GatewayState
 from gateway.stream import DONE, EventStream, event, unless_hung_up
-from gateway.text import ChoiceText, Piece, joined
+from gateway.text import Piece
 from gateway.validate import Call, Validator
 
 _log = logging.getLogger(__name__)
-
-_IN_LOOP_BYTES_MAX = 32_768  # larger bodies are rendered and tokenised in a thread: 100 KB take some 30 ms
 
 
 class Dialect(Protocol):
@@ -58,18 +56,19 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
             raise NotReady(state.not_ready, retry_after_s=state.config.retry_after_s)
         call = await _call(state, request, plan)
         generation = await unless_hung_up(request.receive, state.ledger.open(call.requests))
-        running = _Running(state, call, generation, meter, speak(call, state.card))
+        running = Running(state, call, generation, meter)
+        told = _Answer(running, call, speak(call, state.card), meter)
         headers = {"x-expertmesh-ignored-fields": listed(call.ignored)} if call.ignored else {}
         if call.stream:
-            return EventStream(running.events(), headers, state.config.client_stall_s_max, running.end)
+            return EventStream(told.events(), headers, state.config.client_stall_s_max, told.end)
         try:
-            whole = await unless_hung_up(request.receive, running.whole())
+            whole = await unless_hung_up(request.receive, told.whole())
         finally:
-            generation.close()
+            running.close()
         meter.end("ok")
         return Response(orjson.dumps(whole), media_type="application/json", headers=headers)
     except BaseException as error:
-        meter.end(_outcome(error))
+        meter.end(outcome(error))
         raise
 
 
@@ -77,9 +76,7 @@ async def _call(state: GatewayState, request: Request, plan: Plan) -> Call:
     raw = await read_body(request, state.config)
     validator = Validator(state.card, state.config, state.model_len_max)
     content_type = request.headers.get("content-type", "")
-    if len(raw) <= _IN_LOOP_BYTES_MAX:
-        return plan(validator, bodies.parse(raw, content_type))
-    return await asyncio.to_thread(lambda: plan(validator, bodies.parse(raw, content_type)))
+    return await beside(len(raw), lambda: plan(validator, bodies.parse(raw, content_type)))
 
 
 async def read_body(request: Request, config: GatewayConfig) -> bytes:
@@ -107,50 +104,30 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in names[:32])
 
 
-class _Running:
-    """An admitted call on its way to the client."""
+class _Answer:
+    """A running call in its dialect's words."""
 
-    def __init__(
-        self, state: GatewayState, call: Call, generation: Generation, meter: Meter, dialect: Dialect
-    ) -> None:
-        self._state = state
+    def __init__(self, running: Running, call: Call, dialect: Dialect, meter: Meter) -> None:
+        self._running = running
         self._call = call
-        self._generation = generation
-        self._meter = meter
         self._dialect = dialect
-        self._usage = Usage(call.num_prompt_tokens)
+        self._meter = meter
         self._trouble: BaseException | None = None
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Text and tokens as they come; a stop string ends its choice at the worker, too."""
-        card, texts = self._state.card, dict[int, ChoiceText]()
-        async for choice, delta in self._generation:
-            if choice not in texts:
-                texts[choice] = ChoiceText(choice, self._call.request_of(choice), card.tokens, card.eos)
-            piece = texts[choice].take(delta)
-            if piece.finish is not None and delta.finish is None:
-                self._generation.finish(choice, delta.position + len(piece.tokens) - 1)
-            self._usage.completion_tokens += len(piece.tokens)
-            if piece.tokens:
-                self._meter.tokens(choice, len(piece.tokens))
-            yield piece
-
     async def whole(self) -> dict[str, Any]:
-        choices: dict[int, list[Piece]] = {}
-        async for piece in self.pieces():
-            choices.setdefault(piece.choice, []).append(piece)
-        return self._dialect.whole([joined(choices[choice]) for choice in sorted(choices)], self._usage)
+        choices = await self._running.choices()
+        return self._dialect.whole(choices, self._running.usage)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         try:
             for payload in self._dialect.opening():
                 yield event(payload)
-            async with aclosing(self.pieces()) as pieces:
+            async with aclosing(self._running.pieces()) as pieces:
                 async for piece in pieces:
                     for payload in self._dialect.chunks(piece):
                         yield event(payload)
             if self._call.include_usage:
-                yield event(self._dialect.closing(self._usage))
+                yield event(self._dialect.closing(self._running.usage))
         except Refusal as error:
             self._trouble = error
             yield event(error.body())
@@ -163,12 +140,6 @@ class _Running:
 
     def end(self, stayed: bool) -> None:
         """The stream is over: cancel what is left of the call."""
-        self._generation.close()
+        self._running.close()
         trouble = self._trouble or (None if stayed else ClientGone("the client hung up"))
-        self._meter.end("ok" if trouble is None else _outcome(trouble))
-
-
-def _outcome(error: BaseException) -> str:
-    if isinstance(error, ClientGone | asyncio.CancelledError):
-        return "hung_up"
-    return str(error.status) if isinstance(error, Refusal) else "500"
+        self._meter.end("ok" if trouble is None else outcome(trouble))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import uuid
@@ -22,7 +21,8 @@ from gateway.answer import answer
 from gateway.bodies import ChatBody, CompletionBody, GenerateBody
 from gateway.chat import ChatDialect
 from gateway.completions import CompletionDialect
-from gateway.errors import BadRequest, NotFound, NotReady, Refusal, Unauthorized
+from gateway.errors import BadRequest, NotFound, NotReady, Refusal
+from gateway.keys import Keeper
 from gateway.state import GatewayState
 from gateway.validate import Validator, unknown_model
 
@@ -100,8 +100,7 @@ class FrontDoor:
 
     def __init__(self, app: ASGIApp, state: GatewayState) -> None:
         self._app = app
-        key = state.config.api_key
-        self._key = key.get_secret_value().encode() if key is not None else None
+        self._keeper = Keeper(state.config.api_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -121,7 +120,7 @@ class FrontDoor:
 
         try:
             if scope["path"] not in _OPEN_PATHS:
-                self._check_key(headers)
+                self._keeper.check(headers.get("authorization", ""), headers.get("x-api-key", ""))
             await self._app(scope, receive, named)
         except Refusal as error:
             await _error_response(error)(scope, receive, named)
@@ -130,16 +129,6 @@ class FrontDoor:
             if has_begun:
                 raise
             await _error_response(Refusal("internal error"))(scope, receive, named)
-
-    def _check_key(self, headers: Headers) -> None:
-        if self._key is None:
-            return
-        kind, _, bearer = headers.get("authorization", "").partition(" ")
-        given = (bearer if kind.lower() == "bearer" else headers.get("x-api-key", "")).strip().encode()
-        if not hmac.compare_digest(given, self._key):
-            raise Unauthorized(
-                "the API key is missing or wrong; accepted: Authorization: Bearer <key>, or x-api-key: <key>"
-            )
 
 
 def _request_id(headers: Headers) -> str:
