@@ -104,6 +104,9 @@ class Config(_Section):
     port: int = Field(8000, ge=1, le=65535)
     """Where REST is served. A wider host than loopback should come with an api_key."""
 
+    grpc_port: int | None = Field(9000, ge=0, le=65535)
+    """Where gRPC is served, on the same host; 0 or null: nowhere."""
+
     device: Literal["cpu"] = "cpu"
     transport: Literal["shm"] = "shm"
     """Between the pools. shm: shared memory, all workers on one host."""
@@ -131,9 +134,16 @@ class Config(_Section):
         for name, value, bound, of in (
             ("gateway.n_max", gateway.n_max, scheduler.siblings_max, "scheduler.siblings_max"),
             ("gateway.in_flight_max", gateway.in_flight_max, gateway.link_queue_max, "gateway.link_queue_max"),
+            ("gateway.in_flight_max", gateway.in_flight_max, gateway.grpc_rpcs_max, "gateway.grpc_rpcs_max"),
         ):
             if value > bound:
                 raise ValueError(f"{name} {value} must not exceed {of} {bound}")
+        return self
+
+    @model_validator(mode="after")
+    def _two_ports(self) -> Config:
+        if self.grpc_port == self.port:
+            raise ValueError(f"grpc_port {self.grpc_port} must not be port: REST and gRPC are served side by side")
         return self
 
     @model_validator(mode="after")

@@ -135,6 +135,11 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
     ) -> control_pb2.StatusReply:
         return wire.encode_status(self._controller.term, self.status())
 
+    async def Placement(
+        self, _request: control_pb2.PlacementRequest, _context: grpc.aio.ServicerContext[Any, Any]
+    ) -> control_pb2.PlacementReply:
+        return wire.encode_placement(self._controller.term, self._controller.epochs.published)
+
     async def Member(
         self, requests: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:

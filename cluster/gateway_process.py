@@ -1,6 +1,7 @@
-"""A gateway's process without Ray: HTTP, token service, scheduler link and member link in one loop.
+"""A gateway's process without Ray: HTTP, gRPC, token service, scheduler link and member link in one loop.
 
-Draining: no new calls, /ready says 503, what runs goes on until its time is up; then everything is closed.
+Draining: no new calls, /ready and gRPC's health say so, what runs goes on until its time is up; then everything is
+closed.
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ import asyncio
 import logging
 import os
 import platform
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from expertmesh.v1.control_pb2 import PlacementTable
 
 from cluster.events import Exit, OrderBody, Register, Role
 from cluster.loop_thread import LoopThread
-from cluster.member_link import ControllerUnreachable, MemberLink, fetch_status
+from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status
 from cluster.spec import ClusterSpec
 from cluster.version import VERSION
+from gateway.admin_service import AdminService
 from gateway.errors import NotReady
+from gateway.grpc_server import GrpcServer
 from gateway.http_server import HttpServer
 from gateway.ledger import Ledger
 from gateway.link import SchedulerLink
@@ -31,6 +37,8 @@ from router.placement import Member
 
 log = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 _START_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 5.0
 _DRAIN_LOOK_S = 0.05
@@ -40,11 +48,12 @@ _FLUSH_S = 1.0
 
 class GatewayProcess:
     def __init__(self, spec: ClusterSpec, member: Member) -> None:
-        """Takes the port. Raises PortInUse or CannotListen."""
+        """Takes REST's port. Raises PortInUse or CannotListen."""
         config = spec.config
         self._spec, self._member = spec, member
         self._url = f"http://{config.host}:{config.port}"
         self._http = HttpServer(config.host, config.port)
+        self._grpc: GrpcServer | None = None
         self._thread = LoopThread("gateway")
         self._stopping: asyncio.Task[None] | None = None
         self._member_link = MemberLink(
@@ -59,7 +68,10 @@ class GatewayProcess:
         )
 
     def start(self) -> None:
-        """Returns when it serves; calls are refused with 503 until a worker has joined."""
+        """Returns when it serves; calls are refused as not ready until a worker has joined.
+
+        Raises PortInUse for gRPC's.
+        """
         self._thread.call(self._serve(), _START_TIMEOUT_S)
         self._member_link.start()
 
@@ -81,13 +93,23 @@ class GatewayProcess:
         self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
         self._state = GatewayState(config, card, self._link, self._ledger, metrics, self._status, VERSION)
         await self._tokens.start()
+        if spec.config.grpc_port:
+            admin = AdminService(self._state, self._placement)
+            self._grpc = GrpcServer(spec.config.host, spec.config.grpc_port, self._state, admin)
+            await self._grpc.start()
         self._link.start(self._ledger)
         await self._http.start(create_app(self._state), stop_timeout_s=_FLUSH_S)
 
     async def _status(self) -> dict[str, Any]:
+        return await self._ask(fetch_status)
+
+    async def _placement(self) -> PlacementTable | None:
+        return await self._ask(fetch_placement)
+
+    async def _ask(self, fetch: Callable[[str, str, float], Awaitable[Answer]]) -> Answer:
         config, spec = self._spec.config.gateway, self._spec
         try:
-            return await fetch_status(spec.controller_address, spec.token, config.status_timeout_s)
+            return await fetch(spec.controller_address, spec.token, config.status_timeout_s)
         except ControllerUnreachable as error:
             raise NotReady(str(error), retry_after_s=config.retry_after_s) from error
 
@@ -110,13 +132,18 @@ class GatewayProcess:
     async def _drain_and_stop(self) -> None:
         self._state.is_draining = True
         self._member_link.report()  # its health says it
+        if self._grpc is not None:
+            await self._grpc.drain()
         loop, patience_s = asyncio.get_running_loop(), self._spec.config.cluster.drain_timeout_s
         deadline_s = loop.time() + patience_s
         while self._ledger.num_open and loop.time() < deadline_s:
             await asyncio.sleep(_DRAIN_LOOK_S)
         if self._ledger.num_open:
             log.warning("%d sequences are cut off after %g s", self._ledger.num_open, patience_s)
-        await self._http.stop()
+        async with asyncio.TaskGroup() as closing:
+            closing.create_task(self._http.stop())
+            if self._grpc is not None:
+                closing.create_task(self._grpc.stop(_FLUSH_S))
         await self._tokens.stop()
         await self._link.stop()
         await asyncio.to_thread(self._member_link.close, _CLOSE_TIMEOUT_S)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -164,11 +165,24 @@ class MemberLink:
 
 async def fetch_status(address: str, token: str, timeout_s: float) -> dict[str, Any]:
     """The controller's status document. Raises ControllerUnreachable."""
+    async with _controller(address) as stub:
+        call = stub.Status(control_pb2.StatusRequest(), metadata=auth_metadata(token), timeout=timeout_s)
+        return wire.decode_status(await call)
+
+
+async def fetch_placement(address: str, token: str, timeout_s: float) -> control_pb2.PlacementTable | None:
+    """The published placement, None if there is none yet. Raises ControllerUnreachable."""
+    async with _controller(address) as stub:
+        call = stub.Placement(control_pb2.PlacementRequest(), metadata=auth_metadata(token), timeout=timeout_s)
+        reply: control_pb2.PlacementReply = await call
+        return reply.table if reply.HasField("table") else None
+
+
+@asynccontextmanager
+async def _controller(address: str) -> AsyncIterator[Any]:
     try:
         async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
-            stub = control_pb2_grpc.ControllerServiceStub(channel)
-            call = stub.Status(control_pb2.StatusRequest(), metadata=auth_metadata(token), timeout=timeout_s)
-            return wire.decode_status(await call)
+            yield control_pb2_grpc.ControllerServiceStub(channel)
     except grpc.aio.AioRpcError as error:
         raise ControllerUnreachable(f"the controller cannot be reached ({error.code().name})") from error
 

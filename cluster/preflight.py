@@ -1,4 +1,4 @@
-"""Everything that can be found wrong before a process is started: checkpoint, port, memory, relations.
+"""Everything that can be found wrong before a process is started: checkpoint, ports, memory, relations.
 
 Reads the checkpoint's headers, never its tensors.
 """
@@ -50,7 +50,8 @@ def check(config: Config) -> tuple[Config, CheckpointFacts]:
         is_widened = _dtype(config, checkpoint) == "float32" or not bf16_products()
         factor = 2 if is_widened and checkpoint.config.dtype == "bfloat16" else 1
         check_memory(config, role_bytes(checkpoint), factor, available_bytes())
-        bind(config.host, config.port).close()
+        for port in filter(None, (config.port, config.grpc_port)):
+            bind(config.host, port).close()
     except (ModelError, GatewayError) as error:
         raise PreflightError(str(error)) from error
     return fitted, facts

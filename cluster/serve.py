@@ -210,8 +210,9 @@ class _Cluster:
         key = " -H 'Authorization: Bearer '$EXPERTMESH_API_KEY" if config.gateway.api_key else ""
         has_text = (config.model_path / "tokenizer.json").is_file()
         prompt = '"Hello"' if has_text else "[1, 2, 3]"
+        grpc_url = f" and gRPC on {config.host}:{config.grpc_port}" if config.grpc_port else ""
         self._say(
-            f"ready after {took_s:.1f} s: {config.model_name} on {url}, "
+            f"ready after {took_s:.1f} s: {config.model_name} on {url}{grpc_url}, "
             f"{attention} attention and {experts} expert workers over {config.transport}\n"
             f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
             f'    -d \'{{"model": "{config.model_name}", "prompt": {prompt}, "max_tokens": 16}}\'\n'

@@ -136,6 +136,10 @@ def decode_status(reply: control_pb2.StatusReply) -> dict[str, Any]:
     return document
 
 
+def encode_placement(term: int, published: Placement | None) -> control_pb2.PlacementReply:
+    return control_pb2.PlacementReply(term=term, table=None if published is None else _table(published))
+
+
 def _register(body: Register) -> control_pb2.Register:
     return control_pb2.Register(
         role=_ROLES[body.role], pid=body.pid, node=body.node, device=body.device, address=body.address,

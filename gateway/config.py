@@ -48,6 +48,17 @@ class GatewayConfig(BaseModel):
     client_stall_s_max: float = Field(default=60.0, gt=0)
     """Longest time a client may leave its socket full; then it counts as hung up."""
 
+    grpc_rpcs_max: int = Field(default=2048, ge=16, le=2**20)
+    """RPCs open at once, health watches included; beyond: RESOURCE_EXHAUSTED. Above `in_flight_max`, so that a
+    probe is answered when calls are refused for load."""
+
+    grpc_ping_s_min: float = Field(default=5.0, ge=0.1)
+    """How often a gRPC client may ask whether we live; one that goes on asking more often is cut off."""
+
+    grpc_keepalive_s: float = Field(default=30.0, ge=1)
+    grpc_keepalive_timeout_s: float = Field(default=20.0, ge=1)
+    """A silent gRPC client is asked after this long, and counts as hung up when it stays silent that long."""
+
     retry_after_s: float = Field(default=1.0, ge=0)
     """What a refused client is told to wait where the scheduler names no time."""
 

@@ -5,17 +5,20 @@ GatewayError
 ├── CheckpointUnreadable                 tokenizer, template or generation defaults
 ├── MalformedMessage                     a peer inside the cluster sent what cannot be
 ├── OrderRefused                         a scheduler's order of an older term or for another checkpoint
-└── Refusal                              an HTTP status and OpenAI's error body
+└── Refusal                              an HTTP status and OpenAI's error body; gRPC's: `grpc_errors`
     ├── BadRequest                       400  what the client did: names field, value, accepted
     │   ├── TooLarge                     400  can never fit
     │   ├── Unauthorized                 401
     │   ├── NotFound                     404
+    │   ├── TooSlow                      408
+    │   ├── AlreadyExists                409
     │   ├── BodyTooLarge                 413
     │   └── NotJson                      415
     ├── Overloaded                       429  refused for load
     ├── ClientGone                       499  nobody is listening
     ├── GenerationFailed                 500  the cluster gave a sequence up
-    └── NotReady                         503  no scheduler, no worker, or too long silent
+    ├── NotReady                         503  no scheduler, no worker, or too long silent
+    └── DeadlinePassed                   504  the client's own
 """
 
 from __future__ import annotations
@@ -110,6 +113,11 @@ class TooSlow(BadRequest):
     code = "request_timeout"
 
 
+class AlreadyExists(BadRequest):
+    status = 409
+    code = "already_exists"
+
+
 class BodyTooLarge(BadRequest):
     status = 413
     code = "request_too_large"
@@ -139,6 +147,11 @@ class NotReady(Refusal):
     status = 503
     type = "service_unavailable_error"
     code = "not_ready"
+
+
+class DeadlinePassed(Refusal):
+    status = 504
+    code = "deadline_exceeded"
 
 
 def invalid(param: str, value: object, accepted: str) -> BadRequest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import uuid
@@ -86,13 +85,7 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
 
     @app.get("/v1/admin/status")
     async def status() -> Response:
-        try:
-            async with asyncio.timeout(state.config.status_timeout_s):
-                return JSONResponse(await state.status())
-        except TimeoutError:
-            raise NotReady(
-                "the controller did not answer in time", retry_after_s=state.config.retry_after_s
-            ) from None
+        return JSONResponse(await state.asked(state.status()))
 
 
 class FrontDoor:

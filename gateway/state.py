@@ -1,16 +1,20 @@
-"""What the HTTP side of one gateway works with."""
+"""What both faces of one gateway work with."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gateway.config import GatewayConfig
+from gateway.errors import NotReady
 from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.model_card import ModelCard
 from gateway.port import SchedulerPort
+
+Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -35,3 +39,13 @@ class GatewayState:
     def model_len_max(self) -> int:
         """Longest prompt and answer together, in tokens: the checkpoint's, or less where workers hold less."""
         return min(self.card.context, self.port.model_len_max or self.card.context)
+
+    async def asked(self, question: Awaitable[Answer]) -> Answer:
+        """The controller's answer. Raises NotReady if it takes too long, and what `question` raises."""
+        try:
+            async with asyncio.timeout(self.config.status_timeout_s):
+                return await question
+        except TimeoutError:
+            raise NotReady(
+                "the controller did not answer in time", retry_after_s=self.config.retry_after_s
+            ) from None

@@ -87,6 +87,20 @@ class Validator:
         limit = self._room(prompt, "messages", name, asked, self._model_len_max)
         return self._call("chatcmpl", body, ignored, [prompt], [limit], top if body.logprobs else None)
 
+    def tokenised(self, raw: dict[str, Any]) -> Prompt:
+        """The tokens of a body's `prompt`, a string, or else of its `messages`."""
+        if "prompt" not in raw:
+            return self._chat_prompt(raw.get("messages"))
+        if not isinstance(raw["prompt"], str):
+            raise invalid("prompt", raw["prompt"], "a string")
+        return self._encoded(raw["prompt"], "prompt")
+
+    def detokenised(self, ids: list[Any]) -> str:
+        """Raises BadRequest naming the first of `token_ids` that is none."""
+        if self._card.tokens is None:
+            raise BadRequest("this checkpoint has no tokenizer.json: its tokens have no text", code="no_tokenizer")
+        return self._card.tokens.decode(list(self._token_ids(ids, "token_ids")))
+
     # --- prompts -------------------------------------------------------------------------------
 
     def _prompts(self, prompt: Any) -> list[Prompt]:

@@ -1,0 +1,87 @@
+"""The gateway's refusals as gRPC statuses, and the one place where a call's failure becomes one.
+
+A status has REST's message, and google.rpc details: ErrorInfo with REST's code as its reason, BadRequest with the
+field at fault, RetryInfo where a time to come back is known.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2, message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from gateway import errors
+from gateway.errors import BadRequest, Refusal
+
+_log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_DOMAIN = "expertmesh"
+_MESSAGE_CHARS_MAX = 300  # written twice, percent-encoded and in base64: what clients read of metadata is 8 KiB
+
+CODES: dict[type[Refusal], grpc.StatusCode] = {
+    errors.BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Unauthorized: grpc.StatusCode.UNAUTHENTICATED,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.TooSlow: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.BodyTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ClientGone: grpc.StatusCode.CANCELLED,
+    errors.NotReady: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Refusal: grpc.StatusCode.INTERNAL,
+}
+"""Of a class and those below it that have none of their own."""
+
+
+def status_of(error: Refusal) -> status_pb2.Status:
+    code = next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+    text = error.message[:_MESSAGE_CHARS_MAX]
+    details: list[message.Message] = [error_details_pb2.ErrorInfo(reason=error.code.upper(), domain=_DOMAIN)]
+    if isinstance(error, BadRequest) and error.param:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.param, description=text)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status_pb2.Status(code=code.value[0], message=text, details=[_packed(detail) for detail in details])
+
+
+def _packed(detail: message.Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
+
+
+async def abort(context: Context, error: Refusal) -> NoReturn:
+    status = rpc_status.to_status(status_of(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+    raise AssertionError("abort raises")
+
+
+Behaviour = Callable[[Any, Context], Awaitable[Any]]
+
+
+def told(behaviour: Behaviour) -> Behaviour:
+    """`behaviour`, with whatever it raises told to the client as a status: a foreign exception as INTERNAL."""
+
+    async def answered(request: Any, context: Context) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Refusal as error:
+            refusal = error
+        except Exception:
+            # Whatever it is, the client must not read it; the log has it.
+            _log.exception("a gRPC call failed")
+            refusal = Refusal("internal error")
+        return await abort(context, refusal)
+
+    return answered

@@ -1,0 +1,105 @@
+"""Between the messages of InferenceService and the gateway's values.
+
+Requests become the bodies that REST's clients send, so that one validator with one set of defaults and limits
+judges both; the options have REST's names for that reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from expertmesh.v1 import inference_pb2
+from google.protobuf.message import Message
+
+from gateway.errors import BadRequest
+from gateway.model_card import ModelCard
+from gateway.openai_types import Usage
+from gateway.request import FinishReason
+from gateway.text import Piece
+from gateway.validate import Call, Validator
+
+AnyGenerate: TypeAlias = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+
+_FINISH = {
+    None: inference_pb2.CHOICE_FINISH_UNSPECIFIED,
+    FinishReason.STOP: inference_pb2.CHOICE_FINISH_STOP,
+    FinishReason.LENGTH: inference_pb2.CHOICE_FINISH_LENGTH,
+}
+
+
+def call_of(request: AnyGenerate, validator: Validator) -> Call:
+    """Raises BadRequest or NotFound."""
+    body = _present(request.options)
+    if request.model:
+        body["model"] = request.model
+    match request.WhichOneof("prompt"):
+        case "text":
+            return validator.completion({**body, "prompt": request.text})
+        case "tokens":
+            return validator.completion({**body, "prompt": list(request.tokens.ids)})
+        case "chat":
+            top = body.pop("logprobs", None)
+            logprobs = {} if top is None else {"logprobs": True, "top_logprobs": top}
+            return validator.chat({**body, **logprobs, "messages": messages(request.chat)})
+        case _:
+            raise no_prompt("text, tokens or chat")
+
+
+def no_prompt(accepted: str) -> BadRequest:
+    return BadRequest(f"prompt is not set; accepted: {accepted}", param="prompt")
+
+
+def messages(chat: inference_pb2.Conversation) -> list[dict[str, Any]]:
+    return [{"role": message.role, "content": message.content, **_present(message)} for message in chat.messages]
+
+
+def _present(message: Message) -> dict[str, Any]:
+    """The fields that were set, by name; zero too where a field is optional."""
+    return {field.name: list(value) if field.is_repeated else value for field, value in message.ListFields()}
+
+
+def chunk(name: str, piece: Piece, position: int) -> inference_pb2.GenerateStreamResponse:
+    return inference_pb2.GenerateStreamResponse(request_id=name, choice=choice(piece, position))
+
+
+def last_chunk(name: str, counts: Usage) -> inference_pb2.GenerateStreamResponse:
+    return inference_pb2.GenerateStreamResponse(request_id=name, usage=usage(counts))
+
+
+def choice(piece: Piece, position: int) -> inference_pb2.Choice:
+    """`position`: of the piece's first token in its choice."""
+    message = inference_pb2.Choice(
+        index=piece.choice,
+        position=position,
+        text=piece.text,
+        token_ids=piece.tokens,
+        logprobs=_logprobs(piece),
+        finish=_FINISH[piece.finish],
+    )
+    if isinstance(piece.stop_reason, str):
+        message.stop_string = piece.stop_reason
+    elif piece.stop_reason is not None:
+        message.stop_token_id = piece.stop_reason
+    return message
+
+
+def _logprobs(piece: Piece) -> list[inference_pb2.TokenLogprobs]:
+    tops: Sequence[tuple[tuple[int, float], ...]] = piece.top_logprobs or [()] * len(piece.logprobs)
+    return [
+        inference_pb2.TokenLogprobs(
+            logprob=logprob,
+            top=[inference_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in top],
+        )
+        for logprob, top in zip(piece.logprobs, tops, strict=True)
+    ]
+
+
+def usage(counts: Usage) -> inference_pb2.Usage:
+    return inference_pb2.Usage(prompt_tokens=counts.prompt_tokens, completion_tokens=counts.completion_tokens)
+
+
+def model(card: ModelCard, model_len_max: int) -> inference_pb2.Model:
+    return inference_pb2.Model(
+        name=card.name, created=card.created, max_model_len=model_len_max, fingerprint=card.fingerprint
+    )
