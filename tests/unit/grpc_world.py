@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
+import pytest
 from expertmesh.v1 import admin_pb2_grpc, control_pb2, inference_pb2_grpc
 from google.rpc import error_details_pb2, status_pb2
 
@@ -59,6 +61,22 @@ async def facing(card: ModelCard, **limits: Any) -> AsyncIterator[Face]:
         engine.go_on.set()
         engine.accepts.set()
         await server.stop(0)
+
+
+async def failure(call: Any) -> grpc.aio.AioRpcError:
+    """What a call, or the reading of one message, ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+async def end_of(stream: Any) -> grpc.StatusCode:
+    """The status of a stream, once all of it has been read."""
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        while await stream.read() is not grpc.aio.EOF:
+            continue
+    code: grpc.StatusCode = await stream.code()
+    return code
 
 
 def details_of(error: grpc.aio.AioRpcError) -> dict[str, Any]:
