@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -17,10 +18,10 @@ READY_WITHIN_S = 180.0
 END_WITHIN_S = 60.0
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
 
 
 def ours_left(cluster_id: str) -> list[str]:
@@ -32,7 +33,7 @@ class Served:
     """`with Served(checkpoint, "--expert-workers", "3") as cluster: cluster.post("/v1/completions", {...})`"""
 
     def __init__(self, model: Path, *flags: str, log: Path) -> None:
-        self.port = free_port()
+        self.port, self.grpc_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         command = [
@@ -44,6 +45,8 @@ class Served:
             str(model),
             "--port",
             str(self.port),
+            "--grpc-port",
+            str(self.grpc_port),
             *flags,
         ]
         with log.open("w") as out:

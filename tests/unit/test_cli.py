@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import itertools
 import json
 import shutil
 import socket
@@ -114,11 +115,16 @@ def test_truncated_shard_is_refused_by_file(
     assert "truncated" in message
 
 
-def test_occupied_port_is_refused_by_number(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+@pytest.mark.parametrize("flag", ["--port", "--grpc-port"])
+def test_occupied_port_is_refused_by_number(
+    flag: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as other:
+        port, free = str(taken.getsockname()[1]), str(other.getsockname()[1])
+        other.close()
+        flags = {"--port": free, "--grpc-port": free, flag: port}
         assert f"127.0.0.1:{port}: the port is in use" in refused(
-            capsys, "serve", "--model", str(checkpoint), "--port", port
+            capsys, "serve", "--model", str(checkpoint), *itertools.chain(*flags.items())
         )
 
 
@@ -137,7 +143,8 @@ def test_more_weights_than_memory_is_refused_with_the_sum() -> None:
 def test_links_are_made_wide_enough_for_the_largest_step(checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    config = load_config(None, {"model": str(checkpoint), "port": port, "router.link_bytes_max": 4096})
+    flags = {"model": str(checkpoint), "port": port, "grpc_port": 0, "router.link_bytes_max": 4096}
+    config = load_config(None, flags)
     fitted, facts = check(config)
     assert fitted.router.link_bytes_max >= 2 * 512 * 2 * 64 * 4  # rows x experts per row x hidden x float32
     assert (facts.num_layers, facts.num_experts, facts.context) == (3, 8, 1024)

@@ -27,6 +27,7 @@ def test_defaults_are_one_attention_and_two_expert_workers_on_loopback() -> None
     config = load_config(None, {"model": "checkpoints/demo"})
     assert (config.pools.attention_workers, config.pools.expert_workers, config.pools.replicas) == (1, 2, 1)
     assert (config.host, config.port, config.transport, config.device) == ("127.0.0.1", 8000, "shm", "cpu")
+    assert config.grpc_port == 9000
     assert config.model_name == "demo"
     assert config.attention.numerics == "exact"
 
@@ -36,6 +37,12 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
     config = load_config(file, {"model": "m", "port": "99", "pools.replicas": 3})
     assert (config.port, config.pools.expert_workers, config.pools.replicas) == (99, 4, 3)
     assert config.scheduler.step_tokens_max == 300
+
+
+def test_two_faces_have_two_ports_or_there_is_one_face() -> None:
+    assert "grpc_port 8000 must not be port" in refused(grpc_port="8000")
+    for none in ("0", 0, None):
+        assert not load_config(None, {"model": "m", "grpc_port": none}).grpc_port
 
 
 def test_printed_configuration_reads_back_as_the_same(tmp_path: Path) -> None:

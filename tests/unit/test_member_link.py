@@ -35,7 +35,7 @@ from cluster.events import (
     WatchWorker,
 )
 from cluster.loop_thread import LoopThread
-from cluster.member_link import ControllerUnreachable, MemberLink, fetch_status
+from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status
 from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
 from router.placement import EpochId, Member, spread
 
@@ -192,6 +192,17 @@ def test_scheduler_is_told_the_members(join: object) -> None:
     scheduler = join(Role.SCHEDULER, Member("scheduler", 1))
     while scheduler.ordered(Members).attention != (Member("attention-0", 1),):
         pass
+
+
+def test_placement_is_told_once_it_is_published(cluster: Cluster, join: object) -> None:
+    def told() -> object:
+        return cluster.thread.call(fetch_placement(cluster.address, "token", WAIT_S), WAIT_S)
+
+    assert told() is None
+    _, expert = serve_one_epoch(cluster, join)
+    table = told()
+    assert EpochId(table.epoch.term, table.epoch.number) == expert.epoch
+    assert [worker.worker.id for worker in table.workers] == ["expert-0"]
 
 
 def test_lost_peer_is_killed_and_started_again(cluster: Cluster, join: object) -> None:
