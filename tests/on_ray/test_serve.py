@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
+from expertmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from tests.on_ray.served import Served
 
 pytestmark = pytest.mark.ray
 
+README = Path(__file__).parents[2] / "README.md"
 WITHIN_S = 90.0
 GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
 
@@ -82,6 +87,39 @@ def test_status_command_prints_the_gateways_document(server: Served) -> None:
     command = [sys.executable, "-m", "cluster.cli", "status", "--json", "--url", server.url]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=True)
     assert workers(json.loads(ran.stdout)).keys() == workers(server.status()).keys()
+
+
+def test_readmes_grpc_client_streams_what_rest_answers(server: Served) -> None:
+    """The snippet as it is printed, against this cluster's port."""
+    (snippet,) = re.findall(r"```python\n(import grpc\n.*?)```", README.read_text(), re.DOTALL)
+    command = [sys.executable, "-c", snippet.replace(":9000", f":{server.grpc_port}")]
+    ran = subprocess.run(command, capture_output=True, timeout=WITHIN_S, check=True)
+    answer = server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 32, "seed": 7})
+    assert ran.stdout.decode() == answer["choices"][0]["text"] != ""
+    assert f"gRPC on 127.0.0.1:{server.grpc_port}" in server.log
+
+
+def test_both_faces_draw_the_same_tokens_and_say_the_same_of_the_cluster(server: Served) -> None:
+    asked = {"max_tokens": 20, "seed": 3, "temperature": 1.0, "n": 2, "logprobs": 0, "ignore_eos": True}
+    rest = server.post("/v1/completions", {"prompt": [5, 6, 7], "return_token_ids": True, **asked})["choices"]
+    request = inference_pb2.GenerateRequest(
+        tokens=inference_pb2.TokenIds(ids=[5, 6, 7]), options=inference_pb2.GenerateOptions(**asked)
+    )
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        ours = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=WITHIN_S)
+        admin = admin_pb2_grpc.AdminServiceStub(channel)
+        status = admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=WITHIN_S)
+        placed = admin.GetPlacement(admin_pb2.GetPlacementRequest(), timeout=WITHIN_S)
+    assert [list(choice.token_ids) for choice in ours.choices] == [choice["token_ids"] for choice in rest]
+    assert rest[0]["token_ids"] != rest[1]["token_ids"]
+    assert [[one.logprob for one in choice.logprobs] for choice in ours.choices] == [
+        choice["logprobs"]["token_logprobs"] for choice in rest
+    ]
+    assert {worker.id: worker.pid for worker in status.workers} == {
+        id_: worker["pid"] for id_, worker in workers(server.status()).items()
+    }
+    assert status.phase == admin_pb2.CLUSTER_PHASE_READY
+    assert [len(holding.experts) for layer in placed.layers for holding in layer.holdings] == [8] * 6
 
 
 def test_killed_expert_worker_is_replaced_and_tokens_stay_the_same(server: Served) -> None:
@@ -162,6 +200,8 @@ def test_ended_cluster_leaves_nothing_behind(server: Served) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(WITHIN_S) == 0, server.log
     assert "draining" in server.log
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.grpc_port))
     _, alive = psutil.wait_procs(processes, WITHIN_S)
     assert not alive
     assert not sockets & set(listed_sockets().values())
