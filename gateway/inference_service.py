@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from expertmesh.v1 import inference_pb2, inference_pb2_grpc
 
@@ -144,25 +143,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, _context: Context
     ) -> inference_pb2.TokenizeResponse:
-        self._check_model(request.model)
-        match request.WhichOneof("prompt"):
-            case "text":
-                body: dict[str, Any] = {"prompt": request.text}
-            case "chat":
-                body = {"messages": wire.messages(request.chat)}
-            case _:
-                raise wire.no_prompt("text or chat")
-        token_ids = await beside(request.ByteSize(), lambda: self._validator.tokenised(body))
-        return inference_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=self._state.model_len_max)
+        body = wire.tokenize_body(request)
+        answer = await beside(request.ByteSize(), lambda: self._validator.tokenised(body))
+        return inference_pb2.TokenizeResponse(tokens=answer["tokens"], max_model_len=answer["max_model_len"])
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, _context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        self._check_model(request.model)
-        ids = list(request.token_ids)
-        return inference_pb2.DetokenizeResponse(
-            text=await beside(request.ByteSize(), lambda: self._validator.detokenised(ids))
-        )
+        body = wire.detokenize_body(request)
+        answer = await beside(request.ByteSize(), lambda: self._validator.detokenised(body))
+        return inference_pb2.DetokenizeResponse(text=answer["prompt"])
 
     async def ListModels(
         self, _request: inference_pb2.ListModelsRequest, _context: Context
@@ -175,7 +165,3 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         if request.name != self._state.card.name:
             raise unknown_model(request.name, self._state.card)
         return inference_pb2.GetModelResponse(model=wire.model(self._state.card, self._state.model_len_max))
-
-    def _check_model(self, name: str) -> None:
-        if name not in ("", self._state.card.name):
-            raise unknown_model(name, self._state.card)

@@ -30,9 +30,7 @@ _FINISH = {
 
 def call_of(request: AnyGenerate, validator: Validator) -> Call:
     """Raises BadRequest or NotFound."""
-    body = _present(request.options)
-    if request.model:
-        body["model"] = request.model
+    body = _model(request.model) | _present(request.options)
     match request.WhichOneof("prompt"):
         case "text":
             return validator.completion({**body, "prompt": request.text})
@@ -41,16 +39,36 @@ def call_of(request: AnyGenerate, validator: Validator) -> Call:
         case "chat":
             top = body.pop("logprobs", None)
             logprobs = {} if top is None else {"logprobs": True, "top_logprobs": top}
-            return validator.chat({**body, **logprobs, "messages": messages(request.chat)})
+            return validator.chat({**body, **logprobs, "messages": _messages(request.chat)})
         case _:
-            raise no_prompt("text, tokens or chat")
+            raise _no_prompt("text, tokens or chat")
 
 
-def no_prompt(accepted: str) -> BadRequest:
+def tokenize_body(request: inference_pb2.TokenizeRequest) -> dict[str, Any]:
+    """Raises BadRequest."""
+    match request.WhichOneof("prompt"):
+        case "text":
+            return {**_model(request.model), "prompt": request.text}
+        case "chat":
+            return {**_model(request.model), "messages": _messages(request.chat)}
+        case _:
+            raise _no_prompt("text or chat")
+
+
+def detokenize_body(request: inference_pb2.DetokenizeRequest) -> dict[str, Any]:
+    return {**_model(request.model), "tokens": list(request.tokens)}
+
+
+def _model(name: str) -> dict[str, Any]:
+    """Left out, it is the served one."""
+    return {"model": name} if name else {}
+
+
+def _no_prompt(accepted: str) -> BadRequest:
     return BadRequest(f"prompt is not set; accepted: {accepted}", param="prompt")
 
 
-def messages(chat: inference_pb2.Conversation) -> list[dict[str, Any]]:
+def _messages(chat: inference_pb2.Conversation) -> list[dict[str, Any]]:
     return [{"role": message.role, "content": message.content, **_present(message)} for message in chat.messages]
 
 

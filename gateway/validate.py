@@ -87,19 +87,24 @@ class Validator:
         limit = self._room(prompt, "messages", name, asked, self._model_len_max)
         return self._call("chatcmpl", body, ignored, [prompt], [limit], top if body.logprobs else None)
 
-    def tokenised(self, raw: dict[str, Any]) -> Prompt:
-        """The tokens of a body's `prompt`, a string, or else of its `messages`."""
-        if "prompt" not in raw:
-            return self._chat_prompt(raw.get("messages"))
-        if not isinstance(raw["prompt"], str):
-            raise invalid("prompt", raw["prompt"], "a string")
-        return self._encoded(raw["prompt"], "prompt")
+    def tokenised(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """`tokens` of a body's `prompt`, a string, or else of its `messages`; and `max_model_len`."""
+        self._check_name(raw.get("model"))
+        if "messages" in raw:
+            tokens = self._chat_prompt(raw["messages"])
+        elif isinstance(raw.get("prompt"), str):
+            tokens = self._encoded(raw["prompt"], "prompt")
+        else:
+            raise invalid("prompt", raw.get("prompt"), "a string, or messages in its place")
+        return {"tokens": tokens, "max_model_len": self._model_len_max}
 
-    def detokenised(self, ids: list[Any]) -> str:
-        """Raises BadRequest naming the first of `token_ids` that is none."""
+    def detokenised(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """The text of a body's `tokens` as `prompt`, special tokens by name."""
+        self._check_name(raw.get("model"))
+        ids = self._token_ids(raw["tokens"], "tokens")
         if self._card.tokens is None:
             raise BadRequest("this checkpoint has no tokenizer.json: its tokens have no text", code="no_tokenizer")
-        return self._card.tokens.decode(list(self._token_ids(ids, "token_ids")))
+        return {"prompt": b"".join(map(self._card.tokens.spelling_of, ids)).decode(errors="replace")}
 
     # --- prompts -------------------------------------------------------------------------------
 
@@ -193,8 +198,11 @@ class Validator:
         )
 
     def _check_model(self, body: GenerateBody) -> None:
-        if body.model not in (None, self._card.name):
-            raise unknown_model(body.model, self._card)
+        self._check_name(body.model)
+
+    def _check_name(self, name: str | None) -> None:
+        if name not in (None, self._card.name):
+            raise unknown_model(name, self._card)
 
     def _include_usage(self, body: GenerateBody) -> bool:
         options = body.stream_options or {}

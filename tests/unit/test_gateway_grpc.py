@@ -124,15 +124,23 @@ async def test_a_stop_string_cuts_text_tokens_and_bill(card: ModelCard) -> None:
 
 
 async def test_text_becomes_tokens_and_text_again(card: ModelCard) -> None:
+    """Special tokens by name; what is no token, or another model's, is refused as everywhere."""
     assert card.tokens is not None
     async with facing(card) as face:
         tokens = await face.inference.Tokenize(pb.TokenizeRequest(text="Grüße 🙂"))
-        text = await face.inference.Detokenize(pb.DetokenizeRequest(token_ids=tokens.token_ids))
+        ids = [*tokens.tokens, min(card.eos)]
+        text = await face.inference.Detokenize(pb.DetokenizeRequest(tokens=ids, model="tiny"))
         chat = pb.Conversation(messages=[pb.ChatMessage(role="user", content="Hi")])
         rendered = await face.inference.Tokenize(pb.TokenizeRequest(chat=chat))
-    assert list(tokens.token_ids) == card.tokens.encode("Grüße 🙂")
-    assert (text.text, tokens.max_model_len) == ("Grüße 🙂", 256)
-    assert card.tokens.decode(list(rendered.token_ids)) == "user\nHi\nai"
+        wrong = await failure(face.inference.Detokenize(pb.DetokenizeRequest(tokens=[5, 99999])))
+        nothing = await failure(face.inference.Tokenize(pb.TokenizeRequest()))
+        other = await failure(face.inference.Tokenize(pb.TokenizeRequest(text="x", model="other")))
+    assert list(tokens.tokens) == card.tokens.encode("Grüße 🙂")
+    assert (text.text, tokens.max_model_len) == ("Grüße 🙂[e~[", 256)
+    assert card.tokens.decode(list(rendered.tokens)) == "user\nHi\nai"
+    assert (wrong.details() or "").startswith("tokens[1] is 99999; accepted: a token id")
+    assert nothing.details() == "prompt is not set; accepted: text or chat"
+    assert other.code() == grpc.StatusCode.NOT_FOUND
 
 
 async def test_models_are_the_served_one(card: ModelCard) -> None:
