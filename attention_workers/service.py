@@ -69,6 +69,7 @@ class AttentionService:
         self._worker: AttentionWorker | None = None
         self._counts = step_pb2.WorkerReport()
         self._has_new_orders = False
+        self._missing_since_s: float | None = None  # experts, as far as the last step found
         self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell, self._fail)
         self._compute = threading.Thread(target=self._run, name="attention-compute", daemon=True)
 
@@ -189,24 +190,36 @@ class AttentionService:
         return KvBlocks(total)
 
     def _serve(self, worker: AttentionWorker) -> None:
-        unavailable_since: float | None = None
         is_busy = False
         while not self._stopping.is_set():
             result = StepResult()
-            wait_s = _RETRY_WAIT_S if unavailable_since else 0.0 if is_busy else _IDLE_WAIT_S
+            is_waiting = self._missing_since_s is not None and worker.book.sequences
+            wait_s = _RETRY_WAIT_S if is_waiting else 0.0 if is_busy else _IDLE_WAIT_S
             self._drain_inbox(worker, result, wait_s)
-            try:
-                is_busy = self._state is HealthState.READY and worker.step(result)
-                if unavailable_since is not None:
-                    unavailable_since, self._detail = None, ""
-            except ExpertsUnavailable as error:
-                now = time.monotonic()
-                unavailable_since = unavailable_since or now
-                self._detail = str(error)
-                if now - unavailable_since > self._config.experts_wait_s:
-                    worker.book.fail_all(f"{error}, for {self._config.experts_wait_s:g} s", result)
-                    unavailable_since = None
+            is_busy = self._state is HealthState.READY and self._step(worker, result)
             self._hand_over(worker, result)
+
+    def _step(self, worker: AttentionWorker, result: StepResult) -> bool:
+        """One step; False when there was nothing to compute, or an expert has no live holder.
+
+        The same step is tried again for `experts_wait_s`; then its sequences are given back, and the scheduler
+        keeps them until this worker says that experts are there.
+        """
+        try:
+            has_computed = worker.step(result)
+        except ExpertsUnavailable as error:
+            now_s = time.monotonic()
+            self._missing_since_s = now_s if self._missing_since_s is None else self._missing_since_s
+            self._detail = f"waiting for experts: {error}"
+            if now_s - self._missing_since_s > self._config.experts_wait_s:
+                worker.book.give_back(result)
+            return False
+        if self._missing_since_s is not None:
+            if worker.reaches_all_experts:
+                self._missing_since_s, self._detail = None, ""
+            elif has_computed:  # this step needed none of the missing: the wait begins anew
+                self._missing_since_s = time.monotonic()
+        return has_computed
 
     def _drain_inbox(self, worker: AttentionWorker, result: StepResult, wait_s: float) -> None:
         try:
@@ -226,7 +239,8 @@ class AttentionService:
                 log.warning("%s: %s", self.member, refusal)
         elif isinstance(item, Placement):
             worker.dispatcher.adopt(item)
-            self._state, self._detail = HealthState.READY, ""
+            self._state = HealthState.READY
+            self._detail = self._detail if self._missing_since_s is not None else ""
             self._on_event(Adopted(item.epoch))
             self._streams.open(worker.book)
         elif isinstance(item, GatewayGone):
@@ -238,7 +252,9 @@ class AttentionService:
 
     def _hand_over(self, worker: AttentionWorker, result: StepResult) -> None:
         book = worker.book
-        counts = wire.report_pb(self.member, book, worker.steps, worker.tokens)
+        counts = wire.report_pb(
+            self.member, book, worker.steps, worker.tokens, experts_missing=self._missing_since_s is not None
+        )
         self._counts = counts
         is_news = result.is_news()
         if is_news or self._has_new_orders:

@@ -69,7 +69,7 @@ class Streams:
             sequences_max=book.sequences_max,
             model_len_max=book.model_len_max,
         )
-        self.counts = wire.report_pb(self.member, book, 0, 0)
+        self.counts = wire.report_pb(self.member, book, 0, 0, experts_missing=False)
         self._scheduler = SchedulerLink(
             self._scheduler_address, self._token, self._tell, self._greet, _REPORTS_MAX
         )

@@ -108,7 +108,7 @@ def batch_pb(sender: Member, fingerprint: str, deltas: Sequence[TokenDelta], num
     )
 
 
-def report_pb(sender: Member, book: Book, steps: int, tokens: int) -> step_pb2.WorkerReport:
+def report_pb(sender: Member, book: Book, steps: int, tokens: int, experts_missing: bool) -> step_pb2.WorkerReport:
     """Counts only: their size does not depend on what runs."""
     return step_pb2.WorkerReport(
         sender=member_pb(sender),
@@ -121,6 +121,7 @@ def report_pb(sender: Member, book: Book, steps: int, tokens: int) -> step_pb2.W
         num_running=len(book.sequences),
         num_paused=sum(s.is_paused for s in book.sequences.values()),
         refused_orders=book.num_refused,
+        experts_missing=experts_missing,
     )
 
 

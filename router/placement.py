@@ -6,7 +6,7 @@ expert: its replicas. Pure: no tensors of the model, no links, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -87,6 +87,11 @@ class Placement:
     def holders(self, layer: int, expert: int) -> tuple[int, ...]:
         """Indices in `workers` of those that hold it, ascending."""
         return tuple(worker for worker in self.holder_table[layer, expert].tolist() if worker >= 0)
+
+    def is_covered_without(self, lost: Collection[Member]) -> bool:
+        """Whether every expert is held by a worker that is not among `lost`."""
+        alive = np.array([worker.member not in lost for worker in self.workers] + [False])  # -1: no holder
+        return bool(alive[self.holder_table].any(axis=2).all())
 
     @cached_property
     def holder_table(self) -> NDArray[np.int64]:

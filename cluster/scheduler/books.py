@@ -199,6 +199,11 @@ class Books:
         """The longest sequence some worker can run; 0: none has joined."""
         return max((book.limits.tokens_max for book in self.workers.values()), default=0)
 
+    def what_is_missing(self) -> str:
+        """What keeps present workers from taking anything at all, to be added to a refusal."""
+        without = [str(worker) for worker, book in sorted(self.workers.items()) if book.experts_missing]
+        return f"; experts are missing at {', '.join(without)}" if without else ""
+
     @property
     def heard(self) -> set[Incarnation]:
         """Workers that have said what they run after they refused orders of older terms."""

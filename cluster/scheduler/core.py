@@ -141,5 +141,8 @@ class Scheduler:
         self._gateways.judge(now_s)
         for entry in self._books.queue.overdue(now_s, self.config.queue_wait_s_max):
             self.counters["ended_overdue"] += 1
-            detail = f"no worker could take its {entry.num_tokens} tokens within {self.config.queue_wait_s_max} s"
+            detail = (
+                f"no worker could take its {entry.num_tokens} tokens within {self.config.queue_wait_s_max:g} s"
+            )
+            detail += self._books.what_is_missing()
             yield from self._books.close(entry.attempt, CloseReason.FAILED, detail)

@@ -164,6 +164,7 @@ class WorkerReported:
     blocks_free: int  # free, or cached and given up on demand
     num_paused: int
     tokens: int  # sampled in this life
+    experts_missing: bool = False  # it can compute nothing now: some expert has no live holder
     prompts_done: tuple[AttemptId, ...] = ()
     undelivered: tuple[AttemptId, ...] = ()  # dropped: their gateway could not be reached
     completions: tuple[Completion, ...] = ()

@@ -71,6 +71,7 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
         blocks_free=message.blocks_free,
         num_paused=message.num_paused,
         tokens=message.tokens,
+        experts_missing=message.experts_missing,
         prompts_done=tuple(map(_attempt, message.prompts_done)),
         undelivered=tuple(map(_attempt, message.undelivered)),
         completions=tuple(map(_completion, message.completions)),

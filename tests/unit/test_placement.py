@@ -69,6 +69,16 @@ def test_holders_are_ascending_and_per_layer() -> None:
     assert table.holders(1, 0) == (0, 1)
 
 
+def test_an_expert_is_covered_while_one_of_its_holders_is_not_lost() -> None:
+    """What a worker asks before it takes up its step again."""
+    table = placement([(0, 0), (0, 1)], [(0, 0), (0, 2)], [(0, 1), (0, 2)])
+    members = [worker.member for worker in table.workers]
+    assert table.is_covered_without(())
+    assert all(table.is_covered_without([member]) for member in members)
+    assert not table.is_covered_without(members[:2])
+    assert not placement([(0, 0)]).is_covered_without(())
+
+
 def test_diff_names_each_workers_gains_and_losses() -> None:
     """A new incarnation starts empty: what it holds is loaded anew."""
     before = placement(ALL, [(0, 1)], [(0, 2)])

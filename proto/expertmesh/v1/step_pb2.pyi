@@ -132,7 +132,7 @@ class WorkerHello(_message.Message):
     def __init__(self, block_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., sequences_max: _Optional[int] = ..., model_len_max: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("sender", "fingerprint", "term", "plan_number", "steps", "tokens", "blocks_free", "num_running", "num_paused", "prompts_done", "paused", "undelivered", "completions", "state", "hello", "refused_orders")
+    __slots__ = ("sender", "fingerprint", "term", "plan_number", "steps", "tokens", "blocks_free", "num_running", "num_paused", "prompts_done", "paused", "undelivered", "completions", "state", "hello", "refused_orders", "experts_missing")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +149,7 @@ class WorkerReport(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     REFUSED_ORDERS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_MISSING_FIELD_NUMBER: _ClassVar[int]
     sender: _identity_pb2.Incarnation
     fingerprint: str
     term: int
@@ -165,7 +166,8 @@ class WorkerReport(_message.Message):
     state: State
     hello: WorkerHello
     refused_orders: int
-    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., plan_number: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., num_running: _Optional[int] = ..., num_paused: _Optional[int] = ..., prompts_done: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., paused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., undelivered: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., state: _Optional[_Union[State, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., refused_orders: _Optional[int] = ...) -> None: ...
+    experts_missing: bool
+    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., plan_number: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., num_running: _Optional[int] = ..., num_paused: _Optional[int] = ..., prompts_done: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., paused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., undelivered: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., state: _Optional[_Union[State, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., refused_orders: _Optional[int] = ..., experts_missing: _Optional[bool] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token", "logprob")

@@ -1,0 +1,77 @@
+"""Processes killed or frozen under streams: nothing fails, no token changes, and nothing is stuck."""
+
+import asyncio
+import json
+import os
+import signal
+
+import httpx
+import pytest
+
+from tests.on_ray.served import Served
+
+pytestmark = pytest.mark.ray
+
+NUM_STREAMS = 6
+MAX_TOKENS = 300
+STUCK_S = 60.0  # without a token, a loss included: then a stream is stuck
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny, tmp_path_factory):
+    """One holder per expert; `experts_wait_s` far below what a holder's successor takes to start."""
+    folder = tmp_path_factory.mktemp("losses")
+    config = folder / "config.yaml"
+    config.write_text("attention: {experts_wait_s: 0.2}\n")
+    with Served(tiny, "--config", str(config), log=folder / "log") as served:
+        yield served
+
+
+async def stream(client, i, arrived=None):
+    """The token ids of one stream; fails when it is stuck, or brings an error."""
+    ids = []
+    asked = {
+        "prompt": [5 + i, 7, 9], "max_tokens": MAX_TOKENS, "seed": i, "temperature": 1.0, "ignore_eos": True,
+        "return_token_ids": True, "stream": True,
+    }  # fmt: skip
+    async with client.stream("POST", "/v1/completions", json=asked) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, event
+                ids += event["choices"][0].get("token_ids") or []
+                if arrived is not None:
+                    arrived.set()
+    return ids
+
+
+async def undisturbed_and_with(cluster, disturb):
+    """What all streams bring alone, and what they bring when `disturb()` is called in their midst."""
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=STUCK_S) as client:
+        alone = await asyncio.gather(*(stream(client, i) for i in range(NUM_STREAMS)))
+        arrived = [asyncio.Event() for _ in range(NUM_STREAMS)]
+        running = [asyncio.create_task(stream(client, i, arrived[i])) for i in range(NUM_STREAMS)]
+        await asyncio.gather(*(event.wait() for event in arrived))
+        assert not any(task.done() for task in running)
+        disturb()
+        return alone, await asyncio.gather(*running)
+
+
+def worker(cluster, role):
+    return next(w for w in cluster.status()["workers"] if w["role"] == role)
+
+
+def wait_until_whole(cluster):
+    cluster.wait_for_status(lambda status: status["phase"] == "ready", within_s=60)
+
+
+def test_losing_the_only_holder_of_experts_fails_no_request(cluster):
+    """The bounded wait ends long before its successor has loaded: the sequences queue again, unchanged."""
+    pid = worker(cluster, "expert")["pid"]
+    alone, disturbed = asyncio.run(undisturbed_and_with(cluster, lambda: os.kill(pid, signal.SIGKILL)))
+    assert disturbed == alone
+    wait_until_whole(cluster)
+    assert worker(cluster, "attention")["detail"] == ""
+    preempted = cluster.client.get("/metrics").text
+    assert 'reason="preempted"' in preempted
