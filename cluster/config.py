@@ -74,6 +74,10 @@ class LifeConfig(_Section):
     drain_timeout_s: float = Field(30.0, ge=0)
     """Longest wait for running requests once the cluster is told to stop."""
 
+    bind_wait_s: float = Field(5.0, ge=0)
+    """How long a process that was restarted waits for its address while an earlier life still holds it; then it
+    ends, and is restarted again."""
+
     heartbeat_s: float = Field(1.0, ge=0.05)
     """Between two signs of life of every process."""
 

@@ -11,12 +11,13 @@ import os
 import platform
 from typing import Any
 
+from cluster import address
 from cluster.events import Exit, OrderBody, Register, Role
 from cluster.loop_thread import LoopThread
 from cluster.member_link import ControllerUnreachable, MemberLink, fetch_status
 from cluster.spec import ClusterSpec
 from cluster.version import VERSION
-from gateway.errors import NotReady
+from gateway.errors import NotReady, PortInUse
 from gateway.http_server import HttpServer
 from gateway.ledger import Ledger
 from gateway.link import SchedulerLink
@@ -40,11 +41,9 @@ _FLUSH_S = 1.0
 
 class GatewayProcess:
     def __init__(self, spec: ClusterSpec, member: Member) -> None:
-        """Takes the port. Raises PortInUse or CannotListen."""
         config = spec.config
         self._spec, self._member = spec, member
         self._url = f"http://{config.host}:{config.port}"
-        self._http = HttpServer(config.host, config.port)
         self._thread = LoopThread("gateway")
         self._stopping: asyncio.Task[None] | None = None
         self._member_link = MemberLink(
@@ -59,8 +58,11 @@ class GatewayProcess:
         )
 
     def start(self) -> None:
-        """Returns when it serves; calls are refused with 503 until a worker has joined."""
-        self._thread.call(self._serve(), _START_TIMEOUT_S)
+        """Returns when it serves; calls are refused with 503 until a worker has joined.
+
+        Raises PortInUse or CannotListen. Only a later life waits for its port: it may be the earlier one's.
+        """
+        self._thread.call(self._serve(), _START_TIMEOUT_S + self._spec.config.cluster.bind_wait_s)
         self._member_link.start()
 
     @property
@@ -69,13 +71,15 @@ class GatewayProcess:
 
     async def _serve(self) -> None:
         spec, config, facts = self._spec, self._spec.config.gateway, self._spec.facts
+        wait_s = spec.config.cluster.bind_wait_s if self._member.incarnation > 1 else 0.0
+        self._http = await address.take(self._take_port, PortInUse, wait_s)
         card = read_model_card(
             spec.config.model_path, name=spec.config.model_name, fingerprint=facts.fingerprint,
             vocab_size=facts.vocab_size, context=facts.context,
         )  # fmt: skip
         metrics = GatewayMetrics()
-        address = spec.token_address(self._member.id, self._member.incarnation)
-        identity = Identity(self._member.id, self._member.incarnation, facts.fingerprint, address)
+        token_address = spec.token_address(self._member.id, self._member.incarnation)
+        identity = Identity(self._member.id, self._member.incarnation, facts.fingerprint, token_address)
         self._link = SchedulerLink(spec.scheduler_address, identity, spec.token, config, metrics)
         self._ledger = Ledger(self._link, config, metrics)
         self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
@@ -83,6 +87,9 @@ class GatewayProcess:
         await self._tokens.start()
         self._link.start(self._ledger)
         await self._http.start(create_app(self._state), stop_timeout_s=_FLUSH_S)
+
+    async def _take_port(self) -> HttpServer:
+        return HttpServer(self._spec.config.host, self._spec.config.port)
 
     async def _status(self) -> dict[str, Any]:
         config, spec = self._spec.config.gateway, self._spec

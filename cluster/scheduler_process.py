@@ -11,10 +11,12 @@ import logging
 import os
 import platform
 
+from cluster import address
 from cluster.events import Exit, Members, OrderBody, Register, Role
 from cluster.loop_thread import LoopThread
 from cluster.member_link import MemberLink
 from cluster.scheduler.core import Scheduler
+from cluster.scheduler.errors import AddressUnusable
 from cluster.scheduler.events import Incarnation, MembersExpected
 from cluster.scheduler.server import SchedulerServer
 from cluster.spec import ClusterSpec
@@ -46,14 +48,15 @@ class SchedulerProcess:
         )
 
     def start(self) -> None:
-        """Returns when it serves. Raises AddressUnusable while an earlier life still holds the address."""
-        self._thread.call(self._serve(), _START_TIMEOUT_S)
+        """Returns when it serves. Raises AddressUnusable if an earlier life holds the address for too long."""
+        self._thread.call(self._serve(), _START_TIMEOUT_S + self._spec.config.cluster.bind_wait_s)
         self._link.start()
 
     async def _serve(self) -> None:
         scheduler = Scheduler(self._spec.config.scheduler, self._term, self._spec.facts.fingerprint)
-        self._server = SchedulerServer(scheduler, self._spec.token)
-        await self._server.start(self._address)
+        self._server = server = SchedulerServer(scheduler, self._spec.token)
+        wait_s = self._spec.config.cluster.bind_wait_s
+        await address.take(lambda: server.start(self._address), AddressUnusable, wait_s)
         self._state = HealthState.READY
         self._ending = asyncio.create_task(self._end_with(self._server))
 

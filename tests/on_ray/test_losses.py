@@ -4,8 +4,11 @@ import asyncio
 import json
 import os
 import signal
+import socket
+from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.on_ray.served import Served
@@ -22,7 +25,7 @@ def cluster(tiny, tmp_path_factory):
     """One holder per expert; `experts_wait_s` far below what a holder's successor takes to start."""
     folder = tmp_path_factory.mktemp("losses")
     config = folder / "config.yaml"
-    config.write_text("attention: {experts_wait_s: 0.2}\n")
+    config.write_text("attention: {experts_wait_s: 0.2}\ncluster: {bind_wait_s: 0.3}\n")
     with Served(tiny, "--config", str(config), log=folder / "log") as served:
         yield served
 
@@ -66,6 +69,12 @@ def wait_until_whole(cluster):
     cluster.wait_for_status(lambda status: status["phase"] == "ready", within_s=60)
 
 
+def has_been_logged(text):
+    """By some process of the cluster that runs."""
+    logs = Path(os.environ["RAY_TMPDIR"]).glob("*/session_latest/logs/worker-*.err")
+    return any(text in log.read_text() for log in logs)
+
+
 def test_losing_the_only_holder_of_experts_fails_no_request(cluster):
     """The bounded wait ends long before its successor has loaded: the sequences queue again, unchanged."""
     pid = worker(cluster, "expert")["pid"]
@@ -75,3 +84,20 @@ def test_losing_the_only_holder_of_experts_fails_no_request(cluster):
     assert worker(cluster, "attention")["detail"] == ""
     preempted = cluster.client.get("/metrics").text
     assert 'reason="preempted"' in preempted
+
+
+def test_a_scheduler_that_finds_its_address_taken_is_started_again_until_it_is_free(cluster):
+    """A constructor that raised would end it for good: its process dies instead, and Ray starts the next."""
+    before = cluster.status()["scheduler"]
+    process = psutil.Process(before["pid"])
+    process.kill()
+    process.wait()
+    with socket.socket(socket.AF_UNIX) as earlier_life:
+        earlier_life.bind("\0" + before["address"].removeprefix("unix-abstract:"))
+        cluster.wait_for_status(lambda _status: has_been_logged("scheduler could not begin again"), within_s=60)
+    status = cluster.wait_for_status(
+        lambda status: status["phase"] == "ready" and status["scheduler"]["incarnation"] > before["incarnation"],
+        60,
+    )
+    assert status["scheduler"]["incarnation"] >= before["incarnation"] + 2
+    cluster.complete([3, 4, 5], max_tokens=4)
