@@ -69,6 +69,7 @@ class AttentionService:
         self._worker: AttentionWorker | None = None
         self._counts = step_pb2.WorkerReport()
         self._has_new_orders = False
+        self._turns = 0
         self._missing_since_s: float | None = None  # experts, as far as the last step found
         self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell, self._fail)
         self._compute = threading.Thread(target=self._run, name="attention-compute", daemon=True)
@@ -98,6 +99,10 @@ class AttentionService:
                 **worker.dispatcher.counters(),
             }
         return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges)
+
+    def turns(self) -> dict[str, int]:
+        """What grows while the threads turn, from the first placement on."""
+        return {"compute": self._turns, "streams": self._streams.turns}
 
     def stop(self, grace_s: float) -> None:
         """End after the running step. Threads and descriptors are gone when this returns."""
@@ -192,6 +197,7 @@ class AttentionService:
     def _serve(self, worker: AttentionWorker) -> None:
         is_busy = False
         while not self._stopping.is_set():
+            self._turns += 1
             result = StepResult()
             is_waiting = self._missing_since_s is not None and worker.book.sequences
             wait_s = _RETRY_WAIT_S if is_waiting else 0.0 if is_busy else _IDLE_WAIT_S

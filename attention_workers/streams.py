@@ -54,6 +54,7 @@ class Streams:
         self._on_failure = on_failure
         self.counts = step_pb2.WorkerReport()  # the newest, replaced whole by the compute thread
         self.running = step_pb2.State()
+        self.turns = 0  # grows while the loop turns
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="attention-streams", daemon=True)
         self._tasks: list[asyncio.Task[None]] = []
@@ -154,6 +155,7 @@ class Streams:
         sent = step_pb2.WorkerReport()
         while True:
             await asyncio.sleep(_REPORT_EVERY_S)
+            self.turns += 1
             if self.counts != sent:
                 sent = self.counts
                 self._scheduler.report(sent)

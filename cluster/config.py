@@ -84,16 +84,26 @@ class LifeConfig(_Section):
     member_deadline_s: float = Field(5.0, gt=0)
     """A worker silent for so long is lost: killed and replaced. At least three heartbeats."""
 
+    loop_stall_s: float = Field(5.0, gt=0)
+    """An event loop that has not turned for so long is hung: its process says so, is killed and replaced."""
+
+    compute_stall_s: float = Field(120.0, gt=0)
+    """Likewise a worker's compute thread: longer than its slowest step. Waiting for experts is turning."""
+
+    companion_deadline_s: float = Field(30.0, gt=0)
+    """Scheduler and controller watch each other, the controller also gateways: one silent for so long is killed,
+    and started again by Ray. Long: nothing that runs waits for them."""
+
     restarts_max: int = Field(3, ge=0)
     """Failed starts of one worker in a row after which it is not started again."""
 
     @model_validator(mode="after")
     def _relations(self) -> LifeConfig:
-        if self.member_deadline_s < 3 * self.heartbeat_s:
-            raise ValueError(
-                f"member_deadline_s {self.member_deadline_s:g} must be at least three heartbeats, "
-                f"{3 * self.heartbeat_s:g}"
-            )
+        for name in ("member_deadline_s", "loop_stall_s", "compute_stall_s", "companion_deadline_s"):
+            if getattr(self, name) < 3 * self.heartbeat_s:
+                raise ValueError(
+                    f"{name} {getattr(self, name):g} must be at least three heartbeats, {3 * self.heartbeat_s:g}"
+                )
         return self
 
 
@@ -138,6 +148,18 @@ class Config(_Section):
         ):
             if value > bound:
                 raise ValueError(f"{name} {value} must not exceed {of} {bound}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_wait_is_no_stall(self) -> Config:
+        """One step may wait for each plan of its rows in turn; that must not count as hanging."""
+        router, stall_s = self.router, self.cluster.compute_stall_s
+        longest_s = router.connect_timeout_s + (1 + router.replans_max) * router.combine_timeout_s
+        if stall_s < longest_s:
+            raise ValueError(
+                f"cluster.compute_stall_s {stall_s:g} must be at least {longest_s:g}, the router's longest waits "
+                "together: connect_timeout_s + (1 + replans_max) * combine_timeout_s"
+            )
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,6 @@ from cluster.events import (
     KillWorker,
     Left,
     Members,
-    OrderBody,
     Prepare,
     Publish,
     Register,
@@ -36,8 +35,8 @@ from cluster.events import (
     Tick,
 )
 from cluster.lifecycle import WorkerState
-from cluster.roster import NOT_HEARD, Patience, Roster, Worker
-from router.membership import Adopted, Health, PeerLost, Prepared
+from cluster.roster import NOT_HEARD, Failure, Patience, Roster, Worker
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
 from router.placement import Member
 
 
@@ -62,8 +61,11 @@ class ControllerConfig:
     """Longest wait for gateways to finish what runs."""
     stop_timeout_s: float = 10.0
     """Longest wait for workers to exit by themselves."""
-    scheduler_deadline_s: float = 30.0
-    """A scheduler silent for so long is killed, and started again by Ray. Long: nothing running waits for it."""
+    companion_deadline_s: float = 30.0
+    """A scheduler or gateway silent for so long is killed, and started again by Ray."""
+    pid: int = 0
+    node: str = ""
+    """This controller's own process: told to the scheduler, which watches it."""
     patience: Patience = field(default_factory=Patience)
 
     @property
@@ -128,9 +130,7 @@ class Controller:
             return self._meet(sender, body, now_s)
         companion = self.companions.get(sender.id)
         if companion is not None and companion.member == sender:
-            if isinstance(body, Health):
-                companion.heard_s, companion.health = now_s, body
-            return []
+            return self._hear_companion(companion, body, now_s) if isinstance(body, Health) else []
         worker = self.roster.find(sender)
         if worker is None:
             return self._refuse(sender, "its incarnation is not wanted (any more)")
@@ -146,7 +146,23 @@ class Controller:
             return self._refuse(sender, f"superseded by incarnation {known.member.incarnation}")
         self.companions[sender.id] = Companion(sender, register, now_s)
         self._present.add(sender)
-        return [Send(sender, Members(self._expected or ()))]
+        return [Send(sender, self._members())]
+
+    def _hear_companion(self, companion: Companion, health: Health, now_s: float) -> list[Command]:
+        """The scheduler is answered, so that it hears that this controller turns."""
+        companion.heard_s, companion.health = now_s, health
+        if health.state is HealthState.FAILED:
+            return self._end_companion(companion, health.detail, now_s)
+        return [Send(companion.member, self._members())] if companion.register.role is Role.SCHEDULER else []
+
+    def _end_companion(self, companion: Companion, reason: str, now_s: float) -> list[Command]:
+        """It is killed; Ray starts its next life."""
+        del self.companions[companion.member.id]
+        self.roster.failures.append(Failure(now_s, companion.member, reason))
+        return [KillWorker(companion.member, companion.register.pid, companion.register.node, reason)]
+
+    def _members(self) -> Members:
+        return Members(self._expected or (), self.config.pid, self.config.node)
 
     def _hear_worker(self, worker: Worker, body: object, now_s: float) -> list[Command]:
         match body:
@@ -199,16 +215,14 @@ class Controller:
             return []
         if self.phase in (Phase.STOPPING, Phase.STOPPED):
             return []
-        return self.roster.judge(now_s) + self._judge_scheduler(now_s)
+        return self.roster.judge(now_s) + self._judge_companions(now_s)
 
-    def _judge_scheduler(self, now_s: float) -> list[Command]:
+    def _judge_companions(self, now_s: float) -> list[Command]:
         commands: list[Command] = []
         for companion in list(self.companions.values()):
             silent_s = now_s - companion.heard_s
-            if companion.register.role is Role.SCHEDULER and silent_s > self.config.scheduler_deadline_s:
-                del self.companions[companion.member.id]
-                register, reason = companion.register, f"scheduler silent for {silent_s:.0f} s"
-                commands.append(KillWorker(companion.member, register.pid, register.node, reason))
+            if silent_s > self.config.companion_deadline_s:
+                commands += self._end_companion(companion, f"silent for {silent_s:.0f} s", now_s)
         return commands
 
     # The end.
@@ -272,8 +286,7 @@ class Controller:
         if expected == self._expected:
             return []
         self._expected = expected
-        order: OrderBody = Members(expected)
-        return [Send(companion.member, order) for companion in self.companions.values()]
+        return [Send(companion.member, self._members()) for companion in self.companions.values()]
 
     def _serving_phase(self) -> Phase:
         workers = self.roster.workers.values()

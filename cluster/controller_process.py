@@ -58,6 +58,9 @@ def _controller_config(spec: ClusterSpec) -> ControllerConfig:
         expert_workers=pools.expert_workers,
         replicas=pools.replicas,
         drain_timeout_s=life.drain_timeout_s + _DRAIN_MARGIN_S,
+        companion_deadline_s=life.companion_deadline_s,
+        pid=os.getpid(),
+        node=platform.node(),
         patience=Patience(
             member_deadline_s=life.member_deadline_s,
             startup_timeout_s=life.startup_timeout_s,

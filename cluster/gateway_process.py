@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import platform
+import time
 from typing import Any
 
 from cluster import address
@@ -17,6 +18,7 @@ from cluster.loop_thread import LoopThread
 from cluster.member_link import ControllerUnreachable, MemberLink, fetch_status
 from cluster.spec import ClusterSpec
 from cluster.version import VERSION
+from cluster.watch import TurnWatch
 from gateway.errors import NotReady, PortInUse
 from gateway.http_server import HttpServer
 from gateway.ledger import Ledger
@@ -45,6 +47,7 @@ class GatewayProcess:
         self._spec, self._member = spec, member
         self._url = f"http://{config.host}:{config.port}"
         self._thread = LoopThread("gateway")
+        self._watch = TurnWatch({"loop": config.cluster.loop_stall_s})
         self._stopping: asyncio.Task[None] | None = None
         self._member_link = MemberLink(
             spec.controller_address,
@@ -99,6 +102,8 @@ class GatewayProcess:
             raise NotReady(str(error), retry_after_s=config.retry_after_s) from error
 
     def _health(self) -> Health:
+        if hung := self._watch.look({"loop": self._thread.turns}, time.monotonic()):
+            return Health(HealthState.FAILED, detail=hung)
         state = HealthState.DRAINING if self._state.is_draining else HealthState.READY
         if not self._state.is_draining and self._state.not_ready:
             state = HealthState.STARTING

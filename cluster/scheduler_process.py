@@ -10,16 +10,19 @@ import asyncio
 import logging
 import os
 import platform
+import time
 
 from cluster import address
 from cluster.events import Exit, Members, OrderBody, Register, Role
 from cluster.loop_thread import LoopThread
 from cluster.member_link import MemberLink
+from cluster.processes import end_process
 from cluster.scheduler.core import Scheduler
 from cluster.scheduler.errors import AddressUnusable
 from cluster.scheduler.events import Incarnation, MembersExpected
 from cluster.scheduler.server import SchedulerServer
 from cluster.spec import ClusterSpec
+from cluster.watch import TurnWatch
 from router.membership import Health, HealthState
 from router.placement import Member
 
@@ -36,6 +39,9 @@ class SchedulerProcess:
         self._thread = LoopThread("scheduler")
         self._spec, self._term = spec, term
         self._server: SchedulerServer | None = None
+        self._watch = TurnWatch({"loop": spec.config.cluster.loop_stall_s})
+        self._controller: Members | None = None  # its newest word, until it is found hung
+        self._heard = 0  # of its words
         self._link = MemberLink(
             spec.controller_address,
             spec.token,
@@ -59,6 +65,7 @@ class SchedulerProcess:
         await address.take(lambda: server.start(self._address), AddressUnusable, wait_s)
         self._state = HealthState.READY
         self._ending = asyncio.create_task(self._end_with(self._server))
+        self._watching = asyncio.create_task(self._watch_controller())
 
     async def _end_with(self, server: SchedulerServer) -> None:
         try:
@@ -69,13 +76,31 @@ class SchedulerProcess:
         os._exit(1)
 
     def _health(self) -> Health:
+        if hung := self._watch.look({"loop": self._thread.turns}, time.monotonic()):
+            return Health(HealthState.FAILED, detail=hung)
         gauges = self._server.snapshot() if self._server is not None else {}
         return Health(self._state, gauges=gauges)
+
+    async def _watch_controller(self) -> None:
+        """It answers each heartbeat. One that has fallen silent is killed, so that Ray starts the next: nobody
+        else looks at it."""
+        life = self._spec.config.cluster
+        watch = TurnWatch({"controller": life.companion_deadline_s})
+        while True:
+            await asyncio.sleep(life.heartbeat_s)
+            controller = self._controller
+            if controller is None or controller.node != platform.node():
+                continue
+            if hung := watch.look({"controller": self._heard}, time.monotonic()):
+                log.error("%s: its process %d is killed", hung, controller.pid)
+                self._controller = None
+                end_process(controller.pid)
 
     def _obey(self, order: OrderBody) -> None:
         loop = self._thread.loop
         match order:
             case Members(attention):
+                self._controller, self._heard = order, self._heard + 1
                 workers = frozenset(Incarnation(member.id, member.incarnation) for member in attention)
                 if self._server is not None:
                     loop.call_soon_threadsafe(self._server.post, MembersExpected(workers))
@@ -88,6 +113,7 @@ class SchedulerProcess:
     async def _stop(self) -> None:
         """The process stays, idle, until it is ended from outside: ending itself, it would be restarted."""
         self._ending.cancel()
+        self._watching.cancel()
         if self._server is not None:
             await self._server.stop()
         await asyncio.to_thread(self._link.close, _STOP_TIMEOUT_S)

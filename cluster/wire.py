@@ -96,9 +96,9 @@ def encode_order(order: Order) -> control_pb2.MemberOrder:
             message.publish.CopyFrom(_table(placement))
         case Retire(epoch):
             message.retire.epoch.CopyFrom(_epoch(epoch))
-        case Members(attention):
-            message.members.attention.extend(map(_incarnation, attention))
-            message.members.SetInParent()
+        case Members(attention, pid, node):
+            members = map(_incarnation, attention)
+            message.members.CopyFrom(control_pb2.Members(attention=members, pid=pid, node=node))
         case Exit(reason):
             message.exit.reason = reason
             message.exit.SetInParent()
@@ -118,7 +118,8 @@ def _order_body(message: control_pb2.MemberOrder) -> OrderBody:
         case "retire":
             return Retire(_epoch_id(message.retire.epoch))
         case "members":
-            return Members(tuple(map(_member, message.members.attention)))
+            members = message.members
+            return Members(tuple(map(_member, members.attention)), members.pid, members.node)
         case "exit":
             return Exit(message.exit.reason)
         case other:

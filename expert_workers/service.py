@@ -53,6 +53,7 @@ class ExpertService:
         self._orders: queue.Queue[Placement | None] = queue.Queue(_ORDERS_MAX)
         self._retired: queue.Queue[EpochId] = queue.Queue(_ORDERS_MAX)
         self._stopping = threading.Event()
+        self._turns = 0
         self._state, self._detail = HealthState.STARTING, ""
         self._residency: Residency | None = None
         self._worker: ExpertWorker | None = None
@@ -98,6 +99,10 @@ class ExpertService:
             "parcels_refused_total": float(worker.refused),
         }
         return Health(self._state, residency.bytes_loaded, residency.bytes_total, self._detail, gauges)
+
+    def turns(self) -> dict[str, int]:
+        """What grows while the thread that answers turns."""
+        return {"compute": self._turns}
 
     def stop(self, grace_s: float) -> None:
         """End after the batch in hand. Threads and descriptors are gone when this returns."""
@@ -160,6 +165,7 @@ class ExpertService:
         torch.set_num_threads(self._config.threads)
         try:
             while not self._stopping.is_set():
+                self._turns += 1
                 self._worker.turn(_TURN_WAIT_S)
                 while not self._retired.empty():
                     self._residency.retire(self._retired.get_nowait())

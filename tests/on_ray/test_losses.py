@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import httpx
@@ -25,7 +26,7 @@ def cluster(tiny, tmp_path_factory):
     """One holder per expert; `experts_wait_s` far below what a holder's successor takes to start."""
     folder = tmp_path_factory.mktemp("losses")
     config = folder / "config.yaml"
-    config.write_text("attention: {experts_wait_s: 0.2}\ncluster: {bind_wait_s: 0.3}\n")
+    config.write_text("attention: {experts_wait_s: 0.2}\ncluster: {bind_wait_s: 0.3, companion_deadline_s: 5}\n")
     with Served(tiny, "--config", str(config), log=folder / "log") as served:
         yield served
 
@@ -101,3 +102,42 @@ def test_a_scheduler_that_finds_its_address_taken_is_started_again_until_it_is_f
     )
     assert status["scheduler"]["incarnation"] >= before["incarnation"] + 2
     cluster.complete([3, 4, 5], max_tokens=4)
+
+
+@pytest.mark.parametrize("nth", range(3))
+def test_a_frozen_attention_worker_is_replaced_and_its_streams_go_on(cluster, nth):
+    """SIGSTOP: nobody hears the socket close. It is found silent, killed, and its streams resumed elsewhere."""
+    before = worker(cluster, "attention")
+    alone, disturbed = asyncio.run(undisturbed_and_with(cluster, lambda: os.kill(before["pid"], signal.SIGSTOP)))
+    assert disturbed == alone
+    wait_until_whole(cluster)
+    assert worker(cluster, "attention")["incarnation"] == before["incarnation"] + 1
+    assert not psutil.pid_exists(before["pid"])
+
+
+def test_an_attention_worker_frozen_for_a_moment_goes_on_itself(cluster):
+    """SIGSTOP and SIGCONT within its deadline: nobody is lost, nobody judges what it was away from."""
+    before = cluster.status()
+
+    def freeze():
+        pid = worker(cluster, "attention")["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(3.0, os.kill, (pid, signal.SIGCONT)).start()
+
+    alone, disturbed = asyncio.run(undisturbed_and_with(cluster, freeze))
+    assert disturbed == alone
+    wait_until_whole(cluster)
+    lives = [[(w["id"], w["incarnation"]) for w in status["workers"]] for status in (before, cluster.status())]
+    assert lives[0] == lives[1]
+
+
+def test_a_frozen_controller_is_killed_by_the_scheduler_and_the_next_term_begins(cluster):
+    """They watch each other: nobody else would find a controller that only hangs."""
+    before = cluster.status()
+    os.kill(before["controller"]["pid"], signal.SIGSTOP)
+    with httpx.Client(base_url=cluster.url, timeout=STUCK_S) as client:
+        while (answer := client.get("/v1/admin/status")).status_code == 503:
+            continue  # each answer takes as long as the gateway tries
+    assert answer.json()["term"] == before["term"] + 1
+    wait_until_whole(cluster)
+    assert [w["pid"] for w in cluster.status()["workers"]] == [w["pid"] for w in before["workers"]]
