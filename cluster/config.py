@@ -95,10 +95,20 @@ class LifeConfig(_Section):
     and started again by Ray. Long: nothing that runs waits for them."""
 
     restarts_max: int = Field(3, ge=0)
-    """Failed starts of one worker in a row after which it is not started again."""
+    """Failed starts of one worker in a row after which it is given up, and `serve` ends with its reason. Once the
+    cluster has served it is tried for ever, but its experts are given to the rest."""
+
+    restart_backoff_s_min: float = Field(0.5, gt=0)
+    restart_backoff_s_max: float = Field(30.0, gt=0)
+    """Wait before a worker's second start in a row; it doubles with each further one, up to the larger."""
 
     @model_validator(mode="after")
     def _relations(self) -> LifeConfig:
+        if self.restart_backoff_s_min > self.restart_backoff_s_max:
+            raise ValueError(
+                f"restart_backoff_s_min {self.restart_backoff_s_min:g} must not exceed restart_backoff_s_max "
+                f"{self.restart_backoff_s_max:g}"
+            )
         for name in ("member_deadline_s", "loop_stall_s", "compute_stall_s", "companion_deadline_s"):
             if getattr(self, name) < 3 * self.heartbeat_s:
                 raise ValueError(

@@ -99,7 +99,6 @@ class Controller:
         self.phase = Phase.STARTING
         self._phase_since_s = now_s
         self._present: set[Member] = set()  # registered and its stream not closed since
-        self._has_served = False
         self._expected: tuple[Member, ...] | None = None
         self._last_tick_s = now_s
 
@@ -168,7 +167,8 @@ class Controller:
         match body:
             case Register():
                 # It serves under an earlier term: we have been restarted, the cluster has not.
-                self._has_served |= body.epoch is not None and body.epoch.term < self.term
+                if body.epoch is not None and body.epoch.term < self.term:
+                    self.roster.serve(now_s)
                 self.roster.register(worker, body, now_s)
                 self._present.add(worker.member)
                 return self._catch_up(worker, now_s)
@@ -255,7 +255,7 @@ class Controller:
                 return self._stop(now_s)
         commands = self.roster.start_due(now_s) + self._place(now_s) + self._tell_members()
         if self.phase is not Phase.DRAINING:
-            self._enter(self._serving_phase(), now_s)
+            self._enter(self._serving_phase(now_s), now_s)
         return commands
 
     def _place(self, now_s: float) -> list[Command]:
@@ -275,9 +275,9 @@ class Controller:
         return commands
 
     def _all_here(self, experts: list[Worker]) -> bool:
-        """Every expert worker that is wanted. One that was given up counts no longer, once we have served."""
-        wanted = [worker for worker in self.roster.pool(Role.EXPERT) if worker.state is not WorkerState.FAILED]
-        is_whole = self._has_served or len(wanted) == self.config.expert_workers
+        """Every expert worker that is wanted. Once we have served, none waits for one that cannot start."""
+        wanted = self.roster.counted_on(Role.EXPERT)
+        is_whole = self.roster.has_served or len(wanted) == self.config.expert_workers
         return is_whole and len(experts) == len(wanted) > 0
 
     def _tell_members(self) -> list[Command]:
@@ -288,15 +288,16 @@ class Controller:
         self._expected = expected
         return [Send(companion.member, self._members()) for companion in self.companions.values()]
 
-    def _serving_phase(self) -> Phase:
+    def _serving_phase(self, now_s: float) -> Phase:
         workers = self.roster.workers.values()
         is_whole = (
             all(worker.state is WorkerState.READY for worker in workers)
             and self.epochs.published is not None
             and bool(self._with(Role.SCHEDULER) and self._with(Role.GATEWAY))
         )
-        self._has_served |= is_whole
-        if self._has_served:
+        if is_whole and not self.roster.has_served:
+            self.roster.serve(now_s)
+        if self.roster.has_served:
             return Phase.READY if is_whole else Phase.DEGRADED
         if any(worker.state is WorkerState.FAILED for worker in workers):
             return Phase.FAILED

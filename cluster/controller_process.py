@@ -65,6 +65,8 @@ def _controller_config(spec: ClusterSpec) -> ControllerConfig:
             member_deadline_s=life.member_deadline_s,
             startup_timeout_s=life.startup_timeout_s,
             restarts_max=life.restarts_max,
+            backoff_s_min=life.restart_backoff_s_min,
+            backoff_s_max=life.restart_backoff_s_max,
         ),
     )
 

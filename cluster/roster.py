@@ -31,7 +31,8 @@ class Patience:
     """Longest start of a process until it registers, and longest work on an order without a byte of progress."""
 
     restarts_max: int = 3
-    """Starts in a row that never led to service, after which a worker is not started again."""
+    """Starts in a row that never led to service, after which a worker is given up while the cluster has not
+    served, and no longer counted on once it has."""
 
     settled_s: float = 10.0
     """Service for so long makes the next failure count as the first, so that its restart does not wait."""
@@ -91,6 +92,7 @@ class Worker:
 class Roster:
     patience: Patience
     workers: dict[str, Worker]
+    has_served: bool = False  # the cluster, whole: from then on nobody is given up
     failures: deque[Failure] = field(default_factory=lambda: deque(maxlen=FAILURES_REMEMBERED_MAX))
 
     @classmethod
@@ -116,6 +118,23 @@ class Roster:
 
     def live(self, role: Role) -> list[Worker]:
         return [worker for worker in self.pool(role) if worker.is_live]
+
+    def counted_on(self, role: Role) -> list[Worker]:
+        """Those that are here, or can be expected soon: not those whose starts fail again and again."""
+        tries_max = self.patience.restarts_max
+        return [
+            worker
+            for worker in self.pool(role)
+            if worker.is_live or (worker.state is not WorkerState.FAILED and worker.failed_starts <= tries_max)
+        ]
+
+    def serve(self, now_s: float) -> None:
+        """The cluster has served: whoever was given up is tried again, as often as it takes."""
+        self.has_served = True
+        for worker in self.workers.values():
+            if worker.state is WorkerState.FAILED:
+                worker.change(Change.TRY_AGAIN, now_s)
+                worker.since_s = now_s + self._backoff_s(worker.failures)
 
     def find(self, member: Member) -> Worker | None:
         """The worker whose present, unfinished life this is."""
@@ -160,7 +179,8 @@ class Roster:
     def lose(self, worker: Worker, reason: str, now_s: float, is_its_own_word: bool = False) -> list[Command]:
         """This life is over: kill it, and start another after a back-off, or give the worker up.
 
-        A worker that itself says why it cannot serve, and never has, would say so again: it is given up.
+        A worker that itself says why it cannot serve, and never has, would say so again: it is given up. Not so in
+        a cluster that has served: what keeps it from serving may pass, and nobody would start it then.
         """
         self.failures.append(Failure(now_s, worker.member, reason))
         pid, node = (worker.register.pid, worker.register.node) if worker.register else (0, "")
@@ -169,7 +189,7 @@ class Roster:
         worker.failures = 1 if has_settled else worker.failures + 1
         worker.failed_starts = 0 if worker.state is WorkerState.READY else worker.failed_starts + 1
         is_hopeless = is_its_own_word and not worker.has_served
-        gives_up = is_hopeless or worker.failed_starts > self.patience.restarts_max
+        gives_up = not self.has_served and (is_hopeless or worker.failed_starts > self.patience.restarts_max)
         worker.change(Change.GIVE_UP if gives_up else Change.LOST, now_s)
         worker.since_s = now_s + self._backoff_s(worker.failures) if not gives_up else now_s
         worker.detail, worker.register, worker.epoch, worker.owes = reason, None, None, None
