@@ -270,9 +270,7 @@ class Book:
                 s.start.attempt,
                 len(s.tokens),
                 s.is_prompt_done,
-                s.is_paused,
-                s.start.gateway_address,
-                s.start.priority,
+                s.start.arrival,
             )
             for s in self.sequences.values()
         ]

@@ -67,9 +67,7 @@ def running_pb(running: RunningSequence) -> step_pb2.RunningSequence:
         attempt=attempt_pb(running.attempt),
         num_tokens=running.num_tokens,
         prompt_done=running.prompt_done,
-        paused=running.paused,
-        gateway_address=running.gateway_address,
-        priority=running.priority,
+        arrival=running.arrival,
     )
 
 

@@ -145,6 +145,7 @@ class Running(NamedTuple):
     attempt: AttemptId
     num_tokens: int  # prompt and generated
     prompt_done: bool
+    arrival: int  # as its start said, in whichever term
 
 
 class Completion(NamedTuple):
@@ -221,7 +222,7 @@ class Start:
     spec: object
     seed: int  # takes the place of the spec's own
     priority: int
-    arrival: int  # count of admissions: orders equals
+    arrival: int  # count of admissions, over all terms: orders equals
 
 
 @dataclass(frozen=True)

@@ -98,20 +98,16 @@ class Completion(_message.Message):
     def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., num_tokens: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class RunningSequence(_message.Message):
-    __slots__ = ("attempt", "num_tokens", "prompt_done", "paused", "gateway_address", "priority")
+    __slots__ = ("attempt", "num_tokens", "prompt_done", "arrival")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_DONE_FIELD_NUMBER: _ClassVar[int]
-    PAUSED_FIELD_NUMBER: _ClassVar[int]
-    GATEWAY_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_FIELD_NUMBER: _ClassVar[int]
     attempt: _identity_pb2.Attempt
     num_tokens: int
     prompt_done: bool
-    paused: bool
-    gateway_address: str
-    priority: int
-    def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., num_tokens: _Optional[int] = ..., prompt_done: _Optional[bool] = ..., paused: _Optional[bool] = ..., gateway_address: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    arrival: int
+    def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., num_tokens: _Optional[int] = ..., prompt_done: _Optional[bool] = ..., arrival: _Optional[int] = ...) -> None: ...
 
 class State(_message.Message):
     __slots__ = ("running",)
