@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from expertmesh.v1 import step_pb2
 
 from attention_workers import wire
 from attention_workers.attention_model import AttentionModel
@@ -22,7 +21,7 @@ from attention_workers.book import Book, OrderRefused
 from attention_workers.config import AttentionConfig
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.step import Plan, StepResult
-from attention_workers.streams import AttemptsRefused, GatewayGone, Streams
+from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
 from attention_workers.worker import AttentionWorker
 from model.attention import TILE
 from model.checkpoint import Checkpoint
@@ -67,7 +66,6 @@ class AttentionService:
         self._state, self._detail = HealthState.STARTING, ""
         self._bytes_loaded = self._bytes_total = 0
         self._worker: AttentionWorker | None = None
-        self._counts = step_pb2.WorkerReport()
         self._has_new_orders = False
         self._turns = 0
         self._missing_since_s: float | None = None  # experts, as far as the last step found
@@ -84,7 +82,7 @@ class AttentionService:
         self._inbox.put_nowait(placement)
 
     def health(self) -> Health:
-        counts, worker = self._counts, self._worker
+        counts, worker = self._streams.latest.counts, self._worker
         gauges: dict[str, float] = {}
         if worker is not None:
             gauges = {
@@ -261,15 +259,13 @@ class AttentionService:
         counts = wire.report_pb(
             self.member, book, worker.steps, worker.tokens, experts_missing=self._missing_since_s is not None
         )
-        self._counts = counts
-        is_news = result.is_news()
+        is_news, running = result.is_news(), self._streams.latest.running
         if is_news or self._has_new_orders:
-            self._streams.running = wire.state_pb(book.state())
+            running = wire.state_pb(book.state())
             self._has_new_orders = False
+        self._streams.latest = Snapshot(counts, running)
         if is_news or result.deltas:
-            self._streams.hand_over(result, counts)
-        else:
-            self._streams.counts = counts
+            self._streams.hand_over(result)
 
     def _tell(self, item: Plan | GatewayGone | AttemptsRefused | None) -> None:
         """From the streams' thread. Never waits: so many unread messages mean that the compute thread hangs."""
