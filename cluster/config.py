@@ -23,6 +23,7 @@ from gateway.config import GatewayConfig
 from router.config import RouterConfig
 
 _MASK = "**********"
+_ENVELOPE_BYTES = 4096  # of a submission's message, beside the submission
 
 
 class ConfigError(Exception):
@@ -158,6 +159,11 @@ class Config(_Section):
         ):
             if value > bound:
                 raise ValueError(f"{name} {value} must not exceed {of} {bound}")
+        if gateway.submit_bytes_max + _ENVELOPE_BYTES > scheduler.message_bytes_max:
+            raise ValueError(
+                f"gateway.submit_bytes_max {gateway.submit_bytes_max} must be at least {_ENVELOPE_BYTES} below "
+                f"scheduler.message_bytes_max {scheduler.message_bytes_max}"
+            )
         return self
 
     @model_validator(mode="after")
