@@ -24,9 +24,9 @@ from attention_workers.step import Plan, StepResult
 from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
 from attention_workers.worker import AttentionWorker
 from model.attention import TILE
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, attention_tensor_names
 from model.errors import ModelError
-from model.exact import NumericsError, bf16_products
+from model.exact import NumericsError, bytes_kept
 from model.memory import NotEnoughMemory, available_bytes, require
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -141,6 +141,8 @@ class AttentionService:
         checkpoint = Checkpoint.open(self._model_path)
         dtype = getattr(torch, checkpoint.config.dtype if config.dtype == "auto" else config.dtype)
         self._state, self._detail = HealthState.LOADING, "attention weights"
+        needed = bytes_kept(checkpoint.num_elements(attention_tensor_names(checkpoint.config)), dtype)
+        require(needed, "attention weights", "accepted: a smaller checkpoint, or more memory")
         model_len = min(
             config.model_len_max or checkpoint.config.max_position_embeddings,
             checkpoint.config.max_position_embeddings,
@@ -173,9 +175,6 @@ class AttentionService:
         return self._worker
 
     def _progress(self, done: int, total: int) -> None:
-        if not self._bytes_total:
-            factor = 2 if not bf16_products() else 1  # bf16 is kept as float32 where the CPU lacks it
-            require(factor * total, "attention weights", "accepted: a smaller checkpoint, or more memory")
         self._bytes_loaded, self._bytes_total = done, total
 
     def _make_kv(self, model: AttentionModel, model_len: int) -> KvBlocks:

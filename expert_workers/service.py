@@ -19,7 +19,7 @@ from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
 from model.checkpoint import Checkpoint
 from model.errors import ModelError
-from model.exact import NumericsError, bf16_products
+from model.exact import NumericsError
 from model.memory import NotEnoughMemory, require
 from router.config import RouterConfig
 from router.errors import RouterError
@@ -145,8 +145,7 @@ class ExpertService:
         residency = self._residency
         assert residency is not None
         self._detail = f"loading experts of epoch {placement.epoch.term}.{placement.epoch.number}"
-        factor = 1 if bf16_products() else 2  # bf16 is kept as float32 where the CPU lacks it
-        needed = factor * residency.bytes_needed(placement)
+        needed = residency.bytes_needed(placement)
         require(needed, "expert weights", "accepted: more expert workers, fewer replicas, or more memory")
         residency.prepare(placement, self._stopping.is_set)
         if not self._stopping.is_set():
