@@ -79,7 +79,6 @@ def completion_pb(completion: Completion) -> step_pb2.Completion:
     return step_pb2.Completion(
         attempt=attempt_pb(completion.attempt),
         reason=step_pb2.FinishReason.Name(completion.reason),
-        num_tokens=completion.num_tokens,
         detail=completion.detail,
     )
 
@@ -130,7 +129,6 @@ def news_pb(
     report = step_pb2.WorkerReport()
     report.CopyFrom(counts)
     report.prompts_done.extend(attempt_pb(a) for a in result.prompts_done)
-    report.paused.extend(attempt_pb(a) for a in result.paused)
     report.undelivered.extend(attempt_pb(a) for a in result.undelivered)
     report.completions.extend(completion_pb(c) for c in completions)
     if result.state is not None:

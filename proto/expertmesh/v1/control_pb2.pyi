@@ -151,9 +151,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("term", "json")
-    TERM_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("json",)
     JSON_FIELD_NUMBER: _ClassVar[int]
-    term: int
     json: str
-    def __init__(self, term: _Optional[int] = ..., json: _Optional[str] = ...) -> None: ...
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
