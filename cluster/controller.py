@@ -35,7 +35,7 @@ from cluster.events import (
     Tick,
 )
 from cluster.lifecycle import WorkerState
-from cluster.roster import NOT_HEARD, Failure, Patience, Roster, Worker
+from cluster.roster import NOT_HEARD, Patience, Roster, Worker
 from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
 from router.placement import Member
 
@@ -157,7 +157,7 @@ class Controller:
     def _end_companion(self, companion: Companion, reason: str, now_s: float) -> list[Command]:
         """It is killed; Ray starts its next life."""
         del self.companions[companion.member.id]
-        self.roster.failures.append(Failure(now_s, companion.member, reason))
+        self.roster.record(companion.member, reason, now_s)
         return [KillWorker(companion.member, companion.register.pid, companion.register.node, reason)]
 
     def _members(self) -> Members:

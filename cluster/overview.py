@@ -35,8 +35,13 @@ def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> 
         "scheduler": schedulers[-1] if schedulers else None,
         "gateways": [_companion(c, now_s) for c in companions if c.register.role is Role.GATEWAY],
         "failures": [
-            {"id": failure.member.id, "incarnation": failure.member.incarnation, "reason": failure.reason,
-             "ago_s": round(now_s - failure.at_s, 1)}
+            {
+                "number": failure.number,
+                "id": failure.member.id,
+                "incarnation": failure.member.incarnation,
+                "reason": failure.reason,
+                "ago_s": round(now_s - failure.at_s, 1),
+            }
             for failure in controller.roster.failures
         ],
     }  # fmt: skip

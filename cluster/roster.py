@@ -49,6 +49,7 @@ def worker_ids(pools: Mapping[Role, int]) -> dict[str, Role]:
 
 
 class Failure(NamedTuple):
+    number: int  # counts from 1 in each term, also those no longer remembered
     at_s: float
     member: Member
     reason: str
@@ -93,6 +94,7 @@ class Roster:
     patience: Patience
     workers: dict[str, Worker]
     has_served: bool = False  # the cluster, whole: from then on nobody is given up
+    num_failures: int = 0
     failures: deque[Failure] = field(default_factory=lambda: deque(maxlen=FAILURES_REMEMBERED_MAX))
 
     @classmethod
@@ -182,7 +184,7 @@ class Roster:
         A worker that itself says why it cannot serve, and never has, would say so again: it is given up. Not so in
         a cluster that has served: what keeps it from serving may pass, and nobody would start it then.
         """
-        self.failures.append(Failure(now_s, worker.member, reason))
+        self.record(worker.member, reason, now_s)
         pid, node = (worker.register.pid, worker.register.node) if worker.register else (0, "")
         kill = KillWorker(worker.member, pid, node, reason)
         has_settled = worker.state is WorkerState.READY and now_s - worker.since_s >= self.patience.settled_s
@@ -195,6 +197,11 @@ class Roster:
         worker.detail, worker.register, worker.epoch, worker.owes = reason, None, None, None
         worker.health = NOT_HEARD
         return [kill]
+
+    def record(self, member: Member, reason: str, now_s: float) -> None:
+        """For the status document: this life was lost."""
+        self.num_failures += 1
+        self.failures.append(Failure(self.num_failures, now_s, member, reason))
 
     def _backoff_s(self, failures: int) -> float:
         patience = self.patience
