@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 import signal
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from cluster.config import Config
+from cluster.guardian import Guardian
 from cluster.member_link import ControllerUnreachable, fetch_status
 from cluster.preflight import PreflightError, check
 from cluster.progress import LoadingDisplay, loading_display
@@ -101,6 +101,7 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[RayH
 
     # Short, and not TMPDIR, which may be long: Unix socket paths may have 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="em-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    guardian = Guardian(temp_dir)
     joined = spec.config.cluster.ray_address
     host: RayHost | None = None
     is_hurried = False
@@ -121,7 +122,7 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[RayH
                 host.close(is_hurried)
         finally:
             end_children(grace_s=0.0)
-            shutil.rmtree(temp_dir, ignore_errors=True)
+            guardian.close()  # removes the folder
 
 
 def _prepare_environment(config: Config) -> None:

@@ -141,3 +141,15 @@ def test_a_frozen_controller_is_killed_by_the_scheduler_and_the_next_term_begins
     assert answer.json()["term"] == before["term"] + 1
     wait_until_whole(cluster)
     assert [w["pid"] for w in cluster.status()["workers"]] == [w["pid"] for w in before["workers"]]
+
+
+def test_kill_9_of_serve_leaves_no_process_and_no_folder(cluster):
+    """Last of this cluster: Ray's own helpers would outlive it by a minute, its folder for ever."""
+    family = psutil.Process(cluster.process.pid).children(recursive=True)
+    assert len(family) >= 8
+    assert len(os.listdir(os.environ["RAY_TMPDIR"])) == 1
+    cluster.process.kill()
+    _, alive = psutil.wait_procs(family, 20)
+    assert not alive
+    while os.listdir(os.environ["RAY_TMPDIR"]):  # the test's own time limit bounds it
+        pass
