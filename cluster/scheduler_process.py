@@ -7,10 +7,13 @@ next term, and running work never notices.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
 import time
+
+import psutil
 
 from cluster import address
 from cluster.events import Exit, Members, OrderBody, Register, Role
@@ -40,8 +43,8 @@ class SchedulerProcess:
         self._spec, self._term = spec, term
         self._server: SchedulerServer | None = None
         self._watch = TurnWatch({"loop": spec.config.cluster.loop_stall_s})
-        self._controller: Members | None = None  # its newest word, until it is found hung
-        self._heard = 0  # of its words
+        self._controller: psutil.Process | None = None  # until it is found hung; None: not heard, or not here
+        self._heard = 0  # words of any controller
         self._link = MemberLink(
             spec.controller_address,
             spec.token,
@@ -88,19 +91,21 @@ class SchedulerProcess:
         watch = TurnWatch({"controller": life.companion_deadline_s})
         while True:
             await asyncio.sleep(life.heartbeat_s)
-            controller = self._controller
-            if controller is None or controller.node != platform.node():
-                continue
-            if hung := watch.look({"controller": self._heard}, time.monotonic()):
+            hung = watch.look({"controller": self._heard}, time.monotonic())
+            if hung and (controller := self._controller):
                 log.error("%s: its process %d is killed", hung, controller.pid)
                 self._controller = None
-                end_process(controller.pid)
+                if controller.is_running():  # itself, not another that has its number by now
+                    end_process(controller.pid)
 
     def _obey(self, order: OrderBody) -> None:
         loop = self._thread.loop
         match order:
-            case Members(attention):
-                self._controller, self._heard = order, self._heard + 1
+            case Members(attention, pid, node):
+                self._heard += 1
+                if node == platform.node() and (self._controller is None or self._controller.pid != pid):
+                    with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended since
+                        self._controller = psutil.Process(pid)
                 workers = frozenset(Incarnation(member.id, member.incarnation) for member in attention)
                 if self._server is not None:
                     loop.call_soon_threadsafe(self._server.post, MembersExpected(workers))

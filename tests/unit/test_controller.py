@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -195,6 +196,41 @@ def test_worker_that_serves_between_its_deaths_is_never_given_up() -> None:
     world.run(10)
     assert world.controller.phase is Phase.READY
     assert world.controller.roster.workers["expert-0"].failures == 1
+
+
+@pytest.mark.parametrize("name", ["scheduler", "gateway-0"])
+def test_a_companion_that_says_it_hangs_is_killed_and_its_reason_kept(name: str) -> None:
+    """Its heartbeats go on, so only its own word tells; Ray starts the next."""
+    world = ready()
+    hung = world.one(name)
+    world.report(hung, Health(HealthState.FAILED, detail="loop has not turned for 6.0 s"))
+    (kill,) = world.ordered(KillWorker)
+    assert (kill.member, kill.pid) == (hung.member, hung.pid)
+    world.run(1)
+    document = overview(world.controller, {}, world.now_s)
+    assert [(f["number"], f["id"], f["reason"]) for f in document["failures"]] == [
+        (1, name, "loop has not turned for 6.0 s")
+    ]
+    assert world.controller.phase is Phase.DEGRADED
+
+
+@pytest.mark.parametrize("name", ["scheduler", "gateway-0"])
+def test_a_companion_that_is_silent_for_too_long_is_killed(name: str) -> None:
+    world = ready()
+    world.freeze(Member(name, 1), 300)
+    world.run(world.config.companion_deadline_s - 2)
+    assert not world.ordered(KillWorker)
+    world.run(4)
+    assert [kill.member for kill in world.ordered(KillWorker)] == [Member(name, 1)]
+
+
+def test_the_scheduler_is_answered_at_each_heartbeat_by_the_process_it_watches() -> None:
+    world = ready(replace(TWO_BY_THREE, pid=4321, node="here"))
+    before = len(world.sent(Members))
+    world.run(10)
+    answers = [send for send in world.sent(Members)[before:] if send.to == Member("scheduler", 1)]
+    assert len(answers) >= 9
+    assert {(send.body.pid, send.body.node) for send in answers} == {(4321, "here")}
 
 
 def test_a_cluster_that_has_served_never_gives_a_worker_up() -> None:
