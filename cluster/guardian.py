@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 MARK = "EXPERTMESH_GUARDED"  # in the environment of all that is to end with `serve`: Ray's folder
+_RAY_TITLE = b"ray::"
 _CLEAN_S = 10.0
 _PAUSE_S = 0.02
 
@@ -28,6 +29,7 @@ class Guardian:
 
     def __init__(self, folder: str) -> None:
         """`folder`: Ray's own for this cluster, removed at the end."""
+        folder = os.path.realpath(folder)
         watched, self._alive = os.pipe()
         self._over, said = os.pipe()
         script = [sys.executable, "-I", "-S", __file__, folder]
@@ -50,7 +52,7 @@ def _guard(folder: str) -> None:
     while os.read(0, 1):
         continue
     deadline_s = time.monotonic() + _CLEAN_S
-    while (left := _marked(folder)) and time.monotonic() < deadline_s:
+    while (left := _left(folder)) and time.monotonic() < deadline_s:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -58,16 +60,30 @@ def _guard(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _marked(folder: str) -> list[int]:
-    """Living processes with the mark of this folder."""
-    mark = f"{MARK}={folder}".encode()
+def _left(folder: str) -> list[int]:
+    """Living processes that are to end."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for process in Path("/proc").iterdir():
         # A process may end while it is looked at; another user's cannot be, and is none of ours.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
+            if process.name.isdigit() and _is_ours(process, folder):
+                found.append(int(process.name))
     return found
+
+
+def _is_ours(process: Path, folder: str) -> bool:
+    """It inherited the mark; or it is one of Ray's that write to the folder: the title that Ray gives a process
+    may lie over what was its environment."""
+    if f"{MARK}={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
+        return True
+    has_title = (process / "cmdline").read_bytes().startswith(_RAY_TITLE)
+    return has_title and any(_is_within(link, folder) for link in (process / "fd").iterdir())
+
+
+def _is_within(link: Path, folder: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        return os.readlink(link).startswith(f"{folder}/")
+    return False
 
 
 if __name__ == "__main__":

@@ -62,6 +62,30 @@ def test_kill_9_leaves_no_process_and_no_folder(folder: Path) -> None:
     assert not folder.exists()
 
 
+def test_of_ray_processes_that_lost_the_mark_those_that_write_to_the_folder_end(folder: Path) -> None:
+    """A title may lie over the environment. Whoever only reads there, and another Ray, stay."""
+    with (
+        (folder / "logs" / "agent.log").open("w") as log,
+        (folder.parent / "elsewhere.log").open("w") as elsewhere,
+    ):
+        sleep = {"executable": "/bin/sleep", "env": {}}
+        agent = subprocess.Popen(["ray::Agent", "600"], stdout=log, **sleep)
+        others = [
+            subprocess.Popen(["ray::Agent", "600"], stdout=elsewhere, **sleep),
+            subprocess.Popen(["tail", "600"], stdin=log, **sleep),
+        ]
+    serve, _ = started(folder)
+    serve.kill()
+    serve.communicate()
+    assert agent.wait(WITHIN_S) == -signal.SIGKILL
+    while guardians(folder):
+        continue
+    assert [other.poll() for other in others] == [None, None]
+    for other in others:
+        other.kill()
+        other.wait()
+
+
 def test_an_orderly_end_waits_for_it_and_leaves_nothing_either(folder: Path) -> None:
     serve, family = started(folder)
     serve.communicate("end\n", WITHIN_S)
