@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -70,10 +71,15 @@ def wait_until_whole(cluster):
     cluster.wait_for_status(lambda status: status["phase"] == "ready", within_s=60)
 
 
-def has_been_logged(text):
+def wait_until_logged(text, within_s=60.0):
     """By some process of the cluster that runs."""
-    logs = Path(os.environ["RAY_TMPDIR"]).glob("*/session_latest/logs/worker-*.err")
-    return any(text in log.read_text() for log in logs)
+    deadline = time.monotonic() + within_s
+    while True:
+        logs = Path(os.environ["RAY_TMPDIR"]).glob("*/session_latest/logs/**/*.*")
+        if any(text in log.read_text(errors="replace") for log in logs if log.is_file()):
+            return
+        assert time.monotonic() < deadline, f"{text!r} was not logged within {within_s} s"
+        threading.Event().wait(0.2)
 
 
 def test_losing_the_only_holder_of_experts_fails_no_request(cluster):
@@ -95,7 +101,7 @@ def test_a_scheduler_that_finds_its_address_taken_is_started_again_until_it_is_f
     process.wait()
     with socket.socket(socket.AF_UNIX) as earlier_life:
         earlier_life.bind("\0" + before["address"].removeprefix("unix-abstract:"))
-        cluster.wait_for_status(lambda _status: has_been_logged("scheduler could not begin again"), within_s=60)
+        wait_until_logged("scheduler could not begin again")
     status = cluster.wait_for_status(
         lambda status: status["phase"] == "ready" and status["scheduler"]["incarnation"] > before["incarnation"],
         60,
@@ -141,6 +147,20 @@ def test_a_frozen_controller_is_killed_by_the_scheduler_and_the_next_term_begins
     assert answer.json()["term"] == before["term"] + 1
     wait_until_whole(cluster)
     assert [w["pid"] for w in cluster.status()["workers"]] == [w["pid"] for w in before["workers"]]
+
+
+def test_a_gateway_that_finds_its_port_taken_is_started_again_until_it_is_free(cluster):
+    """Serve goes on replacing what has served before."""
+    [before] = cluster.status()["gateways"]
+    process = psutil.Process(before["pid"])
+    process.kill()
+    process.wait()
+    with socket.create_server(("127.0.0.1", cluster.port)):
+        wait_until_logged("the port is in use")
+    cluster.wait_until_ready()
+    wait_until_whole(cluster)
+    assert cluster.status()["gateways"][0]["incarnation"] >= before["incarnation"] + 2
+    cluster.complete([3, 4, 5], max_tokens=4)
 
 
 def test_kill_9_of_serve_leaves_no_process_and_no_folder(cluster):
