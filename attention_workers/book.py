@@ -223,9 +223,9 @@ class Book:
         if reason is not None:
             self._end(sequence, reason, result)
 
-    def fail_all(self, why: str, result: StepResult) -> None:
-        for sequence in list(self.sequences.values()):
-            self.fail(sequence, why, result)
+    def give_back(self, result: StepResult) -> None:
+        """End everything here without an answer: the scheduler queues again what is still wanted."""
+        self.stop(list(self.sequences), result)
 
     def drop(self, gateway_address: str, result: StepResult) -> list[AttemptId]:
         """Forget the sequences of a gateway that cannot be reached; it resumes what it still wants."""
@@ -235,7 +235,7 @@ class Book:
         return [s.start.attempt for s in gone]
 
     def stop(self, attempts: list[AttemptId], result: StepResult) -> None:
-        """Forget attempts that their gateway refuses."""
+        """Forget attempts, without a word to their gateways."""
         for attempt in attempts:
             if attempt in self.sequences:
                 self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
@@ -270,9 +270,7 @@ class Book:
                 s.start.attempt,
                 len(s.tokens),
                 s.is_prompt_done,
-                s.is_paused,
-                s.start.gateway_address,
-                s.start.priority,
+                s.start.arrival,
             )
             for s in self.sequences.values()
         ]

@@ -32,7 +32,8 @@ class AttentionConfig(BaseModel):
     """Slices of a step in flight at once. On two cores one is best (DESIGN section 11)."""
 
     experts_wait_s: float = Field(30.0, gt=0)
-    """How long a step's sequences wait for an expert that no live worker holds before they fail."""
+    """How long a step waits for an expert that no live worker holds. Then its sequences are given back, and
+    queue at the scheduler until experts are there again."""
 
     token_backlog_max: int = Field(1024, ge=1)
     """Token batches waiting for one gateway before its sequences are given back to it."""

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from expertmesh.v1 import step_pb2
 
 from attention_workers import wire
 from attention_workers.attention_model import AttentionModel
@@ -22,12 +21,12 @@ from attention_workers.book import Book, OrderRefused
 from attention_workers.config import AttentionConfig
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.step import Plan, StepResult
-from attention_workers.streams import AttemptsRefused, GatewayGone, Streams
+from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
 from attention_workers.worker import AttentionWorker
 from model.attention import TILE
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, attention_tensor_names
 from model.errors import ModelError
-from model.exact import NumericsError, bf16_products
+from model.exact import NumericsError, bytes_kept
 from model.memory import NotEnoughMemory, available_bytes, require
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -67,8 +66,9 @@ class AttentionService:
         self._state, self._detail = HealthState.STARTING, ""
         self._bytes_loaded = self._bytes_total = 0
         self._worker: AttentionWorker | None = None
-        self._counts = step_pb2.WorkerReport()
         self._has_new_orders = False
+        self._turns = 0
+        self._missing_since_s: float | None = None  # experts, as far as the last step found
         self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell, self._fail)
         self._compute = threading.Thread(target=self._run, name="attention-compute", daemon=True)
 
@@ -82,7 +82,7 @@ class AttentionService:
         self._inbox.put_nowait(placement)
 
     def health(self) -> Health:
-        counts, worker = self._counts, self._worker
+        counts, worker = self._streams.latest.counts, self._worker
         gauges: dict[str, float] = {}
         if worker is not None:
             gauges = {
@@ -97,6 +97,10 @@ class AttentionService:
                 **worker.dispatcher.counters(),
             }
         return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges)
+
+    def turns(self) -> dict[str, int]:
+        """What grows while the threads turn, from the first placement on."""
+        return {"compute": self._turns, "streams": self._streams.turns}
 
     def stop(self, grace_s: float) -> None:
         """End after the running step. Threads and descriptors are gone when this returns."""
@@ -137,6 +141,8 @@ class AttentionService:
         checkpoint = Checkpoint.open(self._model_path)
         dtype = getattr(torch, checkpoint.config.dtype if config.dtype == "auto" else config.dtype)
         self._state, self._detail = HealthState.LOADING, "attention weights"
+        needed = bytes_kept(checkpoint.num_elements(attention_tensor_names(checkpoint.config)), dtype)
+        require(needed, "attention weights", "accepted: a smaller checkpoint, or more memory")
         model_len = min(
             config.model_len_max or checkpoint.config.max_position_embeddings,
             checkpoint.config.max_position_embeddings,
@@ -169,9 +175,6 @@ class AttentionService:
         return self._worker
 
     def _progress(self, done: int, total: int) -> None:
-        if not self._bytes_total:
-            factor = 2 if not bf16_products() else 1  # bf16 is kept as float32 where the CPU lacks it
-            require(factor * total, "attention weights", "accepted: a smaller checkpoint, or more memory")
         self._bytes_loaded, self._bytes_total = done, total
 
     def _make_kv(self, model: AttentionModel, model_len: int) -> KvBlocks:
@@ -189,24 +192,37 @@ class AttentionService:
         return KvBlocks(total)
 
     def _serve(self, worker: AttentionWorker) -> None:
-        unavailable_since: float | None = None
         is_busy = False
         while not self._stopping.is_set():
+            self._turns += 1
             result = StepResult()
-            wait_s = _RETRY_WAIT_S if unavailable_since else 0.0 if is_busy else _IDLE_WAIT_S
+            is_waiting = self._missing_since_s is not None and worker.book.sequences
+            wait_s = _RETRY_WAIT_S if is_waiting else 0.0 if is_busy else _IDLE_WAIT_S
             self._drain_inbox(worker, result, wait_s)
-            try:
-                is_busy = self._state is HealthState.READY and worker.step(result)
-                if unavailable_since is not None:
-                    unavailable_since, self._detail = None, ""
-            except ExpertsUnavailable as error:
-                now = time.monotonic()
-                unavailable_since = unavailable_since or now
-                self._detail = str(error)
-                if now - unavailable_since > self._config.experts_wait_s:
-                    worker.book.fail_all(f"{error}, for {self._config.experts_wait_s:g} s", result)
-                    unavailable_since = None
+            is_busy = self._state is HealthState.READY and self._step(worker, result)
             self._hand_over(worker, result)
+
+    def _step(self, worker: AttentionWorker, result: StepResult) -> bool:
+        """One step; False when there was nothing to compute, or an expert has no live holder.
+
+        The same step is tried again for `experts_wait_s`; then its sequences are given back, and the scheduler
+        keeps them until this worker says that experts are there.
+        """
+        try:
+            has_computed = worker.step(result)
+        except ExpertsUnavailable as error:
+            now_s = time.monotonic()
+            self._missing_since_s = now_s if self._missing_since_s is None else self._missing_since_s
+            self._detail = f"waiting for experts: {error}"
+            if now_s - self._missing_since_s > self._config.experts_wait_s:
+                worker.book.give_back(result)
+            return False
+        if self._missing_since_s is not None:
+            if worker.reaches_all_experts:
+                self._missing_since_s, self._detail = None, ""
+            elif has_computed:  # this step needed none of the missing: the wait begins anew
+                self._missing_since_s = time.monotonic()
+        return has_computed
 
     def _drain_inbox(self, worker: AttentionWorker, result: StepResult, wait_s: float) -> None:
         try:
@@ -226,7 +242,8 @@ class AttentionService:
                 log.warning("%s: %s", self.member, refusal)
         elif isinstance(item, Placement):
             worker.dispatcher.adopt(item)
-            self._state, self._detail = HealthState.READY, ""
+            self._state = HealthState.READY
+            self._detail = self._detail if self._missing_since_s is not None else ""
             self._on_event(Adopted(item.epoch))
             self._streams.open(worker.book)
         elif isinstance(item, GatewayGone):
@@ -238,16 +255,16 @@ class AttentionService:
 
     def _hand_over(self, worker: AttentionWorker, result: StepResult) -> None:
         book = worker.book
-        counts = wire.report_pb(self.member, book, worker.steps, worker.tokens)
-        self._counts = counts
-        is_news = result.is_news()
+        counts = wire.report_pb(
+            self.member, book, worker.steps, worker.tokens, experts_missing=self._missing_since_s is not None
+        )
+        is_news, running = result.is_news(), self._streams.latest.running
         if is_news or self._has_new_orders:
-            self._streams.running = wire.state_pb(book.state())
+            running = wire.state_pb(book.state())
             self._has_new_orders = False
+        self._streams.latest = Snapshot(counts, running)
         if is_news or result.deltas:
-            self._streams.hand_over(result, counts)
-        else:
-            self._streams.counts = counts
+            self._streams.hand_over(result)
 
     def _tell(self, item: Plan | GatewayGone | AttemptsRefused | None) -> None:
         """From the streams' thread. Never waits: so many unread messages mean that the compute thread hangs."""

@@ -94,9 +94,7 @@ class RunningSequence:
     attempt: AttemptId
     num_tokens: int
     prompt_done: bool
-    paused: bool
-    gateway_address: str
-    priority: int
+    arrival: int
 
 
 @dataclass

@@ -21,6 +21,14 @@ _REPORT_EVERY_S = 0.25
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """One moment of the worker: what runs is what its counts say has been applied."""
+
+    counts: step_pb2.WorkerReport
+    running: step_pb2.State  # made anew when something begins, ends or has its prompt done: not at every token
+
+
+@dataclass(frozen=True)
 class GatewayGone:
     """A gateway cannot be reached; `undelivered` ended here, but their last tokens may not have arrived."""
 
@@ -52,8 +60,10 @@ class Streams:
         self._token, self._scheduler_address, self._backlog_max = token, scheduler_address, backlog_max
         self._tell = tell
         self._on_failure = on_failure
-        self.counts = step_pb2.WorkerReport()  # the newest, replaced whole by the compute thread
-        self.running = step_pb2.State()
+        self.latest = Snapshot(step_pb2.WorkerReport(), step_pb2.State())
+        """Replaced whole, by the compute thread alone: the loop never sees counts of one moment with what ran at
+        another."""
+        self.turns = 0  # grows while the loop turns
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="attention-streams", daemon=True)
         self._tasks: list[asyncio.Task[None]] = []
@@ -69,15 +79,17 @@ class Streams:
             sequences_max=book.sequences_max,
             model_len_max=book.model_len_max,
         )
-        self.counts = wire.report_pb(self.member, book, 0, 0)
+        counts = wire.report_pb(self.member, book, 0, 0, experts_missing=False)
+        self.latest = Snapshot(counts, wire.state_pb(book.state()))
         self._scheduler = SchedulerLink(
             self._scheduler_address, self._token, self._tell, self._greet, _REPORTS_MAX
         )
         self._thread.start()
         self._loop.call_soon_threadsafe(self._begin, book.fingerprint)
 
-    def hand_over(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
-        self._loop.call_soon_threadsafe(self._send_or_fail, result, counts)
+    def hand_over(self, result: StepResult) -> None:
+        """What a step brought about, with the latest counts."""
+        self._loop.call_soon_threadsafe(self._send_or_fail, result, self.latest.counts)
 
     def close(self, grace_s: float) -> None:
         if self._thread.is_alive():
@@ -116,10 +128,11 @@ class Streams:
 
     def _greet(self) -> step_pb2.WorkerReport:
         """The first report of a stream: capacity, and everything that runs."""
+        latest = self.latest
         report = step_pb2.WorkerReport()
-        report.CopyFrom(self.counts)
+        report.CopyFrom(latest.counts)
         report.hello.CopyFrom(self._hello)
-        report.state.CopyFrom(self.running)
+        report.state.CopyFrom(latest.running)
         return report
 
     def _send_or_fail(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
@@ -132,7 +145,6 @@ class Streams:
 
     def _send(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
         assert self._tokens is not None
-        self.counts = counts
         held = set()
         for address, deltas in result.deltas.items():
             ended = {d.attempt for d in deltas if d.finish is not None}
@@ -147,13 +159,15 @@ class Streams:
 
     def _completed(self, completions: list[Completion]) -> None:
         """Their last tokens have arrived: now the scheduler may forget them."""
-        self._scheduler.report(wire.news_pb(self.counts, StepResult(), completions))
+        self._scheduler.report(wire.news_pb(self.latest.counts, StepResult(), completions))
 
     async def _report_counts(self) -> None:
         """Counts drift without news while sequences decode; the scheduler places by them."""
         sent = step_pb2.WorkerReport()
         while True:
             await asyncio.sleep(_REPORT_EVERY_S)
-            if self.counts != sent:
-                sent = self.counts
+            self.turns += 1
+            counts = self.latest.counts
+            if counts != sent:
+                sent = counts
                 self._scheduler.report(sent)

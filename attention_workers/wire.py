@@ -67,9 +67,7 @@ def running_pb(running: RunningSequence) -> step_pb2.RunningSequence:
         attempt=attempt_pb(running.attempt),
         num_tokens=running.num_tokens,
         prompt_done=running.prompt_done,
-        paused=running.paused,
-        gateway_address=running.gateway_address,
-        priority=running.priority,
+        arrival=running.arrival,
     )
 
 
@@ -81,7 +79,6 @@ def completion_pb(completion: Completion) -> step_pb2.Completion:
     return step_pb2.Completion(
         attempt=attempt_pb(completion.attempt),
         reason=step_pb2.FinishReason.Name(completion.reason),
-        num_tokens=completion.num_tokens,
         detail=completion.detail,
     )
 
@@ -108,7 +105,7 @@ def batch_pb(sender: Member, fingerprint: str, deltas: Sequence[TokenDelta], num
     )
 
 
-def report_pb(sender: Member, book: Book, steps: int, tokens: int) -> step_pb2.WorkerReport:
+def report_pb(sender: Member, book: Book, steps: int, tokens: int, experts_missing: bool) -> step_pb2.WorkerReport:
     """Counts only: their size does not depend on what runs."""
     return step_pb2.WorkerReport(
         sender=member_pb(sender),
@@ -121,6 +118,7 @@ def report_pb(sender: Member, book: Book, steps: int, tokens: int) -> step_pb2.W
         num_running=len(book.sequences),
         num_paused=sum(s.is_paused for s in book.sequences.values()),
         refused_orders=book.num_refused,
+        experts_missing=experts_missing,
     )
 
 
@@ -131,7 +129,6 @@ def news_pb(
     report = step_pb2.WorkerReport()
     report.CopyFrom(counts)
     report.prompts_done.extend(attempt_pb(a) for a in result.prompts_done)
-    report.paused.extend(attempt_pb(a) for a in result.paused)
     report.undelivered.extend(attempt_pb(a) for a in result.undelivered)
     report.completions.extend(completion_pb(c) for c in completions)
     if result.state is not None:

@@ -25,6 +25,11 @@ class AttentionWorker:
         self.steps = 0
         self.tokens = 0
 
+    @property
+    def reaches_all_experts(self) -> bool:
+        """Whether every expert has a holder that is not lost: a step can be computed, as far as is known."""
+        return self.dispatcher.placement.is_covered_without(self.dispatcher.lost)
+
     @torch.inference_mode()
     def step(self, result: StepResult) -> bool:
         """Run one step of what the book holds, adding to `result`. False when there was nothing to compute.

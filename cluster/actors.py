@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -19,12 +22,27 @@ from cluster.spec import ClusterSpec
 from cluster.store import draw
 from router.placement import Member
 
+log = logging.getLogger(__name__)
+
 
 def _log_to_stderr() -> None:
     """Into Ray's log file of this process."""
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+
+
+@contextmanager
+def _beginning(name: str) -> Iterator[None]:
+    """The first life's failure goes to who launches the cluster. A later life's ends its process: Ray restarts a
+    process that dies, but never again an actor whose constructor has raised."""
+    try:
+        yield
+    except Exception:
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
+            raise
+        log.exception("the %s could not begin again; its next life will try", name)
+        os._exit(1)
 
 
 class _Worker:
@@ -58,11 +76,12 @@ class ControllerActor:
         from cluster.controller_process import ControllerProcess
 
         _log_to_stderr()
-        parsed = ClusterSpec.from_json(spec)
-        store = RayStore(parsed.cluster_id)
-        workers = RayWorkers(parsed, store, {Role.ATTENTION: AttentionActor, Role.EXPERT: ExpertActor})
-        self._process = ControllerProcess(parsed, store, workers)
-        self._process.start()
+        with _beginning("controller"):
+            parsed = ClusterSpec.from_json(spec)
+            store = RayStore(parsed.cluster_id)
+            workers = RayWorkers(parsed, store, {Role.ATTENTION: AttentionActor, Role.EXPERT: ExpertActor})
+            self._process = ControllerProcess(parsed, store, workers)
+            self._process.start()
 
     def ready(self) -> None:
         """Answered once it serves."""
@@ -77,16 +96,18 @@ class SchedulerActor:
         from cluster.scheduler_process import SchedulerProcess
 
         _log_to_stderr()
-        parsed = ClusterSpec.from_json(spec)
-        self._process = SchedulerProcess(parsed, draw(RayStore(parsed.cluster_id), "scheduler"))
-        self._process.start()
+        with _beginning("scheduler"):
+            parsed = ClusterSpec.from_json(spec)
+            self._process = SchedulerProcess(parsed, draw(RayStore(parsed.cluster_id), "scheduler"))
+            self._process.start()
 
     def ready(self) -> None:
         """Answered once it serves."""
 
 
 class GatewayReplica:
-    """Serve owns its life; bytes take its own HTTP server."""
+    """Serve owns its life, and tries again whenever one that has served cannot be replaced; bytes take its own
+    HTTP server."""
 
     def __init__(self, spec: str) -> None:
         from cluster.gateway_process import GatewayProcess

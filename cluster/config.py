@@ -23,6 +23,7 @@ from gateway.config import GatewayConfig
 from router.config import RouterConfig
 
 _MASK = "**********"
+_ENVELOPE_BYTES = 4096  # of a submission's message, beside the submission
 
 
 class ConfigError(Exception):
@@ -74,22 +75,46 @@ class LifeConfig(_Section):
     drain_timeout_s: float = Field(30.0, ge=0)
     """Longest wait for running requests once the cluster is told to stop."""
 
+    bind_wait_s: float = Field(5.0, ge=0)
+    """How long a process that was restarted waits for its address while an earlier life still holds it; then it
+    ends, and is restarted again."""
+
     heartbeat_s: float = Field(1.0, ge=0.05)
     """Between two signs of life of every process."""
 
     member_deadline_s: float = Field(5.0, gt=0)
     """A worker silent for so long is lost: killed and replaced. At least three heartbeats."""
 
+    loop_stall_s: float = Field(5.0, gt=0)
+    """An event loop that has not turned for so long is hung: its process says so, is killed and replaced."""
+
+    compute_stall_s: float = Field(120.0, gt=0)
+    """Likewise a worker's compute thread: longer than its slowest step. Waiting for experts is turning."""
+
+    companion_deadline_s: float = Field(30.0, gt=0)
+    """Scheduler and controller watch each other, the controller also gateways: one silent for so long is killed,
+    and started again by Ray. Long: nothing that runs waits for them."""
+
     restarts_max: int = Field(3, ge=0)
-    """Failed starts of one worker in a row after which it is not started again."""
+    """Failed starts of one worker in a row after which it is given up, and `serve` ends with its reason. Once the
+    cluster has served it is tried for ever, but its experts are given to the rest."""
+
+    restart_backoff_s_min: float = Field(0.5, gt=0)
+    restart_backoff_s_max: float = Field(30.0, gt=0)
+    """Wait before a worker's second start in a row; it doubles with each further one, up to the larger."""
 
     @model_validator(mode="after")
     def _relations(self) -> LifeConfig:
-        if self.member_deadline_s < 3 * self.heartbeat_s:
+        if self.restart_backoff_s_min > self.restart_backoff_s_max:
             raise ValueError(
-                f"member_deadline_s {self.member_deadline_s:g} must be at least three heartbeats, "
-                f"{3 * self.heartbeat_s:g}"
+                f"restart_backoff_s_min {self.restart_backoff_s_min:g} must not exceed restart_backoff_s_max "
+                f"{self.restart_backoff_s_max:g}"
             )
+        for name in ("member_deadline_s", "loop_stall_s", "compute_stall_s", "companion_deadline_s"):
+            if getattr(self, name) < 3 * self.heartbeat_s:
+                raise ValueError(
+                    f"{name} {getattr(self, name):g} must be at least three heartbeats, {3 * self.heartbeat_s:g}"
+                )
         return self
 
 
@@ -138,6 +163,23 @@ class Config(_Section):
         ):
             if value > bound:
                 raise ValueError(f"{name} {value} must not exceed {of} {bound}")
+        if gateway.submit_bytes_max + _ENVELOPE_BYTES > scheduler.message_bytes_max:
+            raise ValueError(
+                f"gateway.submit_bytes_max {gateway.submit_bytes_max} must be at least {_ENVELOPE_BYTES} below "
+                f"scheduler.message_bytes_max {scheduler.message_bytes_max}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_wait_is_no_stall(self) -> Config:
+        """One step may wait for each plan of its rows in turn; that must not count as hanging."""
+        router, stall_s = self.router, self.cluster.compute_stall_s
+        longest_s = router.connect_timeout_s + (1 + router.replans_max) * router.combine_timeout_s
+        if stall_s < longest_s:
+            raise ValueError(
+                f"cluster.compute_stall_s {stall_s:g} must be at least {longest_s:g}, the router's longest waits "
+                "together: connect_timeout_s + (1 + replans_max) * combine_timeout_s"
+            )
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,6 @@ from cluster.events import (
     KillWorker,
     Left,
     Members,
-    OrderBody,
     Prepare,
     Publish,
     Register,
@@ -37,7 +36,7 @@ from cluster.events import (
 )
 from cluster.lifecycle import WorkerState
 from cluster.roster import NOT_HEARD, Patience, Roster, Worker
-from router.membership import Adopted, Health, PeerLost, Prepared
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
 from router.placement import Member
 
 
@@ -62,8 +61,11 @@ class ControllerConfig:
     """Longest wait for gateways to finish what runs."""
     stop_timeout_s: float = 10.0
     """Longest wait for workers to exit by themselves."""
-    scheduler_deadline_s: float = 30.0
-    """A scheduler silent for so long is killed, and started again by Ray. Long: nothing running waits for it."""
+    companion_deadline_s: float = 30.0
+    """A scheduler or gateway silent for so long is killed, and started again by Ray."""
+    pid: int = 0
+    node: str = ""
+    """This controller's own process: told to the scheduler, which watches it."""
     patience: Patience = field(default_factory=Patience)
 
     @property
@@ -97,7 +99,6 @@ class Controller:
         self.phase = Phase.STARTING
         self._phase_since_s = now_s
         self._present: set[Member] = set()  # registered and its stream not closed since
-        self._has_served = False
         self._expected: tuple[Member, ...] | None = None
         self._last_tick_s = now_s
 
@@ -128,9 +129,7 @@ class Controller:
             return self._meet(sender, body, now_s)
         companion = self.companions.get(sender.id)
         if companion is not None and companion.member == sender:
-            if isinstance(body, Health):
-                companion.heard_s, companion.health = now_s, body
-            return []
+            return self._hear_companion(companion, body, now_s) if isinstance(body, Health) else []
         worker = self.roster.find(sender)
         if worker is None:
             return self._refuse(sender, "its incarnation is not wanted (any more)")
@@ -146,13 +145,30 @@ class Controller:
             return self._refuse(sender, f"superseded by incarnation {known.member.incarnation}")
         self.companions[sender.id] = Companion(sender, register, now_s)
         self._present.add(sender)
-        return [Send(sender, Members(self._expected or ()))]
+        return [Send(sender, self._members())]
+
+    def _hear_companion(self, companion: Companion, health: Health, now_s: float) -> list[Command]:
+        """The scheduler is answered, so that it hears that this controller turns."""
+        companion.heard_s, companion.health = now_s, health
+        if health.state is HealthState.FAILED:
+            return self._end_companion(companion, health.detail, now_s)
+        return [Send(companion.member, self._members())] if companion.register.role is Role.SCHEDULER else []
+
+    def _end_companion(self, companion: Companion, reason: str, now_s: float) -> list[Command]:
+        """It is killed; Ray starts its next life."""
+        del self.companions[companion.member.id]
+        self.roster.record(companion.member, reason, now_s)
+        return [KillWorker(companion.member, companion.register.pid, companion.register.node, reason)]
+
+    def _members(self) -> Members:
+        return Members(self._expected or (), self.config.pid, self.config.node)
 
     def _hear_worker(self, worker: Worker, body: object, now_s: float) -> list[Command]:
         match body:
             case Register():
                 # It serves under an earlier term: we have been restarted, the cluster has not.
-                self._has_served |= body.epoch is not None and body.epoch.term < self.term
+                if body.epoch is not None and body.epoch.term < self.term:
+                    self.roster.serve(now_s)
                 self.roster.register(worker, body, now_s)
                 self._present.add(worker.member)
                 return self._catch_up(worker, now_s)
@@ -199,16 +215,14 @@ class Controller:
             return []
         if self.phase in (Phase.STOPPING, Phase.STOPPED):
             return []
-        return self.roster.judge(now_s) + self._judge_scheduler(now_s)
+        return self.roster.judge(now_s) + self._judge_companions(now_s)
 
-    def _judge_scheduler(self, now_s: float) -> list[Command]:
+    def _judge_companions(self, now_s: float) -> list[Command]:
         commands: list[Command] = []
         for companion in list(self.companions.values()):
             silent_s = now_s - companion.heard_s
-            if companion.register.role is Role.SCHEDULER and silent_s > self.config.scheduler_deadline_s:
-                del self.companions[companion.member.id]
-                register, reason = companion.register, f"scheduler silent for {silent_s:.0f} s"
-                commands.append(KillWorker(companion.member, register.pid, register.node, reason))
+            if silent_s > self.config.companion_deadline_s:
+                commands += self._end_companion(companion, f"silent for {silent_s:.0f} s", now_s)
         return commands
 
     # The end.
@@ -241,7 +255,7 @@ class Controller:
                 return self._stop(now_s)
         commands = self.roster.start_due(now_s) + self._place(now_s) + self._tell_members()
         if self.phase is not Phase.DRAINING:
-            self._enter(self._serving_phase(), now_s)
+            self._enter(self._serving_phase(now_s), now_s)
         return commands
 
     def _place(self, now_s: float) -> list[Command]:
@@ -261,9 +275,9 @@ class Controller:
         return commands
 
     def _all_here(self, experts: list[Worker]) -> bool:
-        """Every expert worker that is wanted. One that was given up counts no longer, once we have served."""
-        wanted = [worker for worker in self.roster.pool(Role.EXPERT) if worker.state is not WorkerState.FAILED]
-        is_whole = self._has_served or len(wanted) == self.config.expert_workers
+        """Every expert worker that is wanted. Once we have served, none waits for one that cannot start."""
+        wanted = self.roster.counted_on(Role.EXPERT)
+        is_whole = self.roster.has_served or len(wanted) == self.config.expert_workers
         return is_whole and len(experts) == len(wanted) > 0
 
     def _tell_members(self) -> list[Command]:
@@ -272,18 +286,18 @@ class Controller:
         if expected == self._expected:
             return []
         self._expected = expected
-        order: OrderBody = Members(expected)
-        return [Send(companion.member, order) for companion in self.companions.values()]
+        return [Send(companion.member, self._members()) for companion in self.companions.values()]
 
-    def _serving_phase(self) -> Phase:
+    def _serving_phase(self, now_s: float) -> Phase:
         workers = self.roster.workers.values()
         is_whole = (
             all(worker.state is WorkerState.READY for worker in workers)
             and self.epochs.published is not None
             and bool(self._with(Role.SCHEDULER) and self._with(Role.GATEWAY))
         )
-        self._has_served |= is_whole
-        if self._has_served:
+        if is_whole and not self.roster.has_served:
+            self.roster.serve(now_s)
+        if self.roster.has_served:
             return Phase.READY if is_whole else Phase.DEGRADED
         if any(worker.state is WorkerState.FAILED for worker in workers):
             return Phase.FAILED

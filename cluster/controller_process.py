@@ -6,6 +6,7 @@ import os
 import platform
 from typing import Any
 
+from cluster import address
 from cluster.controller import Controller, ControllerConfig
 from cluster.controller_server import ControllerServer, WorkerDriver
 from cluster.epochs import ModelShape
@@ -31,18 +32,18 @@ class ControllerProcess:
         self._server: ControllerServer | None = None
 
     def start(self) -> None:
-        """Returns when it serves. Raises OSError while an earlier life still holds the address."""
-        self._thread.call(self._serve(), _START_TIMEOUT_S)
+        """Returns when it serves. Raises OSError if an earlier life holds the address for too long."""
+        self._thread.call(self._serve(), _START_TIMEOUT_S + self._spec.config.cluster.bind_wait_s)
 
     async def _serve(self) -> None:
         spec, life, facts = self._spec, self._spec.config.cluster, self._spec.facts
         shape = ModelShape(facts.fingerprint, facts.num_layers, facts.num_experts)
         now_s = self._thread.loop.time()
         controller = Controller(self._config, self._term, shape, self._incarnations, now_s)
-        self._server = ControllerServer(
+        self._server = server = ControllerServer(
             controller, self._driver, spec.token, _about(spec), life.heartbeat_s / 2, self._thread.loop.time
         )
-        await self._server.start(spec.controller_address)
+        await address.take(lambda: server.start(spec.controller_address), OSError, life.bind_wait_s)
 
     def drain(self) -> None:
         """Begin to end the cluster; the status document's phase says how far it is."""
@@ -57,10 +58,15 @@ def _controller_config(spec: ClusterSpec) -> ControllerConfig:
         expert_workers=pools.expert_workers,
         replicas=pools.replicas,
         drain_timeout_s=life.drain_timeout_s + _DRAIN_MARGIN_S,
+        companion_deadline_s=life.companion_deadline_s,
+        pid=os.getpid(),
+        node=platform.node(),
         patience=Patience(
             member_deadline_s=life.member_deadline_s,
             startup_timeout_s=life.startup_timeout_s,
             restarts_max=life.restarts_max,
+            backoff_s_min=life.restart_backoff_s_min,
+            backoff_s_max=life.restart_backoff_s_max,
         ),
     )
 

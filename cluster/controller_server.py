@@ -133,12 +133,12 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
     async def Status(
         self, _request: control_pb2.StatusRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> control_pb2.StatusReply:
-        return wire.encode_status(self._controller.term, self.status())
+        return wire.encode_status(self.status())
 
     async def Placement(
         self, _request: control_pb2.PlacementRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> control_pb2.PlacementReply:
-        return wire.encode_placement(self._controller.term, self._controller.epochs.published)
+        return wire.encode_placement(self._controller.epochs.published)
 
     async def Member(
         self, requests: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext[Any, Any]

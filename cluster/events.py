@@ -103,6 +103,8 @@ class Members:
     """Scheduler and gateways: the attention workers that are not lost."""
 
     attention: tuple[Member, ...]
+    pid: int = 0  # of the controller that says so: the scheduler watches it
+    node: str = ""
 
 
 @dataclass(frozen=True)

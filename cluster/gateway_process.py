@@ -10,18 +10,21 @@ import asyncio
 import logging
 import os
 import platform
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from expertmesh.v1.control_pb2 import PlacementTable
 
+from cluster import address
 from cluster.events import Exit, OrderBody, Register, Role
 from cluster.loop_thread import LoopThread
 from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status
 from cluster.spec import ClusterSpec
 from cluster.version import VERSION
+from cluster.watch import TurnWatch
 from gateway.admin_service import AdminService
-from gateway.errors import NotReady
+from gateway.errors import NotReady, PortInUse
 from gateway.grpc_server import GrpcServer
 from gateway.http_server import HttpServer
 from gateway.ledger import Ledger
@@ -48,13 +51,12 @@ _FLUSH_S = 1.0
 
 class GatewayProcess:
     def __init__(self, spec: ClusterSpec, member: Member) -> None:
-        """Takes REST's port. Raises PortInUse or CannotListen."""
         config = spec.config
         self._spec, self._member = spec, member
         self._url = f"http://{config.host}:{config.port}"
-        self._http = HttpServer(config.host, config.port)
         self._grpc: GrpcServer | None = None
         self._thread = LoopThread("gateway")
+        self._watch = TurnWatch({"loop": config.cluster.loop_stall_s})
         self._stopping: asyncio.Task[None] | None = None
         self._member_link = MemberLink(
             spec.controller_address,
@@ -70,9 +72,9 @@ class GatewayProcess:
     def start(self) -> None:
         """Returns when it serves; calls are refused as not ready until a worker has joined.
 
-        Raises PortInUse for gRPC's.
+        Raises PortInUse or CannotListen. Only a later life waits for its ports: they may be the earlier one's.
         """
-        self._thread.call(self._serve(), _START_TIMEOUT_S)
+        self._thread.call(self._serve(), _START_TIMEOUT_S + self._spec.config.cluster.bind_wait_s)
         self._member_link.start()
 
     @property
@@ -81,13 +83,15 @@ class GatewayProcess:
 
     async def _serve(self) -> None:
         spec, config, facts = self._spec, self._spec.config.gateway, self._spec.facts
+        wait_s = spec.config.cluster.bind_wait_s if self._member.incarnation > 1 else 0.0
+        self._http = await address.take(self._take_port, PortInUse, wait_s)
         card = read_model_card(
             spec.config.model_path, name=spec.config.model_name, fingerprint=facts.fingerprint,
             vocab_size=facts.vocab_size, context=facts.context,
         )  # fmt: skip
         metrics = GatewayMetrics()
-        address = spec.token_address(self._member.id, self._member.incarnation)
-        identity = Identity(self._member.id, self._member.incarnation, facts.fingerprint, address)
+        token_address = spec.token_address(self._member.id, self._member.incarnation)
+        identity = Identity(self._member.id, self._member.incarnation, facts.fingerprint, token_address)
         self._link = SchedulerLink(spec.scheduler_address, identity, spec.token, config, metrics)
         self._ledger = Ledger(self._link, config, metrics)
         self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
@@ -96,9 +100,12 @@ class GatewayProcess:
         if spec.config.grpc_port:
             admin = AdminService(self._state, self._placement)
             self._grpc = GrpcServer(spec.config.host, spec.config.grpc_port, self._state, admin)
-            await self._grpc.start()
+            await address.take(self._grpc.start, PortInUse, wait_s)
         self._link.start(self._ledger)
         await self._http.start(create_app(self._state), stop_timeout_s=_FLUSH_S)
+
+    async def _take_port(self) -> HttpServer:
+        return HttpServer(self._spec.config.host, self._spec.config.port)
 
     async def _status(self) -> dict[str, Any]:
         return await self._ask(fetch_status)
@@ -114,6 +121,8 @@ class GatewayProcess:
             raise NotReady(str(error), retry_after_s=config.retry_after_s) from error
 
     def _health(self) -> Health:
+        if hung := self._watch.look({"loop": self._thread.turns}, time.monotonic()):
+            return Health(HealthState.FAILED, detail=hung)
         state = HealthState.DRAINING if self._state.is_draining else HealthState.READY
         if not self._state.is_draining and self._state.not_ready:
             state = HealthState.STARTING

@@ -5,7 +5,7 @@ A missing pair is a mistake in the controller: it raises and changes nothing.
     WAITING ──order──▶ STARTING ──register──▶ LOADING ──ready──▶ READY
        ▲                  │ lost                 │ lost            │ lost
        └──────────────────┴──────────────────────┴─────────────────┘
-    give_up leads from anywhere to FAILED, stop to STOPPED; neither is left again.
+    give_up leads from anywhere to FAILED, from where try_again leads back to WAITING; stop leads to STOPPED.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class WorkerState(enum.StrEnum):
     STARTING = "starting"  # its process is ordered and has not registered yet
     LOADING = "loading"  # registered; reads weights or connects
     READY = "ready"
-    FAILED = "failed"  # not started again: its detail says why
+    FAILED = "failed"  # not started again while the cluster has not served: its detail says why
     STOPPED = "stopped"  # ordered to exit with the cluster
 
 
@@ -28,6 +28,7 @@ class Change(enum.StrEnum):
     READY = "ready"
     LOST = "lost"
     GIVE_UP = "give_up"
+    TRY_AGAIN = "try_again"
     STOP = "stop"
 
 
@@ -46,6 +47,7 @@ TRANSITIONS: dict[tuple[WorkerState, Change], WorkerState] = {
     (_S.STARTING, _C.GIVE_UP): _S.FAILED,
     (_S.LOADING, _C.GIVE_UP): _S.FAILED,
     (_S.READY, _C.GIVE_UP): _S.FAILED,
+    (_S.FAILED, _C.TRY_AGAIN): _S.WAITING,
     **{(state, _C.STOP): _S.STOPPED for state in _S if state is not _S.FAILED},
     (_S.FAILED, _C.STOP): _S.FAILED,
 }

@@ -9,16 +9,25 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_TURN_S = 0.1
+
 
 class LoopThread:
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
+        self.turns = 0
+        """Grows while the loop turns: what a watch looks at."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
+        self._turn()
         self.loop.run_forever()
+
+    def _turn(self) -> None:
+        self.turns += 1
+        self.loop.call_later(_TURN_S, self._turn)
 
     @property
     def is_alive(self) -> bool:

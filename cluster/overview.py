@@ -35,8 +35,13 @@ def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> 
         "scheduler": schedulers[-1] if schedulers else None,
         "gateways": [_companion(c, now_s) for c in companions if c.register.role is Role.GATEWAY],
         "failures": [
-            {"id": failure.member.id, "incarnation": failure.member.incarnation, "reason": failure.reason,
-             "ago_s": round(now_s - failure.at_s, 1)}
+            {
+                "number": failure.number,
+                "id": failure.member.id,
+                "incarnation": failure.member.incarnation,
+                "reason": failure.reason,
+                "ago_s": round(now_s - failure.at_s, 1),
+            }
             for failure in controller.roster.failures
         ],
     }  # fmt: skip
@@ -47,8 +52,11 @@ def _worker(controller: Controller, worker: Worker, now_s: float) -> dict[str, A
     placed = [w for w in newest.workers if w.member == worker.member] if newest else []
     register = worker.register
     detail = worker.health.detail
-    if worker.state in (WorkerState.WAITING, WorkerState.FAILED):
+    next_start_s = max(0.0, worker.since_s - now_s) if worker.state is WorkerState.WAITING else None
+    if worker.state is WorkerState.FAILED or (next_start_s is not None and not worker.detail):
         detail = worker.detail
+    elif next_start_s is not None:
+        detail = f"next start in {next_start_s:.0f} s, after: {worker.detail}"
     elif worker.state is WorkerState.STARTING and worker.detail:
         detail = f"again, after: {worker.detail}"
     return {
@@ -60,6 +68,8 @@ def _worker(controller: Controller, worker: Worker, now_s: float) -> dict[str, A
         "state": worker.state.value,
         "detail": detail,
         "incarnation": worker.incarnation,
+        "failures": worker.failures,
+        "next_start_s": None if next_start_s is None else round(next_start_s, 1),
         "bytes_loaded": worker.health.bytes_loaded,
         "bytes_total": worker.health.bytes_total,
         "slots": sum(len(w.experts) for w in placed),

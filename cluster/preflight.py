@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
+
 from cluster.config import Config
 from cluster.spec import CheckpointFacts
 from gateway.errors import GatewayError
@@ -15,7 +17,7 @@ from gateway.http_server import bind
 from gateway.model_card import read_model_card
 from model.checkpoint import Checkpoint, attention_tensor_names, expert_tensor_names
 from model.errors import ModelError
-from model.exact import bf16_products
+from model.exact import bytes_kept
 from model.memory import available_bytes
 from router.config import link_bytes_needed
 
@@ -31,7 +33,7 @@ class PreflightError(Exception):
 
 @dataclass(frozen=True)
 class RoleBytes:
-    """Bytes of weights as stored, of one attention worker and of all experts once."""
+    """Memory of weights as they are served, of one attention worker and of all experts once."""
 
     attention: int
     experts: int
@@ -47,9 +49,7 @@ def check(config: Config) -> tuple[Config, CheckpointFacts]:
             context=facts.context,
         )  # fmt: skip
         fitted = _fit(config, checkpoint)
-        is_widened = _dtype(config, checkpoint) == "float32" or not bf16_products()
-        factor = 2 if is_widened and checkpoint.config.dtype == "bfloat16" else 1
-        check_memory(config, role_bytes(checkpoint), factor, available_bytes())
+        check_memory(config, role_bytes(checkpoint, _dtype(config, checkpoint)), available_bytes())
         for port in filter(None, (config.port, config.grpc_port)):
             bind(config.host, port).close()
     except (ModelError, GatewayError) as error:
@@ -79,7 +79,7 @@ def _fit(config: Config, checkpoint: Checkpoint) -> Config:
             f"attention.model_len_max (--max-model-len): {config.attention.model_len_max}; accepted: at most "
             f"{model.max_position_embeddings}, which {config.model} allows"
         )
-    element_bytes = 4 if _dtype(config, checkpoint) == "float32" else 2
+    element_bytes = _dtype(config, checkpoint).itemsize
     needed = link_bytes_needed(
         rows, model.experts_per_token, model.hidden_size, element_bytes, router.parcels_in_flight_max
     )
@@ -87,28 +87,29 @@ def _fit(config: Config, checkpoint: Checkpoint) -> Config:
     return config.model_copy(update={"router": wide})
 
 
-def _dtype(config: Config, checkpoint: Checkpoint) -> str:
-    return checkpoint.config.dtype if config.attention.dtype == "auto" else config.attention.dtype
+def _dtype(config: Config, checkpoint: Checkpoint) -> torch.dtype:
+    name = checkpoint.config.dtype if config.attention.dtype == "auto" else config.attention.dtype
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
-def role_bytes(checkpoint: Checkpoint) -> RoleBytes:
+def role_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> RoleBytes:
+    """What the weights of each role take while they are served in `dtype`."""
     model = checkpoint.config
     experts = sum(
-        checkpoint.nbytes(expert_tensor_names(model, layer, expert))
+        checkpoint.num_elements(expert_tensor_names(model, layer, expert))
         for layer in range(model.num_layers)
         for expert in range(model.num_experts)
     )
-    return RoleBytes(checkpoint.nbytes(attention_tensor_names(model)), experts)
+    attention = checkpoint.num_elements(attention_tensor_names(model))
+    return RoleBytes(bytes_kept(attention, dtype), bytes_kept(experts, dtype))
 
 
-def check_memory(config: Config, weights: RoleBytes, factor: int, available: int) -> None:
-    """All workers are on this host. `factor`: bytes held per byte stored, where bf16 is kept as float32.
-
-    Raises PreflightError with the sum, and what would make it smaller.
-    """
+def check_memory(config: Config, weights: RoleBytes, available: int) -> None:
+    """All workers are on this host. Raises PreflightError with the sum, and what would make it smaller."""
     pools = config.pools
-    attention = pools.attention_workers * (factor * weights.attention + config.attention.kv_bytes)
-    experts = pools.replicas * factor * weights.experts
+    attention = pools.attention_workers * (weights.attention + config.attention.kv_bytes)
+    experts = pools.replicas * weights.experts
     processes = (pools.attention_workers + pools.expert_workers + _OTHER_PROCESSES) * _PROCESS_BYTES
     needed = attention + experts + processes
     if needed > available:

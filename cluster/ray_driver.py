@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import platform
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,6 +21,7 @@ from ray.exceptions import RayError
 
 from cluster.config import Config
 from cluster.events import ActorDied, KillWorker, Role, StartWorker, WatchWorker
+from cluster.processes import end_process
 from cluster.ray_store import RayStore
 from cluster.spec import ClusterSpec
 from router.placement import Member
@@ -33,7 +33,6 @@ _ACTOR_ANSWER_S = 10.0
 _CLOSE_S = 5.0
 _LAUNCH_WAIT_S = 60.0
 _SERVE_NAMESPACE = "serve"
-_RAY_TITLE = "ray::"  # how Ray names the processes of its actors
 
 
 def namespace(cluster_name: str) -> str:
@@ -71,7 +70,7 @@ class RayWorkers:
 
     def kill(self, command: KillWorker) -> None:
         if command.node in ("", platform.node()) and command.pid:
-            _end_process(command.pid)  # at once, and also when it is stopped and would not hear Ray
+            end_process(command.pid)  # at once, and also when it is stopped and would not hear Ray
         self._asking.submit(self._guarded, command.member, lambda: self._kill(command.member))
 
     def close(self) -> None:
@@ -278,13 +277,6 @@ def _pool_resources(role: Role) -> dict[str, float]:
     """Where the Ray that was joined declares pools, workers go where their pool is."""
     name = f"expertmesh_{role.value}"
     return {name: 1.0} if name in ray.cluster_resources() else {}  # type: ignore[no-untyped-call]
-
-
-def _end_process(pid: int) -> None:
-    """SIGKILL, if the process is one of Ray's: a number may be another's by now."""
-    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-        if psutil.Process(pid).cmdline()[:1] and psutil.Process(pid).cmdline()[0].startswith(_RAY_TITLE):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _cause(error: BaseException | str) -> str:

@@ -31,7 +31,8 @@ class Patience:
     """Longest start of a process until it registers, and longest work on an order without a byte of progress."""
 
     restarts_max: int = 3
-    """Starts in a row that never led to service, after which a worker is not started again."""
+    """Starts in a row that never led to service, after which a worker is given up while the cluster has not
+    served, and no longer counted on once it has."""
 
     settled_s: float = 10.0
     """Service for so long makes the next failure count as the first, so that its restart does not wait."""
@@ -48,6 +49,7 @@ def worker_ids(pools: Mapping[Role, int]) -> dict[str, Role]:
 
 
 class Failure(NamedTuple):
+    number: int  # counts from 1 in each term, also those no longer remembered
     at_s: float
     member: Member
     reason: str
@@ -91,6 +93,8 @@ class Worker:
 class Roster:
     patience: Patience
     workers: dict[str, Worker]
+    has_served: bool = False  # the cluster, whole: from then on nobody is given up
+    num_failures: int = 0
     failures: deque[Failure] = field(default_factory=lambda: deque(maxlen=FAILURES_REMEMBERED_MAX))
 
     @classmethod
@@ -116,6 +120,23 @@ class Roster:
 
     def live(self, role: Role) -> list[Worker]:
         return [worker for worker in self.pool(role) if worker.is_live]
+
+    def counted_on(self, role: Role) -> list[Worker]:
+        """Those that are here, or can be expected soon: not those whose starts fail again and again."""
+        tries_max = self.patience.restarts_max
+        return [
+            worker
+            for worker in self.pool(role)
+            if worker.is_live or (worker.state is not WorkerState.FAILED and worker.failed_starts <= tries_max)
+        ]
+
+    def serve(self, now_s: float) -> None:
+        """The cluster has served: whoever was given up is tried again, as often as it takes."""
+        self.has_served = True
+        for worker in self.workers.values():
+            if worker.state is WorkerState.FAILED:
+                worker.change(Change.TRY_AGAIN, now_s)
+                worker.since_s = now_s + self._backoff_s(worker.failures)
 
     def find(self, member: Member) -> Worker | None:
         """The worker whose present, unfinished life this is."""
@@ -160,21 +181,27 @@ class Roster:
     def lose(self, worker: Worker, reason: str, now_s: float, is_its_own_word: bool = False) -> list[Command]:
         """This life is over: kill it, and start another after a back-off, or give the worker up.
 
-        A worker that itself says why it cannot serve, and never has, would say so again: it is given up.
+        A worker that itself says why it cannot serve, and never has, would say so again: it is given up. Not so in
+        a cluster that has served: what keeps it from serving may pass, and nobody would start it then.
         """
-        self.failures.append(Failure(now_s, worker.member, reason))
+        self.record(worker.member, reason, now_s)
         pid, node = (worker.register.pid, worker.register.node) if worker.register else (0, "")
         kill = KillWorker(worker.member, pid, node, reason)
         has_settled = worker.state is WorkerState.READY and now_s - worker.since_s >= self.patience.settled_s
         worker.failures = 1 if has_settled else worker.failures + 1
         worker.failed_starts = 0 if worker.state is WorkerState.READY else worker.failed_starts + 1
         is_hopeless = is_its_own_word and not worker.has_served
-        gives_up = is_hopeless or worker.failed_starts > self.patience.restarts_max
+        gives_up = not self.has_served and (is_hopeless or worker.failed_starts > self.patience.restarts_max)
         worker.change(Change.GIVE_UP if gives_up else Change.LOST, now_s)
         worker.since_s = now_s + self._backoff_s(worker.failures) if not gives_up else now_s
         worker.detail, worker.register, worker.epoch, worker.owes = reason, None, None, None
         worker.health = NOT_HEARD
         return [kill]
+
+    def record(self, member: Member, reason: str, now_s: float) -> None:
+        """For the status document: this life was lost."""
+        self.num_failures += 1
+        self.failures.append(Failure(self.num_failures, now_s, member, reason))
 
     def _backoff_s(self, failures: int) -> float:
         patience = self.patience

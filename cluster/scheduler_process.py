@@ -7,17 +7,25 @@ next term, and running work never notices.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
+import time
 
+import psutil
+
+from cluster import address
 from cluster.events import Exit, Members, OrderBody, Register, Role
 from cluster.loop_thread import LoopThread
 from cluster.member_link import MemberLink
+from cluster.processes import end_process
 from cluster.scheduler.core import Scheduler
+from cluster.scheduler.errors import AddressUnusable
 from cluster.scheduler.events import Incarnation, MembersExpected
 from cluster.scheduler.server import SchedulerServer
 from cluster.spec import ClusterSpec
+from cluster.watch import TurnWatch
 from router.membership import Health, HealthState
 from router.placement import Member
 
@@ -34,6 +42,9 @@ class SchedulerProcess:
         self._thread = LoopThread("scheduler")
         self._spec, self._term = spec, term
         self._server: SchedulerServer | None = None
+        self._watch = TurnWatch({"loop": spec.config.cluster.loop_stall_s})
+        self._controller: psutil.Process | None = None  # until it is found hung; None: not heard, or not here
+        self._heard = 0  # words of any controller
         self._link = MemberLink(
             spec.controller_address,
             spec.token,
@@ -46,16 +57,18 @@ class SchedulerProcess:
         )
 
     def start(self) -> None:
-        """Returns when it serves. Raises AddressUnusable while an earlier life still holds the address."""
-        self._thread.call(self._serve(), _START_TIMEOUT_S)
+        """Returns when it serves. Raises AddressUnusable if an earlier life holds the address for too long."""
+        self._thread.call(self._serve(), _START_TIMEOUT_S + self._spec.config.cluster.bind_wait_s)
         self._link.start()
 
     async def _serve(self) -> None:
         scheduler = Scheduler(self._spec.config.scheduler, self._term, self._spec.facts.fingerprint)
-        self._server = SchedulerServer(scheduler, self._spec.token)
-        await self._server.start(self._address)
+        self._server = server = SchedulerServer(scheduler, self._spec.token)
+        wait_s = self._spec.config.cluster.bind_wait_s
+        await address.take(lambda: server.start(self._address), AddressUnusable, wait_s)
         self._state = HealthState.READY
         self._ending = asyncio.create_task(self._end_with(self._server))
+        self._watching = asyncio.create_task(self._watch_controller())
 
     async def _end_with(self, server: SchedulerServer) -> None:
         try:
@@ -66,13 +79,33 @@ class SchedulerProcess:
         os._exit(1)
 
     def _health(self) -> Health:
+        if hung := self._watch.look({"loop": self._thread.turns}, time.monotonic()):
+            return Health(HealthState.FAILED, detail=hung)
         gauges = self._server.snapshot() if self._server is not None else {}
         return Health(self._state, gauges=gauges)
+
+    async def _watch_controller(self) -> None:
+        """It answers each heartbeat. One that has fallen silent is killed, so that Ray starts the next: nobody
+        else looks at it."""
+        life = self._spec.config.cluster
+        watch = TurnWatch({"controller": life.companion_deadline_s})
+        while True:
+            await asyncio.sleep(life.heartbeat_s)
+            hung = watch.look({"controller": self._heard}, time.monotonic())
+            if hung and (controller := self._controller):
+                log.error("%s: its process %d is killed", hung, controller.pid)
+                self._controller = None
+                if controller.is_running():  # itself, not another that has its number by now
+                    end_process(controller.pid)
 
     def _obey(self, order: OrderBody) -> None:
         loop = self._thread.loop
         match order:
-            case Members(attention):
+            case Members(attention, pid, node):
+                self._heard += 1
+                if node == platform.node() and (self._controller is None or self._controller.pid != pid):
+                    with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended since
+                        self._controller = psutil.Process(pid)
                 workers = frozenset(Incarnation(member.id, member.incarnation) for member in attention)
                 if self._server is not None:
                     loop.call_soon_threadsafe(self._server.post, MembersExpected(workers))
@@ -85,6 +118,7 @@ class SchedulerProcess:
     async def _stop(self) -> None:
         """The process stays, idle, until it is ended from outside: ending itself, it would be restarted."""
         self._ending.cancel()
+        self._watching.cancel()
         if self._server is not None:
             await self._server.stop()
         await asyncio.to_thread(self._link.close, _STOP_TIMEOUT_S)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 import signal
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from cluster.config import Config
+from cluster.guardian import Guardian
 from cluster.member_link import ControllerUnreachable, fetch_status
 from cluster.preflight import PreflightError, check
 from cluster.progress import LoadingDisplay, loading_display
@@ -101,6 +101,7 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[RayH
 
     # Short, and not TMPDIR, which may be long: Unix socket paths may have 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="em-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    guardian = Guardian(temp_dir)
     joined = spec.config.cluster.ray_address
     host: RayHost | None = None
     is_hurried = False
@@ -121,7 +122,7 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[RayH
                 host.close(is_hurried)
         finally:
             end_children(grace_s=0.0)
-            shutil.rmtree(temp_dir, ignore_errors=True)
+            guardian.close()  # removes the folder
 
 
 def _prepare_environment(config: Config) -> None:
@@ -131,6 +132,28 @@ def _prepare_environment(config: Config) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")  # `watch` says it in a line
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@dataclass(frozen=True)
+class Told:
+    """Failures that have been shown: up to this number of this controller's term."""
+
+    term: int
+    number: int
+
+    @classmethod
+    def by(cls, document: dict[str, Any] | None) -> Told:
+        if document is None:
+            return cls(0, 0)
+        return cls(document["term"], max((failure["number"] for failure in document["failures"]), default=0))
+
+    def news(self, document: dict[str, Any]) -> list[str]:
+        """A line for each failure since then. Another term counts anew."""
+        shown = self.number if document["term"] == self.term else 0
+        failures = [failure for failure in document["failures"] if failure["number"] > shown]
+        missed = failures[0]["number"] - shown - 1 if failures else 0
+        lines = [f"{missed} more were lost meanwhile"] if missed else []
+        return lines + [f"{f['id']}#{f['incarnation']} is lost: {f['reason']}" for f in failures]
 
 
 @dataclass
@@ -166,7 +189,7 @@ class _Cluster:
 
     def watch(self) -> None:
         """Until asked to stop: say what is lost and what phase follows. Raises StartFailed if all is lost."""
-        told, phase, heard_s = len((self._status() or {}).get("failures", [])), "ready", time.monotonic()
+        told, phase, heard_s = Told.by(self._status()), "ready", time.monotonic()
         while not self._stop.is_asked:
             time.sleep(_WATCH_S)
             document = self._status()
@@ -175,10 +198,9 @@ class _Cluster:
                     raise StartFailed("the controller has not answered for too long")
                 continue
             heard_s = time.monotonic()
-            failures = document["failures"]
-            for failure in failures[told:] if told <= len(failures) else []:
-                self._say(f"{failure['id']}#{failure['incarnation']} is lost: {failure['reason']}")
-            told = len(failures)
+            for line in told.news(document):
+                self._say(line)
+            told = Told.by(document)
             if document["phase"] != phase:
                 phase = document["phase"]
                 self._say(f"the cluster is {phase}")

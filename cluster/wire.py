@@ -1,7 +1,6 @@
 """Between the controller's events and orders and the messages of `expertmesh.v1`. What cannot be is Malformed.
 
-Expert ids travel as layer * num_experts + expert, one per slot in slot order. Sizes are checked against the
-table's own shape before anything is built from it.
+The placement table has its codec in `router/wire.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +23,10 @@ from cluster.events import (
     Retire,
     Role,
 )
+from router.errors import PlacementError
 from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
-from router.placement import EpochId, Member, PlacedWorker, Placement
+from router.placement import EpochId, Member, Placement
+from router.wire import incarnation_to_pb, member_from_pb, placement_from_pb, placement_to_pb
 
 _ROLES = {
     Role.ATTENTION: identity_pb2.ROLE_ATTENTION,
@@ -51,7 +52,7 @@ class Malformed(Exception):
 
 def encode_report(report: Report) -> control_pb2.MemberReport:
     message = control_pb2.MemberReport(
-        sender=_incarnation(report.sender), fingerprint=report.fingerprint, term=report.term
+        sender=incarnation_to_pb(report.sender), fingerprint=report.fingerprint, term=report.term
     )
     match report.body:
         case Register() as body:
@@ -63,7 +64,7 @@ def encode_report(report: Report) -> control_pb2.MemberReport:
         case Adopted(epoch):
             message.adopted.epoch.CopyFrom(_epoch(epoch))
         case PeerLost(member):
-            message.peer_lost.CopyFrom(_incarnation(member))
+            message.peer_lost.CopyFrom(incarnation_to_pb(member))
     return message
 
 
@@ -91,14 +92,14 @@ def encode_order(order: Order) -> control_pb2.MemberOrder:
     message = control_pb2.MemberOrder(term=order.term, fingerprint=order.fingerprint)
     match order.body:
         case Prepare(placement):
-            message.prepare.CopyFrom(_table(placement))
+            message.prepare.CopyFrom(placement_to_pb(placement))
         case Publish(placement):
-            message.publish.CopyFrom(_table(placement))
+            message.publish.CopyFrom(placement_to_pb(placement))
         case Retire(epoch):
             message.retire.epoch.CopyFrom(_epoch(epoch))
-        case Members(attention):
-            message.members.attention.extend(map(_incarnation, attention))
-            message.members.SetInParent()
+        case Members(attention, pid, node):
+            members = map(incarnation_to_pb, attention)
+            message.members.CopyFrom(control_pb2.Members(attention=members, pid=pid, node=node))
         case Exit(reason):
             message.exit.reason = reason
             message.exit.SetInParent()
@@ -118,15 +119,16 @@ def _order_body(message: control_pb2.MemberOrder) -> OrderBody:
         case "retire":
             return Retire(_epoch_id(message.retire.epoch))
         case "members":
-            return Members(tuple(map(_member, message.members.attention)))
+            members = message.members
+            return Members(tuple(map(_member, members.attention)), members.pid, members.node)
         case "exit":
             return Exit(message.exit.reason)
         case other:
             raise Malformed(f"order: body {other}; accepted: prepare, publish, retire, members, exit")
 
 
-def encode_status(term: int, document: dict[str, Any]) -> control_pb2.StatusReply:
-    return control_pb2.StatusReply(term=term, json=json.dumps(document))
+def encode_status(document: dict[str, Any]) -> control_pb2.StatusReply:
+    return control_pb2.StatusReply(json=json.dumps(document))
 
 
 def decode_status(reply: control_pb2.StatusReply) -> dict[str, Any]:
@@ -136,8 +138,8 @@ def decode_status(reply: control_pb2.StatusReply) -> dict[str, Any]:
     return document
 
 
-def encode_placement(term: int, published: Placement | None) -> control_pb2.PlacementReply:
-    return control_pb2.PlacementReply(term=term, table=None if published is None else _table(published))
+def encode_placement(published: Placement | None) -> control_pb2.PlacementReply:
+    return control_pb2.PlacementReply(table=None if published is None else placement_to_pb(published))
 
 
 def _register(body: Register) -> control_pb2.Register:
@@ -167,45 +169,17 @@ def _decode_heartbeat(body: control_pb2.Heartbeat) -> Health:
     return Health(_STATES_BACK[body.state], body.bytes_loaded, body.bytes_total, body.detail, dict(body.gauges))
 
 
-def _table(placement: Placement) -> control_pb2.PlacementTable:
-    num_experts = placement.num_experts
-    return control_pb2.PlacementTable(
-        epoch=_epoch(placement.epoch),
-        fingerprint=placement.fingerprint,
-        num_layers=placement.num_layers,
-        num_experts=num_experts,
-        workers=[
-            control_pb2.PlacedWorker(
-                worker=_incarnation(worker.member),
-                address=worker.address,
-                experts=[layer * num_experts + expert for layer, expert in worker.experts],
-            )
-            for worker in placement.workers
-        ],
-    )
-
-
-def _placement(table: control_pb2.PlacementTable) -> Placement:
-    num_layers, num_experts = table.num_layers, table.num_experts
-    slots = num_layers * num_experts
-    workers = []
-    for worker in table.workers:
-        outside = [expert for expert in worker.experts if expert >= slots]
-        if outside:
-            raise Malformed(f"placement: expert {outside[0]} of {worker.worker.id}; accepted: below {slots}")
-        experts = tuple(divmod(expert, num_experts) for expert in worker.experts)
-        workers.append(PlacedWorker(_member(worker.worker), worker.address, experts))
-    return Placement(_epoch_id(table.epoch), table.fingerprint, num_layers, num_experts, tuple(workers))
-
-
-def _incarnation(member: Member) -> identity_pb2.Incarnation:
-    return identity_pb2.Incarnation(id=member.id, number=member.incarnation)
-
-
 def _member(incarnation: identity_pb2.Incarnation) -> Member:
     if not incarnation.id or not incarnation.number:
         raise Malformed(f"incarnation: {incarnation.id!r}#{incarnation.number}; accepted: a name, and 1 or more")
-    return Member(incarnation.id, incarnation.number)
+    return member_from_pb(incarnation)
+
+
+def _placement(table: control_pb2.PlacementTable) -> Placement:
+    try:
+        return placement_from_pb(table)
+    except PlacementError as error:
+        raise Malformed(str(error)) from error
 
 
 def _epoch(epoch: EpochId) -> identity_pb2.Epoch:

@@ -11,14 +11,17 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Protocol
 
 from cluster.events import Exit, OrderBody, Prepare, Publish, Register, Retire, Role
 from cluster.member_link import MemberLink
 from cluster.spec import ClusterSpec
-from router.membership import Adopted, Failed, Health, MemberEvent, Prepared
+from cluster.watch import TurnWatch
+from router.membership import Adopted, Failed, Health, HealthState, MemberEvent, Prepared
 from router.placement import EpochId, Member
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,9 @@ class Service(Protocol):
 
     def health(self) -> Health: ...
 
+    def turns(self) -> Mapping[str, int]:
+        """What grows while its threads turn, by their names: `compute`, `streams`."""
+
     def stop(self, grace_s: float) -> None: ...
 
 
@@ -48,6 +54,8 @@ class WorkerProcess:
         self.stopped: Future[str] = Future()
         """Done when the worker has stopped because it was told to: why."""
         self._reason = ""
+        life = spec.config.cluster
+        self._watch = TurnWatch({"compute": life.compute_stall_s, "streams": life.loop_stall_s})
         build = _attention if role is Role.ATTENTION else _expert
         self._service, self._handlers, address = build(spec, member, self._happened)
         self._link = MemberLink(
@@ -56,9 +64,9 @@ class WorkerProcess:
             member,
             spec.facts.fingerprint,
             lambda: Register(role, os.getpid(), platform.node(), spec.config.device, address(), 0, self._epoch),
-            self._service.health,
+            self._health,
             self._obey,
-            spec.config.cluster.heartbeat_s,
+            life.heartbeat_s,
         )
 
     def start(self) -> None:
@@ -66,6 +74,15 @@ class WorkerProcess:
         self._service.start()
         self._link.start()
         threading.Thread(target=self._end, name="worker-end", daemon=True).start()
+
+    def _health(self) -> Health:
+        """The service's own, or failed when a thread hangs that should turn. While it loads nothing need turn: the
+        controller watches its progress."""
+        health = self._service.health()
+        if health.state is not HealthState.READY:
+            return health
+        hung = self._watch.look(self._service.turns(), time.monotonic())
+        return replace(health, state=HealthState.FAILED, detail=hung) if hung else health
 
     def _happened(self, event: MemberEvent) -> None:
         """From the service's threads."""

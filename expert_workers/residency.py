@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from model.checkpoint import Checkpoint, expert_tensor_names
-from model.exact import Numerics
+from model.exact import Numerics, bytes_kept
 from model.experts import Expert
 from router.placement import EpochId, Member, Placement
 
@@ -45,8 +45,11 @@ class Residency:
         return frozenset(pair for w in placement.workers if w.member == self.member for pair in w.experts)
 
     def bytes_needed(self, placement: Placement) -> int:
-        """Checkpoint bytes that `prepare` would still read."""
-        return sum(self._nbytes(*pair) for pair in self.wanted(placement) if pair[1] not in self._layers[pair[0]])
+        """Memory that `prepare` would still take."""
+        config = self.checkpoint.config
+        missing = [pair for pair in self.wanted(placement) if pair[1] not in self._layers[pair[0]]]
+        names = [name for pair in missing for name in expert_tensor_names(config, *pair)]
+        return bytes_kept(self.checkpoint.num_elements(names), self.dtype)
 
     def prepare(self, placement: Placement, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Load what the placement asks for and is not here. `bytes_loaded` of `bytes_total` grows meanwhile."""

@@ -19,7 +19,7 @@ from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
 from model.checkpoint import Checkpoint
 from model.errors import ModelError
-from model.exact import NumericsError, bf16_products
+from model.exact import NumericsError
 from model.memory import NotEnoughMemory, require
 from router.config import RouterConfig
 from router.errors import RouterError
@@ -53,6 +53,7 @@ class ExpertService:
         self._orders: queue.Queue[Placement | None] = queue.Queue(_ORDERS_MAX)
         self._retired: queue.Queue[EpochId] = queue.Queue(_ORDERS_MAX)
         self._stopping = threading.Event()
+        self._turns = 0
         self._state, self._detail = HealthState.STARTING, ""
         self._residency: Residency | None = None
         self._worker: ExpertWorker | None = None
@@ -99,6 +100,10 @@ class ExpertService:
         }
         return Health(self._state, residency.bytes_loaded, residency.bytes_total, self._detail, gauges)
 
+    def turns(self) -> dict[str, int]:
+        """What grows while the thread that answers turns."""
+        return {"compute": self._turns}
+
     def stop(self, grace_s: float) -> None:
         """End after the batch in hand. Threads and descriptors are gone when this returns."""
         self._stopping.set()
@@ -140,8 +145,7 @@ class ExpertService:
         residency = self._residency
         assert residency is not None
         self._detail = f"loading experts of epoch {placement.epoch.term}.{placement.epoch.number}"
-        factor = 1 if bf16_products() else 2  # bf16 is kept as float32 where the CPU lacks it
-        needed = factor * residency.bytes_needed(placement)
+        needed = residency.bytes_needed(placement)
         require(needed, "expert weights", "accepted: more expert workers, fewer replicas, or more memory")
         residency.prepare(placement, self._stopping.is_set)
         if not self._stopping.is_set():
@@ -160,6 +164,7 @@ class ExpertService:
         torch.set_num_threads(self._config.threads)
         try:
             while not self._stopping.is_set():
+                self._turns += 1
                 self._worker.turn(_TURN_WAIT_S)
                 while not self._retired.empty():
                     self._residency.retire(self._retired.get_nowait())

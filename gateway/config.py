@@ -82,6 +82,9 @@ class GatewayConfig(BaseModel):
     link_queue_max: int = Field(default=4096, ge=16)
     """Messages waiting for the scheduler's stream. When full the stream is broken and begun anew."""
 
+    submit_bytes_max: int = Field(default=12 * 2**20, ge=1024)
+    """Largest submission to the scheduler. One that claims or resumes more is said in parts."""
+
     message_bytes_max: int = Field(default=64 * 2**20, ge=2**20, le=2**31 - 1)
     """Largest message on a link."""
 

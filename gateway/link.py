@@ -21,7 +21,7 @@ from expertmesh.v1 import schedule_pb2, schedule_pb2_grpc
 
 from gateway import wire
 from gateway.config import GatewayConfig
-from gateway.errors import GatewayError, MalformedMessage, NotReady, OrderRefused, Refusal
+from gateway.errors import GatewayError, MalformedMessage, NotReady, OrderRefused, Refusal, TooLarge
 from gateway.metrics import GatewayMetrics
 from gateway.port import Receiver, Submission
 
@@ -68,7 +68,8 @@ class SchedulerLink:
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._pending[submission.request_id] = answer
         try:
-            self._send(schedule_pb2.GatewayMessage(submit=wire.submit(submission)))
+            submit = wire.submit(submission, self._config.submit_bytes_max)
+            self._send(schedule_pb2.GatewayMessage(submit=submit))
             async with asyncio.timeout(self._config.submit_timeout_s):
                 return await answer
         except TimeoutError:
@@ -80,7 +81,15 @@ class SchedulerLink:
             del self._pending[submission.request_id]
 
     def resume(self, submission: Submission) -> None:
-        self._send(schedule_pb2.GatewayMessage(submit=wire.submit(submission)))
+        """In parts, each within what the scheduler takes: a request's tokens grow with its answers."""
+        try:
+            parts = wire.submits(submission, self._config.submit_bytes_max)
+        except TooLarge as error:
+            assert self._receiver is not None, "what can be resumed was submitted"
+            self._receiver.refuse(submission.request_id, error)
+            return
+        for part in parts:
+            self._send(schedule_pb2.GatewayMessage(submit=part))
 
     def cancel(self, request_id: str) -> None:
         cancel = schedule_pb2.Cancel(request_id=request_id)

@@ -73,7 +73,6 @@ class TokenService(step_pb2_grpc.TokenServiceServicer):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "authorization: Bearer with the link token")
         async for batch in request_iterator:
             yield step_pb2.TokenAck(
-                sender=identity_pb2.Incarnation(id=self._identity.id, number=self._identity.incarnation),
                 refused=self._take(batch),
                 number=batch.number,
             )

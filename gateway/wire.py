@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 
@@ -23,6 +23,8 @@ class Identity:
     fingerprint: str
     token_address: str
 
+
+_FIELD_BYTES = 16  # tag and length of a field, at most
 
 _FINISH = {
     step_pb2.FINISH_REASON_UNSPECIFIED: None,
@@ -48,9 +50,10 @@ def envelope(sender: Identity, term: int) -> schedule_pb2.GatewayMessage:
     )
 
 
-def submit(submission: Submission) -> schedule_pb2.Submit:
+def submit(submission: Submission, bytes_max: int) -> schedule_pb2.Submit:
+    """In one message. Raises TooLarge."""
     sampling = submission.sampling
-    return schedule_pb2.Submit(
+    message = schedule_pb2.Submit(
         request_id=submission.request_id,
         prompt=submission.prompt,
         spec=step_pb2.SequenceSpec(
@@ -68,6 +71,26 @@ def submit(submission: Submission) -> schedule_pb2.Submit:
         priority=submission.priority,
         resume=submission.resume,
     )
+    if message.ByteSize() > bytes_max:
+        num_tokens = len(submission.prompt) + max(len(sibling.accepted) for sibling in submission.siblings)
+        raise TooLarge(
+            f"prompt and answer of {num_tokens} tokens take {message.ByteSize()} bytes; a submission to the "
+            f"scheduler has at most {bytes_max} (gateway.submit_bytes_max)"
+        )
+    return message
+
+
+def submits(submission: Submission, bytes_max: int) -> list[schedule_pb2.Submit]:
+    """A resume or claim in as few messages as its siblings fit into. Raises TooLarge when one alone does not."""
+    parts: list[schedule_pb2.Submit] = []
+    for sibling in submission.siblings:
+        alone = submit(replace(submission, siblings=(sibling,)), bytes_max)
+        more = alone.siblings[0].ByteSize() + _FIELD_BYTES
+        if parts and parts[-1].ByteSize() + more <= bytes_max:
+            parts[-1].siblings.append(alone.siblings[0])
+        else:
+            parts.append(alone)
+    return parts
 
 
 def finish(request_id: str, index: int, attempt: int, position: int) -> schedule_pb2.Finish:

@@ -113,6 +113,10 @@ class Checkpoint:
         """Bytes of these tensors as they are stored."""
         return sum(entry.end - entry.begin for entry in map(self._entry, names))
 
+    def num_elements(self, names: Iterable[str]) -> int:
+        """Elements of these tensors together."""
+        return sum(math.prod(entry.shape) for entry in map(self._entry, names))
+
     def get(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, backed by the file: do not write to it. Raises CheckpointError."""
         self._entry(name)

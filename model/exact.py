@@ -135,6 +135,12 @@ def bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def bytes_kept(num_elements: int, served: torch.dtype) -> int:
+    """What weights of so many elements take while they are served in this dtype, however they are stored."""
+    is_widened = served == torch.bfloat16 and not bf16_products()
+    return num_elements * (torch.float32 if is_widened else served).itemsize
+
+
 class Linear:
     """x [n, I] -> x W^T [n, O] in x's dtype, for weights [O, I] of the model's dtype."""
 

@@ -6,7 +6,7 @@ expert: its replicas. Pure: no tensors of the model, no links, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,15 +37,6 @@ class PlacedWorker:
     member: Member
     address: str
     experts: tuple[tuple[int, int], ...]  # (layer, expert) of each slot, in slot order
-
-
-@dataclass(frozen=True)
-class Move:
-    """What one worker gains and gives up from one epoch to another, each in ascending order."""
-
-    member: Member
-    added: tuple[tuple[int, int], ...]
-    dropped: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -84,9 +75,10 @@ class Placement:
                 f"{len(uncovered)} (layer, expert) held by no worker, the first: {tuple(uncovered[0])}"
             )
 
-    def holders(self, layer: int, expert: int) -> tuple[int, ...]:
-        """Indices in `workers` of those that hold it, ascending."""
-        return tuple(worker for worker in self.holder_table[layer, expert].tolist() if worker >= 0)
+    def is_covered_without(self, lost: Collection[Member]) -> bool:
+        """Whether every expert is held by a worker that is not among `lost`."""
+        alive = np.array([worker.member not in lost for worker in self.workers] + [False])  # -1: no holder
+        return bool(alive[self.holder_table].any(axis=2).all())
 
     @cached_property
     def holder_table(self) -> NDArray[np.int64]:
@@ -101,20 +93,6 @@ class Placement:
             table[layer, expert, : len(workers)] = workers
         table.flags.writeable = False
         return table
-
-    def diff(self, other: Placement) -> tuple[Move, ...]:
-        """The moves that lead from this placement to `other`, in order of member, none of them empty.
-
-        Another incarnation of the same id is another member: it starts with nothing.
-        """
-        before = {worker.member: frozenset(worker.experts) for worker in self.workers}
-        after = {worker.member: frozenset(worker.experts) for worker in other.workers}
-        moves = []
-        for member in sorted(before.keys() | after.keys()):
-            held, wanted = before.get(member, frozenset()), after.get(member, frozenset())
-            if held != wanted:
-                moves.append(Move(member, tuple(sorted(wanted - held)), tuple(sorted(held - wanted))))
-        return tuple(moves)
 
 
 def spread(

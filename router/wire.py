@@ -1,4 +1,7 @@
-"""`expertmesh.v1.PlacementTable` <-> Placement. Greetings of links: transport/wire.py."""
+"""`expertmesh.v1.PlacementTable` <-> Placement. Greetings of links: transport/wire.py.
+
+Expert ids travel as layer * num_experts + expert, one per slot in slot order.
+"""
 
 from __future__ import annotations
 

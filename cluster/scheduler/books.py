@@ -24,6 +24,8 @@ from cluster.scheduler.placing import choose
 from cluster.scheduler.waiting import Waiting, WaitingQueue
 from cluster.scheduler.workers import WorkerBook
 
+ARRIVAL_BITS = 40  # of an arrival, for the count within one term
+
 
 @dataclass(slots=True)
 class Live:
@@ -41,7 +43,7 @@ class Request:
 
 
 class Books:
-    def __init__(self, ended_max: int) -> None:
+    def __init__(self, ended_max: int, term: int) -> None:
         self.requests: dict[str, Request] = {}
         self.queue = WaitingQueue()
         self.workers: dict[Incarnation, WorkerBook] = {}
@@ -49,7 +51,7 @@ class Books:
         # By (request id, index): number and arrival of the last attempt that ended.
         self._ended: OrderedDict[tuple[str, int], tuple[int, int]] = OrderedDict()
         self._ended_max = ended_max
-        self._arrivals = 0
+        self._arrivals = term << ARRIVAL_BITS  # of one term follow all of the terms before
 
     def live(self, attempt: AttemptId) -> Live | None:
         """The newest attempt of this attempt's sequence."""
@@ -103,9 +105,11 @@ class Books:
         attempt = running.attempt
         live = self.live(attempt)
         book.adopt(running)
+        if request := self.requests.get(attempt.request_id):
+            request.arrival = min(request.arrival, running.arrival)  # claimed before this was heard
         if live is None and self.last_ended(attempt) < attempt.number:
             if attempt.request_id not in self.requests:
-                self.requests[attempt.request_id] = Request(self._next_arrival(), None)
+                self.requests[attempt.request_id] = Request(running.arrival, None)
                 self.unclaimed[attempt.request_id] = now_s
             self.requests[attempt.request_id].sequences[attempt.index] = Live(attempt, book.worker)
         elif live is not None and live.attempt == attempt and live.worker is None:
@@ -198,6 +202,11 @@ class Books:
     def tokens_max(self) -> int:
         """The longest sequence some worker can run; 0: none has joined."""
         return max((book.limits.tokens_max for book in self.workers.values()), default=0)
+
+    def what_is_missing(self) -> str:
+        """What keeps present workers from taking anything at all, to be added to a refusal."""
+        without = [str(worker) for worker, book in sorted(self.workers.items()) if book.experts_missing]
+        return f"; experts are missing at {', '.join(without)}" if without else ""
 
     @property
     def heard(self) -> set[Incarnation]:

@@ -50,7 +50,7 @@ class Scheduler:
         self.term = term
         self.fingerprint = fingerprint
         self.counters: Counter[str] = Counter()  # what was refused, ignored or ended, and why
-        self._books = Books(config.ended_remembered_max)
+        self._books = Books(config.ended_remembered_max, term)
         self._recovery = Recovery(config.recovery_deadline_s)
         self._rate = CompletionRate(config.rate_window_s)
         shared = (self._books, self._recovery, self._rate, self.counters)
@@ -141,5 +141,8 @@ class Scheduler:
         self._gateways.judge(now_s)
         for entry in self._books.queue.overdue(now_s, self.config.queue_wait_s_max):
             self.counters["ended_overdue"] += 1
-            detail = f"no worker could take its {entry.num_tokens} tokens within {self.config.queue_wait_s_max} s"
+            detail = (
+                f"no worker could take its {entry.num_tokens} tokens within {self.config.queue_wait_s_max:g} s"
+            )
+            detail += self._books.what_is_missing()
             yield from self._books.close(entry.attempt, CloseReason.FAILED, detail)

@@ -145,6 +145,7 @@ class Running(NamedTuple):
     attempt: AttemptId
     num_tokens: int  # prompt and generated
     prompt_done: bool
+    arrival: int  # as its start said, in whichever term
 
 
 class Completion(NamedTuple):
@@ -164,6 +165,7 @@ class WorkerReported:
     blocks_free: int  # free, or cached and given up on demand
     num_paused: int
     tokens: int  # sampled in this life
+    experts_missing: bool = False  # it can compute nothing now: some expert has no live holder
     prompts_done: tuple[AttemptId, ...] = ()
     undelivered: tuple[AttemptId, ...] = ()  # dropped: their gateway could not be reached
     completions: tuple[Completion, ...] = ()
@@ -220,7 +222,7 @@ class Start:
     spec: object
     seed: int  # takes the place of the spec's own
     priority: int
-    arrival: int  # count of admissions: orders equals
+    arrival: int  # count of admissions, over all terms: orders equals
 
 
 @dataclass(frozen=True)

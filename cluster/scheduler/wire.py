@@ -71,6 +71,7 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
         blocks_free=message.blocks_free,
         num_paused=message.num_paused,
         tokens=message.tokens,
+        experts_missing=message.experts_missing,
         prompts_done=tuple(map(_attempt, message.prompts_done)),
         undelivered=tuple(map(_attempt, message.undelivered)),
         completions=tuple(map(_completion, message.completions)),
@@ -193,7 +194,7 @@ def _completion(message: step_pb2.Completion) -> Completion:
 
 def _running(message: step_pb2.RunningSequence) -> Running:
     _check_text("state.running.attempt.request_id", message.attempt.request_id, ID_BYTES_MAX)
-    return Running(_attempt(message.attempt), message.num_tokens, message.prompt_done)
+    return Running(_attempt(message.attempt), message.num_tokens, message.prompt_done, message.arrival)
 
 
 def _check_range(name: str, value: int, low: int, high: int | None = None) -> None:

@@ -3,7 +3,8 @@
 The worker owns its blocks; here are counts only. What it reported free stands for everything its
 report had seen; prompts given to it and not yet reported done are promised on top of that in full, so
 the room is never taken for larger than it is. The growth of running sequences is not promised: a
-worker that runs dry pauses a sequence itself, says so, and is given nothing until none is paused.
+worker that runs dry pauses a sequence itself, says so, and is given nothing until none is paused. So
+is one that finds experts missing, until they are there.
 Pure.
 """
 
@@ -87,7 +88,8 @@ class WorkerBook:
         return self.blocks_free - self._promised
 
     def accepts(self) -> bool:
-        return self.unlinked_s is None and not self.num_paused and len(self.held) < self.limits.sequences_max
+        is_able = self.unlinked_s is None and not self.num_paused and not self.experts_missing
+        return is_able and len(self.held) < self.limits.sequences_max
 
     def could_ever_hold(self, entry: Waiting) -> bool:
         return entry.tokens_total <= self.limits.tokens_max
@@ -162,6 +164,7 @@ class WorkerBook:
         return {
             "held": len(self.held),
             "paused": self.num_paused,
+            "experts_missing": self.experts_missing,
             "blocks_total": self.limits.blocks_total,
             "blocks_free": self.blocks_free,
             "blocks_promised": self._promised,
@@ -187,6 +190,7 @@ class WorkerBook:
     def _count(self, report: WorkerReported) -> None:
         self.blocks_free = report.blocks_free
         self.num_paused = report.num_paused
+        self.experts_missing = report.experts_missing
         self.refused_orders = report.refused_orders
         self.tokens = report.tokens
 

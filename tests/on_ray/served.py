@@ -55,13 +55,13 @@ class Served:
 
     def __enter__(self) -> Served:
         try:
-            self._wait_until_ready()
+            self.wait_until_ready()
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_WITHIN_S
         while time.monotonic() < deadline:
             try:

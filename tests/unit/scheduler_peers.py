@@ -98,7 +98,9 @@ class SimWorker:
         return WorkerJoined(self.incarnation, MODEL, self.limits, report)
 
     def state(self) -> tuple[Running, ...]:
-        return tuple(Running(attempt, s.num_tokens, s.prompt_told) for attempt, s in self.sequences.items())
+        return tuple(
+            Running(attempt, s.num_tokens, s.prompt_told, s.start.arrival) for attempt, s in self.sequences.items()
+        )
 
     def report(self, state: tuple[Running, ...] | None = None) -> WorkerReported:
         """What is new, with the counts."""

@@ -131,7 +131,9 @@ def closed(commands: list[Command]) -> list[tuple[str, CloseReason]]:
 
 
 def running(request_id: str, number: int = 1) -> Running:
-    return Running(attempt(request_id, number), num_tokens=40, prompt_done=True)
+    """Started in an older term; each request has an arrival of its own."""
+    arrival = int.from_bytes(request_id.encode()[:4])
+    return Running(attempt(request_id, number), num_tokens=40, prompt_done=True, arrival=arrival)
 
 
 def two_running() -> Story:

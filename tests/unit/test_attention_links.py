@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 
 import grpc.aio
 import pytest
@@ -9,6 +10,7 @@ from expertmesh.v1 import schedule_pb2_grpc, step_pb2, step_pb2_grpc
 
 from attention_workers.links import SchedulerLink, TokenLinks
 from attention_workers.step import AttemptId, Completion, FinishReason, TokenDelta
+from attention_workers.streams import Snapshot, Streams
 from router.placement import Member
 from tests.one_loop import run
 
@@ -131,6 +133,33 @@ class Scheduler(schedule_pb2_grpc.SchedulerServiceServicer):
         while (plan := await self.plans.get()) is not None:
             yield plan
         task.cancel()
+
+
+def test_a_hello_is_of_one_moment():
+    """While the compute thread goes on: a plan said to be applied is never without what it started."""
+    streams = Streams(ME, "secret", "unix-abstract:nobody", 4, lambda item: None, lambda why: None)
+    streams._hello = step_pb2.WorkerHello(block_tokens=16)
+    moments = [
+        Snapshot(step_pb2.WorkerReport(plan_number=n), step_pb2.State(running=[step_pb2.RunningSequence()] * n))
+        for n in range(50)
+    ]
+    streams.latest = moments[0]
+    is_over = threading.Event()
+
+    def go_on():
+        for moment in itertools.cycle(moments):
+            streams.latest = moment
+            if is_over.is_set():
+                return
+
+    compute = threading.Thread(target=go_on)
+    compute.start()
+    hellos = [streams._greet() for _ in range(2000)]
+    is_over.set()
+    compute.join()
+    streams.close(1.0)
+    assert len({hello.plan_number for hello in hellos}) > 1
+    assert all(len(hello.state.running) == hello.plan_number for hello in hellos)
 
 
 def test_every_stream_to_the_scheduler_begins_with_the_whole_state():

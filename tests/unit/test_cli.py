@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from cluster.cli import main
 from cluster.commands.sizes import parse_size, show_size
 from cluster.config import load_config
-from cluster.preflight import PreflightError, RoleBytes, check, check_memory
+from cluster.preflight import PreflightError, RoleBytes, check, check_memory, role_bytes
 from cluster.version import VERSION
+from model.checkpoint import Checkpoint, attention_tensor_names
+from model.exact import bytes_kept
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -133,11 +136,18 @@ def test_more_weights_than_memory_is_refused_with_the_sum() -> None:
     flags = {"model": "m", "pools.attention_workers": 2, "pools.expert_workers": 4, "pools.replicas": 2}
     config = load_config(None, flags)
     weights = RoleBytes(attention=1024 * MIB, experts=2048 * MIB)
-    check_memory(config, weights, factor=1, available=10_240 * MIB)
+    check_memory(config, weights, available=10_240 * MIB)
     with pytest.raises(PreflightError, match=r"memory: 6\.00 GiB available, .* experts 2 time\(s\) 4\.00 GiB"):
-        check_memory(config, weights, factor=1, available=6144 * MIB)
-    with pytest.raises(PreflightError, match=r"9\.00 GiB available"):
-        check_memory(config, weights, factor=2, available=9216 * MIB)
+        check_memory(config, weights, available=6144 * MIB)
+
+
+def test_weights_are_counted_as_they_are_served(checkpoint: Path) -> None:
+    """Not as they are stored: float32 weights served as bfloat16 take half."""
+    opened = Checkpoint.open(checkpoint)
+    stored = opened.nbytes(attention_tensor_names(opened.config))
+    assert opened.config.dtype == "float32"
+    assert role_bytes(opened, torch.float32).attention == stored
+    assert role_bytes(opened, torch.bfloat16).attention == bytes_kept(stored // 4, torch.bfloat16)
 
 
 def test_links_are_made_wide_enough_for_the_largest_step(checkpoint: Path) -> None:

@@ -20,6 +20,7 @@ from router.placement import EpochId, Member, PlacedWorker, Placement, spread
 from router.transport.base import ExpertEnd, LinkIdentity, Parcel, RefusalReason
 from router.transport.local import LocalAttentionEnd, LocalExpertEnd, LocalHub
 from tests.contracts.exchange_parties import CONFIG, HIDDEN, ExpertThread, answer, computed, identity
+from tests.unit.placement_table import holders
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 2, 8, 3
 CONFIG = replace(CONFIG, overload_pause_s=0.0)
@@ -138,7 +139,7 @@ def test_without_a_live_replica_the_experts_are_named(stage: Stage) -> None:
     dying, well = stage.expert("expert-0", lambda end, _: end.close()), stage.expert("expert-1")
     placement = stage.adopt(dying, well)
     rows, routes = batch()
-    gone = {expert for expert in range(NUM_EXPERTS) if placement.holders(1, expert) == (0,)}
+    gone = {expert for expert in range(NUM_EXPERTS) if holders(placement, 1, expert) == (0,)}
     with pytest.raises(ExpertsUnavailable) as caught:
         stage.dispatcher.combine(stage.dispatcher.dispatch(1, rows, routes))
     assert caught.value.layer == 1

@@ -27,6 +27,13 @@ def test_a_row_has_the_same_bits_in_any_company(threads, dtype, outputs, inputs)
         assert torch.equal(linear(x[at : at + count]), whole[at : at + count])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_take_what_is_said_before_they_are_loaded(dtype):
+    """Whatever dtype they were stored in."""
+    kept = exact.Linear(torch.randn(8, 16).to(dtype), "exact").compute_dtype.itemsize
+    assert exact.bytes_kept(8 * 16, dtype) == 8 * 16 * kept
+
+
 def test_thread_count_leaves_no_trace():
     """A worker with two threads and one with one thread give the same bits."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.service import ExpertService
 from expert_workers.worker import ExpertWorker
+from model import exact
 from model.checkpoint import Checkpoint
 from model.synthetic import make_checkpoint
 from router.config import RouterConfig
@@ -140,6 +141,18 @@ def test_the_service_prepares_in_the_background_and_leaves_no_thread(checkpoint)
     assert health.state is HealthState.READY
     assert health.bytes_loaded == health.bytes_total > 0
     assert set(threading.enumerate()) == before
+
+
+def test_what_loading_takes_is_counted_as_it_is_served(checkpoint):
+    """A float32 checkpoint served in bfloat16 takes half of what is stored, and the other way round."""
+    config, member = checkpoint.config, Member("e0", 1)
+    table = placement(checkpoint, (member, [(0, 0), (1, 2)]))
+    elements = 2 * 3 * config.hidden_size * config.expert_hidden
+    for dtype in (torch.float32, torch.bfloat16):
+        residency = Residency(checkpoint, member, dtype, "exact")
+        assert residency.bytes_needed(table) == exact.bytes_kept(elements, dtype)
+        residency.prepare(table)
+        assert residency.bytes_needed(table) == 0
 
 
 def test_a_bad_checkpoint_is_a_failure_with_its_reason(tmp_path):

@@ -32,7 +32,7 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
 def table(num_layers: int = 5, number: int = 3) -> control_pb2.PlacementTable:
     """Five experts of each layer on three workers, each twice."""
     members = [(Member(f"expert-{i}", i + 1), "") for i in range(3)]
-    return encode_placement(2, spread(EpochId(2, number), "f00d", members, num_layers, 5, 2)).table
+    return encode_placement(spread(EpochId(2, number), "f00d", members, num_layers, 5, 2)).table
 
 
 def document() -> dict[str, Any]:

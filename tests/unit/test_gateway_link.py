@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,39 @@ async def test_a_new_scheduler_hears_of_all_that_is_in_flight() -> None:
         assert [(s.index, s.attempt, list(s.accepted)) for s in said["running"].siblings] == [(0, 1, [8])]
         assert stage.scheduler.heard[0].term == 1  # the newest it had seen
         running.close()
+
+
+async def test_claims_are_said_in_parts_that_the_scheduler_takes() -> None:
+    """A request's accepted tokens grow: all its siblings in one message may be more than any link takes."""
+    async with staged(submit_bytes_max=1024) as stage:
+        request = replace(ask(n=5), max_tokens=300)
+        running = await stage.ledger.open([request])
+        for index in range(5):
+            assert stage.ledger.deliver(TokenDelta("r", index, 1, 0, tuple(range(200))))
+        await stage.restart()
+        await until(lambda: sum(len(submit.siblings) for submit in stage.scheduler.submits()) == 5)
+        said = stage.scheduler.submits()
+        assert [len(submit.siblings) for submit in said] == [3, 2]
+        assert all(submit.resume and submit.ByteSize() <= 1024 for submit in said)
+        assert {tuple(submit.prompt) for submit in said} == {request.prompt}
+        assert [s.index for submit in said for s in submit.siblings] == [0, 1, 2, 3, 4]
+        assert all(len(s.accepted) == 200 for submit in said for s in submit.siblings)
+        running.close()
+
+
+async def test_a_sequence_no_message_can_carry_ends_with_the_reason() -> None:
+    """Said anyway, it would end the stream of all the others, again and again."""
+    async with staged(submit_bytes_max=1024) as stage:
+        running = await stage.ledger.open([replace(ask(), max_tokens=3000), ask("small")])
+        assert stage.ledger.deliver(TokenDelta("r", 0, 1, 0, tuple(range(2000))))
+        await stage.restart()
+        await until(lambda: [submit.request_id for submit in stage.scheduler.submits()] == ["small"])
+        with pytest.raises(TooLarge, match=r"2003 tokens take \d+ bytes; .* 1024 \(gateway.submit_bytes_max\)"):
+            async for _ in running:
+                pass
+        running.close()
+        with pytest.raises(TooLarge):
+            await stage.ledger.open([replace(ask("huge"), prompt=tuple(range(2000)))])
 
 
 async def test_an_attempt_lost_without_a_scheduler_is_resumed_by_the_next() -> None:

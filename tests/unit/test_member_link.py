@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import secrets
 import threading
 from collections.abc import Iterator
 
@@ -16,11 +15,8 @@ from hypothesis import strategies as st
 from cluster import wire
 from cluster.controller import Controller, ControllerConfig
 from cluster.controller_server import ControllerServer
-from cluster.epochs import ModelShape
 from cluster.events import (
-    ActorDied,
     Exit,
-    KillWorker,
     Members,
     Order,
     OrderBody,
@@ -31,70 +27,11 @@ from cluster.events import (
     ReportBody,
     Retire,
     Role,
-    StartWorker,
-    WatchWorker,
 )
-from cluster.loop_thread import LoopThread
 from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status
 from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
 from router.placement import EpochId, Member, spread
-
-SHAPE = ModelShape("f00d", num_layers=2, num_experts=4)
-WAIT_S = 10.0
-
-
-class ListedStarts:
-    """A driver whose processes are the links that the test makes."""
-
-    def __init__(self) -> None:
-        self.started: queue.Queue[Member] = queue.Queue()
-        self.killed: queue.Queue[Member] = queue.Queue()
-        self.are_gone = True  # what an earlier controller started
-
-    def bind(self, on_died: object) -> None:
-        self.on_died = on_died
-
-    def start(self, command: StartWorker) -> None:
-        self.started.put(command.member)
-
-    def watch(self, command: WatchWorker) -> None:
-        if self.are_gone:
-            self.on_died(ActorDied(command.member, "it is gone"))
-
-    def kill(self, command: KillWorker) -> None:
-        self.killed.put(command.member)
-
-    def close(self) -> None:
-        """Nothing runs."""
-
-
-class Cluster:
-    """A served controller of one worker per pool, restartable under the same address."""
-
-    def __init__(self) -> None:
-        self.address = f"unix-abstract:expertmesh-test-{secrets.token_hex(6)}"
-        self.driver = ListedStarts()
-        self.thread = LoopThread("test-controller")
-        self.term = 0
-        self.incarnations: dict[str, int] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        if self.term:
-            self.thread.call(self.server.stop(), WAIT_S)
-        self.term += 1
-        config = ControllerConfig(attention_workers=1, expert_workers=1)
-        controller = Controller(config, self.term, SHAPE, self.incarnations, self.thread.loop.time())
-        self.server = self.thread.call(self._served(controller), WAIT_S)
-
-    async def _served(self, controller: Controller) -> ControllerServer:
-        server = ControllerServer(controller, self.driver, "token", {"model": "m"}, tick_s=0.02)
-        await server.start(self.address)
-        return server
-
-    def close(self) -> None:
-        self.thread.call(self.server.stop(), WAIT_S)
-        self.thread.close(WAIT_S)
+from tests.unit.served_controller import SHAPE, WAIT_S, Cluster, ListedStarts
 
 
 class Process:
@@ -301,5 +238,5 @@ def test_messages_that_cannot_be_are_refused_by_field() -> None:
     placement = spread(EpochId(1, 1), "f", [(sender, "@")], 1, 2, 1)
     beyond = wire.encode_order(Order(1, "f", Prepare(placement)))
     beyond.prepare.workers[0].experts[0] = 2
-    with pytest.raises(wire.Malformed, match="expert 2 of expert-0; accepted: below 2"):
+    with pytest.raises(wire.Malformed, match=r"worker 'expert-0': holds \(layer 1, expert 0\); layers are 0 to 0"):
         wire.decode_order(beyond)

@@ -14,6 +14,7 @@ from model.gate import Routes
 from router.merge import empty_ranks, merge, place
 from router.placement import EpochId, Member, PlacedWorker, Placement
 from router.plan import DispatchPlan, plan
+from tests.unit import placement_table
 
 LAYER = 1
 HIDDEN = 3
@@ -80,7 +81,7 @@ def compute(case: Case, ranks: Tensor, plan: DispatchPlan) -> None:
 def holders(case: Case, expert: int) -> list[int]:
     """The live ones."""
     return [
-        index for index in case.placement.holders(LAYER, expert)
+        index for index in placement_table.holders(case.placement, LAYER, expert)
         if case.placement.workers[index].member not in case.lost
     ]  # fmt: skip
 

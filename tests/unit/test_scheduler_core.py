@@ -23,7 +23,7 @@ from cluster.scheduler.events import (
     WorkerLimits,
 )
 from tests.unit.scheduler_peers import submission
-from tests.unit.scheduler_story import LIMITS, W0, W1, G, Story, attempt, siblings
+from tests.unit.scheduler_story import LIMITS, W0, W1, G, Story, attempt, closed, siblings
 
 SMALL_QUEUE = SchedulerConfig(queued_requests_max=2, queued_tokens_max=100)
 NO_ROOM = replace(LIMITS, sequences_max=1)
@@ -305,9 +305,36 @@ def test_what_waits_too_long_is_given_up_with_a_reason() -> None:
     story = Story(config=SchedulerConfig(queue_wait_s_max=3, tick_gap_s_max=10))
     story.resume("a", attempt=2)
     assert story.round(after_s=3) == []
-    (closed,) = story.round(after_s=0.1)
-    assert (closed.attempt, closed.reason) == (attempt("a", 2), CloseReason.FAILED)
-    assert "within 3.0 s" in closed.detail
+    (end,) = story.round(after_s=0.1)
+    assert (end.attempt, end.reason) == (attempt("a", 2), CloseReason.FAILED)
+    assert "within 3 s" in end.detail
+
+
+def test_a_worker_without_experts_is_given_nothing_until_they_are_there() -> None:
+    """What it gives back opens its next attempt, and waits in the queue: no placing in vain, no error."""
+    story = Story(W0, W1)
+    story.submit("a")
+    story.round()
+    story.report(W1, experts_missing=True)
+    lost = story.report(
+        W0, experts_missing=True, completions=(Completion(attempt("a"), FinishReason.CANCELLED, ""),)
+    )
+    assert closed(lost) == [("a/0@1", CloseReason.PREEMPTED)]
+    story.resume("a", attempt=2)
+    for _ in range(3):
+        assert story.started(story.round(after_s=0.5)) == {}
+    story.report(W1)
+    assert story.started(story.round()) == {W1: ["a"]}
+
+
+def test_a_wait_for_experts_that_was_too_long_says_so() -> None:
+    """The queue's bound is the explained refusal."""
+    story = Story(W0, config=SchedulerConfig(queue_wait_s_max=3, tick_gap_s_max=10))
+    story.report(W0, experts_missing=True)
+    story.submit("a")
+    (end,) = story.round(after_s=3.1)
+    assert end.reason is CloseReason.FAILED
+    assert end.detail.endswith("within 3 s; experts are missing at attention-0#1")
 
 
 def test_gateways_are_told_how_long_a_sequence_may_be() -> None:

@@ -7,10 +7,13 @@ from cluster.scheduler.events import (
     Accept,
     CloseAttempt,
     CloseReason,
+    Completion,
+    FinishReason,
     GatewayJoined,
     GatewayLost,
     Incarnation,
     MembersExpected,
+    Running,
     WorkerLost,
 )
 from tests.unit.scheduler_story import W0, W1, G, Story, attempt, closed, running, two_running
@@ -47,6 +50,30 @@ def test_what_an_older_terms_plan_started_after_the_hello_is_found_by_the_first_
     story.report(W0, state=(running("a"),))
     assert story.started(story.round()) == {}
     assert story.scheduler.snapshot()["waiting"] == 0
+
+
+def test_newcomers_of_a_new_term_do_not_outrank_what_runs() -> None:
+    """A worker whose pool is dry pauses the last arrived: arrivals grow over terms, and a resume keeps its own."""
+    story = Story(W0, term=1)
+    for name in "xyzab":
+        story.submit(name)
+    story.round()
+    ran = {start.attempt.request_id: start.arrival for start in story.plans[W0].starts[-2:]}
+    story = reborn(W0)
+    story.resume("a", attempt=1)  # claimed before its worker is heard
+    state = tuple(Running(attempt(name), 40, True, arrival) for name, arrival in ran.items())
+    story.join(W0, state=state)
+    story.round()
+    story.report(W0, state=state)
+    story.resume("b", attempt=1)  # and after
+    story.submit("new")
+    for name in "ab":  # both are given back, and resumed
+        story.report(W0, completions=(Completion(attempt(name), FinishReason.CANCELLED, ""),))
+        story.resume(name, attempt=2)
+    story.round()
+    starts = {start.attempt.request_id: start.arrival for start in story.plans[W0].starts}
+    assert [starts["a"], starts["b"]] == [ran["a"], ran["b"]]
+    assert starts["new"] > max(ran.values())
 
 
 def test_a_gateway_that_claims_late_finds_its_sequence_running() -> None:

@@ -113,10 +113,14 @@ class PlacementTable(_message.Message):
     def __init__(self, epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[PlacedWorker, _Mapping]]] = ...) -> None: ...
 
 class Members(_message.Message):
-    __slots__ = ("attention",)
+    __slots__ = ("attention", "pid", "node")
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     attention: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Incarnation]
-    def __init__(self, attention: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ...) -> None: ...
+    pid: int
+    node: str
+    def __init__(self, attention: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
 
 class Exit(_message.Message):
     __slots__ = ("reason",)
@@ -147,21 +151,17 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("term", "json")
-    TERM_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("json",)
     JSON_FIELD_NUMBER: _ClassVar[int]
-    term: int
     json: str
-    def __init__(self, term: _Optional[int] = ..., json: _Optional[str] = ...) -> None: ...
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
 
 class PlacementRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class PlacementReply(_message.Message):
-    __slots__ = ("term", "table")
-    TERM_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("table",)
     TABLE_FIELD_NUMBER: _ClassVar[int]
-    term: int
     table: PlacementTable
-    def __init__(self, term: _Optional[int] = ..., table: _Optional[_Union[PlacementTable, _Mapping]] = ...) -> None: ...
+    def __init__(self, table: _Optional[_Union[PlacementTable, _Mapping]] = ...) -> None: ...

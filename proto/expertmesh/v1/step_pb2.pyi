@@ -86,32 +86,26 @@ class Plan(_message.Message):
     def __init__(self, term: _Optional[int] = ..., number: _Optional[int] = ..., to: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., starts: _Optional[_Iterable[_Union[Start, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., step_tokens_max: _Optional[int] = ..., chunk_tokens_max: _Optional[int] = ..., send_state: _Optional[bool] = ...) -> None: ...
 
 class Completion(_message.Message):
-    __slots__ = ("attempt", "reason", "num_tokens", "detail")
+    __slots__ = ("attempt", "reason", "detail")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     attempt: _identity_pb2.Attempt
     reason: FinishReason
-    num_tokens: int
     detail: str
-    def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., num_tokens: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
+    def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class RunningSequence(_message.Message):
-    __slots__ = ("attempt", "num_tokens", "prompt_done", "paused", "gateway_address", "priority")
+    __slots__ = ("attempt", "num_tokens", "prompt_done", "arrival")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_DONE_FIELD_NUMBER: _ClassVar[int]
-    PAUSED_FIELD_NUMBER: _ClassVar[int]
-    GATEWAY_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    ARRIVAL_FIELD_NUMBER: _ClassVar[int]
     attempt: _identity_pb2.Attempt
     num_tokens: int
     prompt_done: bool
-    paused: bool
-    gateway_address: str
-    priority: int
-    def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., num_tokens: _Optional[int] = ..., prompt_done: _Optional[bool] = ..., paused: _Optional[bool] = ..., gateway_address: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    arrival: int
+    def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., num_tokens: _Optional[int] = ..., prompt_done: _Optional[bool] = ..., arrival: _Optional[int] = ...) -> None: ...
 
 class State(_message.Message):
     __slots__ = ("running",)
@@ -132,7 +126,7 @@ class WorkerHello(_message.Message):
     def __init__(self, block_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., sequences_max: _Optional[int] = ..., model_len_max: _Optional[int] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("sender", "fingerprint", "term", "plan_number", "steps", "tokens", "blocks_free", "num_running", "num_paused", "prompts_done", "paused", "undelivered", "completions", "state", "hello", "refused_orders")
+    __slots__ = ("sender", "fingerprint", "term", "plan_number", "steps", "tokens", "blocks_free", "num_running", "num_paused", "prompts_done", "undelivered", "completions", "state", "hello", "refused_orders", "experts_missing")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -143,12 +137,12 @@ class WorkerReport(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_PAUSED_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_DONE_FIELD_NUMBER: _ClassVar[int]
-    PAUSED_FIELD_NUMBER: _ClassVar[int]
     UNDELIVERED_FIELD_NUMBER: _ClassVar[int]
     COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     REFUSED_ORDERS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_MISSING_FIELD_NUMBER: _ClassVar[int]
     sender: _identity_pb2.Incarnation
     fingerprint: str
     term: int
@@ -159,13 +153,13 @@ class WorkerReport(_message.Message):
     num_running: int
     num_paused: int
     prompts_done: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Attempt]
-    paused: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Attempt]
     undelivered: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Attempt]
     completions: _containers.RepeatedCompositeFieldContainer[Completion]
     state: State
     hello: WorkerHello
     refused_orders: int
-    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., plan_number: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., num_running: _Optional[int] = ..., num_paused: _Optional[int] = ..., prompts_done: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., paused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., undelivered: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., state: _Optional[_Union[State, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., refused_orders: _Optional[int] = ...) -> None: ...
+    experts_missing: bool
+    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., plan_number: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., num_running: _Optional[int] = ..., num_paused: _Optional[int] = ..., prompts_done: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., undelivered: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., state: _Optional[_Union[State, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., refused_orders: _Optional[int] = ..., experts_missing: _Optional[bool] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token", "logprob")
@@ -206,11 +200,9 @@ class TokenBatch(_message.Message):
     def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., deltas: _Optional[_Iterable[_Union[TokenDelta, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class TokenAck(_message.Message):
-    __slots__ = ("sender", "refused", "number")
-    SENDER_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("refused", "number")
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    sender: _identity_pb2.Incarnation
     refused: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Attempt]
     number: int
-    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., refused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...
+    def __init__(self, refused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...
