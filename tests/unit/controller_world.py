@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.controller import Controller, ControllerConfig
+from cluster.controller import Controller, ControllerConfig, Phase
 from cluster.epochs import ModelShape
 from cluster.events import (
     ActorDied,
@@ -32,12 +32,15 @@ from cluster.events import (
     Tick,
     WatchWorker,
 )
+from cluster.lifecycle import WorkerState
 from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
 from router.placement import EpochId, Member
 
 SHAPE = ModelShape("f00d", num_layers=2, num_experts=6)
 HEARTBEAT_S = 1.0
 TICK_S = 0.5
+TWO_BY_THREE = ControllerConfig(attention_workers=2, expert_workers=3, replicas=2)
+NO_SPARES = ControllerConfig(attention_workers=1, expert_workers=2, replicas=1)
 
 
 @dataclass
@@ -244,3 +247,14 @@ class World:
 
     def _at_time(self, at_s: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (at_s, next(self._order), action))
+
+
+def ready(config: ControllerConfig = TWO_BY_THREE) -> World:
+    world = World(config)
+    world.run(20)
+    assert world.controller.phase is Phase.READY
+    return world
+
+
+def state(world: World, worker_id: str) -> WorkerState:
+    return world.controller.roster.workers[worker_id].state
