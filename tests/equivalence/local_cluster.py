@@ -60,9 +60,8 @@ class LocalCluster:
         self._threads = [threading.Thread(target=self._answer, args=(e,), name="expert") for e in self.experts]
         for thread in self._threads:
             thread.start()
-        self.workers = [
-            self._attention(i, microbatches, blocks, sliding_blocks, numerics) for i in range(attention)
-        ]
+        pools = {FULL: blocks, SLIDING: sliding_blocks}
+        self.workers = [self._attention(i, microbatches, pools, numerics) for i in range(attention)]
         self._plans = [0] * attention
         assert config.max_position_embeddings >= 128
 
