@@ -1,0 +1,104 @@
+"""Rule 2 for hybrids: windows, their blocks given back and used again, leave no trace either."""
+
+import pytest
+import torch
+
+from attention_workers.step import StepResult
+from model.checkpoint import Checkpoint
+from model.layer_types import FULL, SLIDING
+from model.synthetic import Variant, make_checkpoint
+from tests.equivalence.local_cluster import LocalCluster, request
+from tests.equivalence.test_exactness import PROMPT, SAMPLED, strangers
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Four layers, two of them with a window of 24 tokens, head norms and sinks."""
+    path = tmp_path_factory.mktemp("exact") / "hybrid"
+    variant = Variant(layers=4, hybrid=True, qk_norm="per_head", sinks=True)
+    make_checkpoint("tiny", path, seed=3, variant=variant)
+    return Checkpoint.open(path)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request):
+    return getattr(torch, request.param)
+
+
+def me(**kw):
+    return request("me", PROMPT, **(SAMPLED | kw))
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint, dtype):
+    with LocalCluster(checkpoint, dtype=dtype) as cluster:
+        answer = cluster.run([me()])["me"]
+    assert len(set(answer.tokens)) > 10
+    return answer
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [{"experts": 2}, {"attention": 2, "experts": 3, "replicas": 2, "microbatches": 2}],
+    ids=lambda t: " ".join(f"{k}={v}" for k, v in t.items()),
+)
+def test_company_chunks_and_topology_leave_no_trace(checkpoint, dtype, alone, topology):
+    """Among 32 strangers, prompt in chunks of 16, on the last of the attention workers."""
+    with LocalCluster(checkpoint, dtype=dtype, **topology) as cluster:
+        last = len(cluster.workers) - 1
+        answers = cluster.run([me(), *strangers()], last, step_tokens=48, chunk_tokens=16)
+    assert answers["me"] == alone
+    assert len(answers) == 33
+
+
+def test_thread_count_leaves_no_trace(checkpoint, dtype, alone):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with LocalCluster(checkpoint, dtype=dtype, experts=2) as cluster:
+            answers = cluster.run([me(), *strangers(6)])
+    finally:
+        torch.set_num_threads(before)
+    assert answers["me"] == alone
+
+
+@pytest.mark.parametrize("pools", [{"blocks": 6}, {"sliding_blocks": 5}], ids=["full", "sliding"])
+def test_pauses_for_want_of_either_space_leave_no_trace(checkpoint, dtype, alone, pools):
+    """Sequences pause and are computed again, in chunks cut to what the smaller space holds."""
+    with LocalCluster(checkpoint, dtype=dtype, **pools) as cluster:
+        crowd = [request(f"s{i}", PROMPT[: 20 + i], max_tokens=30, arrival=i - 2) for i in range(5)]
+        results = [cluster.order(0, [me(), *crowd])]
+        while cluster.workers[0].book.sequences:
+            cluster.workers[0].step(result := StepResult())
+            cluster.workers[0].book.check()
+            results.append(result)
+        assert any(result.paused for result in results)
+        assert cluster.finish(*results)["me"] == alone
+
+
+def test_what_a_block_held_before_leaves_no_trace(checkpoint, dtype, alone):
+    """Even NaN in blocks that leave one window and enter another."""
+    with LocalCluster(checkpoint, dtype=dtype) as cluster:
+        model = cluster.workers[0].model
+        for pool in (*model.keys.values(), *model.values.values()):
+            pool.fill_(torch.nan)
+        assert cluster.run([me()])["me"] == alone
+
+
+def test_a_window_ends_where_it_says(checkpoint):
+    """Through a sliding layer a token sees the W - 1 before it, and not the one before those."""
+    assert checkpoint.config.layer_types == (SLIDING, FULL, SLIDING, FULL)
+    assert checkpoint.config.sliding_window == 24
+    with LocalCluster(checkpoint, dtype=torch.float32) as cluster:
+        worker = cluster.workers[0]
+        last = {}
+        for changed in (None, 59 - 24, 59 - 23):
+            prompt = [*PROMPT[:60]]
+            if changed is not None:
+                prompt[changed] += 1
+            cluster.order(0, [request(f"r{changed}", prompt, max_tokens=1)], chunk_tokens=256)
+            [batch] = [worker.model.begin(worker.book.compose(StepResult()))]
+            last[changed] = worker.model.attend(0, batch)[-1]
+            worker.book.drop("gw", StepResult())
+    assert torch.equal(last[None], last[59 - 24])
+    assert not torch.equal(last[None], last[59 - 23])
