@@ -199,8 +199,9 @@ def _place_tensors(path: Path, config: ModelConfig, shards: list[Shard]) -> dict
         if shard is None:
             raise CheckpointError(path, "absent", f"present with shape {list(shape)}", name)
         entry = shard.tensors[name]
-        if entry.shape != shape and entry.shape != own_gains(config, name):
-            raise CheckpointError(shard.path, f"of shape {list(entry.shape)}", f"shape {list(shape)}", name)
+        if entry.shape not in (shape, own := own_gains(config, name)):
+            accepted = f"shape {list(shape)}" + (f" or {list(own)}" if own else "")
+            raise CheckpointError(shard.path, f"of shape {list(entry.shape)}", accepted, name)
         if entry.dtype not in DTYPES:
             raise CheckpointError(shard.path, f"of dtype {entry.dtype}", f"dtype {' or '.join(DTYPES)}", name)
         placed[name] = shard

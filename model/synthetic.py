@@ -51,16 +51,16 @@ PRESETS: dict[Preset, dict[str, int]] = {
         "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "rotary_dim": 16,
         "num_local_experts": 16, "num_experts_per_tok": 4, "intermediate_size": 256,
     },
+    "bench": {
+        "vocab_size": 32000, "max_position_embeddings": 32768, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "rotary_dim": 32,
+        "num_local_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 384,
+    },
     # MiniMax-M2 itself, with fewer layers.
     "m2-layers": {
         "vocab_size": 200064, "max_position_embeddings": 196608, "hidden_size": 3072, "num_hidden_layers": 1,
         "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "rotary_dim": 64,
         "num_local_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 1536,
-    },
-    "bench": {
-        "vocab_size": 32000, "max_position_embeddings": 32768, "hidden_size": 768, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "rotary_dim": 32,
-        "num_local_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 384,
     },
 }  # fmt: skip
 DTYPES: dict[Preset, str] = {"tiny": "float32", "demo": "bfloat16", "bench": "bfloat16", "m2-layers": "bfloat16"}
