@@ -10,8 +10,8 @@ query tile sees are neither held nor computed; the tree starts where the window 
 what is left out of it was zero. A sink is a logit of each query head beside those of its keys, without a value:
 its share joins the sum after the tree.
 
-Legend: M query tiles · R rows of a query tile (its tokens x G) · P pairs · N kv heads · G query heads per kv
-head · D head width · B blocks of the pool.
+Legend: M query tiles · C tokens and R rows (C x G, padded) of a query tile · P pairs · W leaves of a tree ·
+N kv heads · G query heads per kv head · D head width · B blocks of the pool.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ class QueryTiles:
     sequence; unused rows repeat the last, and are not in `used`.
     """
 
-    tokens: Tensor  # [M, C] int64: token of the microbatch, C tokens a tile
+    tokens: Tensor  # [M, C] int64: token of the microbatch
     positions: Tensor  # [M, C] int64
     used: Tensor  # [M, C] bool
     pair_query: Tensor  # [P] int64, ascending
     pair_tile: Tensor  # [P] int64: absolute key tile number, ascending within a query tile
     pair_block: Tensor  # [P] int64: where it lies in the pool
+    leaves: Tensor  # [M, W] int64: which pair is leaf w of a query tile's tree; P where none is
     window: int | None  # tokens that a token sees, itself included; None: all before it
 
 
@@ -98,7 +99,8 @@ def _group(cuts: list[Stretch], height: int, window: int | None) -> QueryTiles:
         tile += seen
         block += blocks[seen.start - first_tile : seen.stop - first_tile]
     rows = (torch.tensor(tokens), torch.tensor(positions), torch.tensor(used))
-    return QueryTiles(*rows, torch.tensor(query), torch.tensor(tile), torch.tensor(block), window)
+    pairs = (torch.tensor(query), torch.tensor(tile), torch.tensor(block))
+    return QueryTiles(*rows, *pairs, _leaves(pairs[0], pairs[1]), window)
 
 
 class PagedAttention:
@@ -167,25 +169,24 @@ class PagedAttention:
         queries = queries[tiles.pair_query].reshape(pairs * n, height, d)
         scores = self._product(queries, k.transpose(1, 2))
         scores = scores.view(pairs, n, height, TILE)
-        key_position = tiles.pair_tile[:, None] * TILE + torch.arange(TILE)  # [P, TILE]
-        behind = position[tiles.pair_query][:, :, None] - key_position[:, None, :]  # [P, R, TILE]
-        hidden = behind < 0
+        key_position = (tiles.pair_tile[:, None] * TILE + torch.arange(TILE))[:, None, :]  # [P, 1, TILE]
+        last_seen = position[tiles.pair_query][:, :, None]  # [P, R, 1]
+        hidden = key_position > last_seen  # [P, R, TILE]
         if tiles.window is not None:
-            hidden |= behind >= tiles.window
+            hidden |= key_position <= last_seen - tiles.window
         scores.masked_fill_(hidden[:, None], float("-inf"))
 
-        place = _places(tiles)  # [M, W] pair or P
-        highest = _gather(scores.amax(-1), place, float("-inf")).amax(1)  # [M, N, R]
+        highest = _gather(scores.amax(-1), tiles.leaves, float("-inf")).amax(1)  # [M, N, R]
         if sinks is not None:
             sink = sinks.view(n, g)[:, torch.arange(height) % g]  # [N, R]
             highest = torch.maximum(highest, sink)
         probs = exact.exp(scores - highest[tiles.pair_query][..., None])
         v = values[tiles.pair_block].float().view(pairs * n, TILE, d)
         weighted = self._product(probs.view(pairs * n, height, TILE), v).view(pairs, n, height, d)
-        total = _fold(_gather(exact.row_sum(probs), place, 0.0))  # [M, N, R]
+        total = _fold(_gather(exact.row_sum(probs), tiles.leaves, 0.0))  # [M, N, R]
         if sinks is not None:
             total = total + exact.exp(sink - highest)
-        mixed = _fold(_gather(weighted, place, 0.0)) / total[..., None]  # [M, N, R, D]
+        mixed = _fold(_gather(weighted, tiles.leaves, 0.0)) / total[..., None]  # [M, N, R, D]
 
         mixed = mixed[:, :, :rows].view(num, n, tokens, g, d).permute(0, 2, 1, 3, 4).reshape(num, tokens, n * g, d)
         out[tiles.tokens[tiles.used]] = mixed[tiles.used].to(out.dtype)
@@ -199,40 +200,41 @@ class PagedAttention:
 
 def _cut(tiles: QueryTiles, first: int, end: int) -> QueryTiles:
     mine = (tiles.pair_query >= first) & (tiles.pair_query < end)
+    query, tile = tiles.pair_query[mine] - first, tiles.pair_tile[mine]
     return QueryTiles(
         tiles.tokens[first:end],
         tiles.positions[first:end],
         tiles.used[first:end],
-        tiles.pair_query[mine] - first,
-        tiles.pair_tile[mine],
+        query,
+        tile,
         tiles.pair_block[mine],
+        _leaves(query, tile),
         tiles.window,
     )
 
 
-def _places(tiles: QueryTiles) -> Tensor:
-    """[M, W]: which pair is leaf w of query tile m's tree; P where none is. W is a power of two.
+def _leaves(pair_query: Tensor, pair_tile: Tensor) -> Tensor:
+    """Where pairs stand in the trees over absolute tile numbers; W is a power of two.
 
-    The leaves are those below one or two neighbouring nodes of the tree over absolute tile numbers: above
-    them all else is zero, so their sum is the tree's.
+    The leaves are those below one or two neighbouring nodes that cover all tiles present: above them all else
+    is zero, so their sum is the tree's.
     """
-    count = torch.bincount(tiles.pair_query)
+    count = torch.bincount(pair_query)
     end = count.cumsum(0)
-    first, last = tiles.pair_tile[end - count], tiles.pair_tile[end - 1]  # [M]
+    first, last = pair_tile[end - count], pair_tile[end - 1]  # [M]
     level = 0
     while int(((last >> level) - (first >> level)).max()) > 1:
         level += 1
     node = first >> level
     width = (1 + int(((last >> level) - node).max())) << level
-    place = torch.full((len(count), width), len(tiles.pair_query))
-    leaf = tiles.pair_tile - (node << level)[tiles.pair_query]
-    place[tiles.pair_query, leaf] = torch.arange(len(tiles.pair_query))
-    return place
+    leaves = torch.full((len(count), width), len(pair_query))
+    leaves[pair_query, pair_tile - (node << level)[pair_query]] = torch.arange(len(pair_query))
+    return leaves
 
 
-def _gather(x: Tensor, place: Tensor, absent: float) -> Tensor:
+def _gather(x: Tensor, leaves: Tensor, absent: float) -> Tensor:
     """x [P, ...] -> [M, W, ...], `absent` where a query tile has no such key tile."""
-    return torch.cat((x, torch.full_like(x[:1], absent)))[place]
+    return torch.cat((x, torch.full_like(x[:1], absent)))[leaves]
 
 
 def _fold(x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class LocalCluster:
         self.placement: Placement = (placement or self._spread)(members, replicas)
         for expert in self.experts:
             expert.residency.prepare(self.placement)
-        self._threads = [threading.Thread(target=self._answer, args=(e,), name="expert") for e in self.experts]
+        self._threads = [threading.Thread(target=self._answer, args=(e,), daemon=True) for e in self.experts]
         for thread in self._threads:
             thread.start()
         pools = {FULL: blocks, SLIDING: sliding_blocks}
