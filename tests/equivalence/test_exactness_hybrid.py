@@ -1,11 +1,14 @@
 """Rule 2 for hybrids: windows, their blocks given back and used again, leave no trace either."""
 
+import json
+
 import pytest
 import torch
 
 from attention_workers.step import StepResult
 from model.checkpoint import Checkpoint
 from model.layer_types import FULL, SLIDING
+from model.reference import Reference
 from model.synthetic import Variant, make_checkpoint
 from tests.equivalence.local_cluster import LocalCluster, request
 from tests.equivalence.test_exactness import PROMPT, SAMPLED, strangers
@@ -83,6 +86,22 @@ def test_what_a_block_held_before_leaves_no_trace(checkpoint, dtype, alone):
         for pool in (*model.keys.values(), *model.values.values()):
             pool.fill_(torch.nan)
         assert cluster.run([me()])["me"] == alone
+
+
+def test_every_layer_may_slide(tmp_path):
+    """An older spelling, and no full layer: that space then costs nothing, and the oracle agrees."""
+    path = tmp_path / "sliding"
+    make_checkpoint("tiny", path, seed=4)
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**raw, "attn_window_size": 24, "swa_rope_theta": 1e4}))
+    checkpoint = Checkpoint.open(path)
+    with LocalCluster(checkpoint, experts=2, dtype=torch.float32) as cluster:
+        model = cluster.workers[0].model
+        assert (model.kv_bytes_per_block(FULL), model.keys.keys()) == (0, {SLIDING})
+        answer = cluster.run([request("r", PROMPT, max_tokens=20)], chunk_tokens=30)["r"]
+    expected = torch.log_softmax(Reference(checkpoint, "float32").logits(PROMPT + answer.tokens), -1)
+    for i, (token, logprobs) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+        assert logprobs.sampled == pytest.approx(float(expected[len(PROMPT) + i - 1, token]), abs=1e-4)
 
 
 def test_a_window_ends_where_it_says(checkpoint):
