@@ -11,14 +11,11 @@ from collections.abc import Mapping
 
 from attention_workers.kv_blocks import blocks_overlapped
 from model.layer_types import FULL, SLIDING, LayerType
+from model.memory import NotEnoughMemory
 
 CHUNK_TOKENS = 256
 """Prompt tokens of one step that the sliding space has room for beyond the sequences' windows, for a quarter of
 the memory at most. Longer chunks are cut to what the space holds, which in exact mode changes no bit."""
-
-
-class SpacesTooSmall(Exception):
-    """Names the bytes given and the bytes that the smallest pools need."""
 
 
 def size_spaces(
@@ -33,7 +30,7 @@ def size_spaces(
 ) -> dict[LayerType, int]:
     """Blocks of each space. `block_bytes`: of one block in all layers of its type, 0 where there is none.
 
-    Raises SpacesTooSmall.
+    Raises NotEnoughMemory.
     """
     per_sequence = -(-min(sequence_tokens, model_len_max) // block_tokens)
     enough = sequences_max * -(-model_len_max // block_tokens)
@@ -56,4 +53,7 @@ def size_spaces(
 
 def _require(kv_bytes: int, needed: int, block_tokens: int) -> None:
     if kv_bytes < needed:
-        raise SpacesTooSmall(f"kv_bytes {kv_bytes} holds no sequence; one of {block_tokens} tokens needs {needed}")
+        raise NotEnoughMemory(
+            f"kv_bytes (--kv-memory) is {kv_bytes}; accepted: at least {needed}, which one sequence of"
+            f" {block_tokens} tokens takes, with its window where layers slide"
+        )

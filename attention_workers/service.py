@@ -20,7 +20,7 @@ from attention_workers.attention_model import AttentionModel
 from attention_workers.book import Book, OrderRefused
 from attention_workers.config import AttentionConfig
 from attention_workers.kv_blocks import KvBlocks
-from attention_workers.kv_sizes import SpacesTooSmall, size_spaces
+from attention_workers.kv_sizes import size_spaces
 from attention_workers.step import Plan, StepResult
 from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
 from attention_workers.worker import AttentionWorker
@@ -44,7 +44,7 @@ _INBOX_MAX = 4096
 _KV_BYTES_DEFAULT_MAX = 4 << 30
 _IDLE_WAIT_S = 1.0
 _RETRY_WAIT_S = 0.02
-PERMANENT = (ModelError, NotEnoughMemory, NumericsError, RouterError, SpacesTooSmall)
+PERMANENT = (ModelError, NotEnoughMemory, NumericsError, RouterError)
 
 
 class AttentionService:

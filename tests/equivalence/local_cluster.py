@@ -45,7 +45,7 @@ class Answer:
 
 class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
-                 sliding_blocks=96, dtype=None, numerics="exact", placement=None):  # fmt: skip
+                 sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None):  # fmt: skip
         """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid."""
         self.checkpoint = checkpoint
         config = checkpoint.config
@@ -60,6 +60,7 @@ class LocalCluster:
         self._threads = [threading.Thread(target=self._answer, args=(e,), daemon=True) for e in self.experts]
         for thread in self._threads:
             thread.start()
+        self._model_len = model_len
         pools = {FULL: blocks, SLIDING: sliding_blocks}
         self.workers = [self._attention(i, microbatches, pools, numerics) for i in range(attention)]
         self._plans = [0] * attention
@@ -81,12 +82,18 @@ class LocalCluster:
 
     def _attention(self, index, microbatches, pools, numerics):
         model = AttentionModel(
-            self.checkpoint, dtype=self.dtype, numerics=numerics, positions_max=1024, progress=lambda *_: None
+            self.checkpoint,
+            dtype=self.dtype,
+            numerics=numerics,
+            positions_max=self._model_len,
+            progress=lambda *_: None,
         )
         model.make_kv(pools)
         window = self.checkpoint.config.sliding_window
         sliding = None if window is None else KvBlocks(pools[SLIDING], window)
-        book = Book(self.checkpoint.fingerprint, 1, KvBlocks(pools[FULL]), TILE, 256, 1024, sliding=sliding)
+        book = Book(
+            self.checkpoint.fingerprint, 1, KvBlocks(pools[FULL]), TILE, 256, self._model_len, sliding=sliding
+        )
         member = Member(f"a{index}", 1)
         end = LocalAttentionEnd(self.hub, self._identity(member), self.router)
         dispatcher = Dispatcher(end, member, self.router, lambda peer: None)

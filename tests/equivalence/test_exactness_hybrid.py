@@ -88,6 +88,26 @@ def test_what_a_block_held_before_leaves_no_trace(checkpoint, dtype, alone):
         assert cluster.run([me()])["me"] == alone
 
 
+def test_memory_at_4096_tokens_is_the_arithmetic(checkpoint):
+    """Two full layers keep all, two sliding ones a window of 24, which lies in one block here; of real tensors."""
+    prompt = [31 * i % 400 + 20 for i in range(4096)]
+    pools = {"blocks": 129, "sliding_blocks": 12}
+    with LocalCluster(checkpoint, dtype=torch.float32, model_len=4128, **pools) as cluster:
+        worker = cluster.workers[0]
+        cluster.order(0, [request("long", prompt, max_tokens=9)], chunk_tokens=256)
+        [sequence] = worker.book.sequences.values()
+        while not sequence.is_prompt_done:
+            worker.step(StepResult())
+            assert len(sequence.tables[SLIDING].blocks) <= 12
+        one = {kind: worker.model.kv_bytes_per_block(kind) for kind in (FULL, SLIDING)}
+        held = sum(one[kind] * len(table.blocks) for kind, table in sequence.tables.items())
+        token_and_layer = 2 * 2 * 16 * 4  # keys and values · heads · width · bytes
+        assert held == token_and_layer * (2 * 4096 + 2 * 32)
+        for kind, total in ((FULL, 129), (SLIDING, 12)):
+            assert worker.model.keys[kind].nbytes + worker.model.values[kind].nbytes == total * one[kind]
+        worker.book.drop("gw", StepResult())
+
+
 def test_every_layer_may_slide(tmp_path):
     """An older spelling, and no full layer: that space then costs nothing, and the oracle agrees."""
     path = tmp_path / "sliding"

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from attention_workers.book import Book
 from attention_workers.kv_blocks import BlockTable, KvBlocks, blocks_overlapped
-from attention_workers.kv_sizes import SpacesTooSmall, size_spaces
+from attention_workers.kv_sizes import size_spaces
 from attention_workers.step import FinishReason, StepResult
 from attention_workers.wire import hello_pb, report_pb
 from cluster.scheduler.wire import decode_worker
 from model.config import ModelConfig
 from model.layer_types import FULL, SLIDING
+from model.memory import NotEnoughMemory
 from model.synthetic import Variant, config_json
 from router.placement import Member
 from tests.unit.test_book import plan, run_step, start
@@ -115,6 +116,7 @@ EVENTS = st.lists(
         st.tuples(st.just("limits"), st.integers(1, 40), st.integers(1, 30)),
         st.tuples(st.just("drop"),),
     ),
+    min_size=15,
     max_size=60,
 )  # fmt: skip
 
@@ -190,7 +192,9 @@ def test_spaces_fit_their_memory_and_hold_at_least_one_sequence(
     changed = {"window": window, "sequences_max": sequences_max, "sequence_tokens": sequence_tokens}
     least = blocks_overlapped(window, 32)
     if kv_bytes < full + least * sliding:
-        with pytest.raises(SpacesTooSmall, match=f"kv_bytes {kv_bytes} holds no sequence"):
+        with pytest.raises(
+            NotEnoughMemory, match=rf"kv_bytes .* is {kv_bytes}; accepted: at least {full + least * sliding}"
+        ):
             sizes(kv_bytes, full, sliding, **changed)
         return
     blocks = sizes(kv_bytes, full, sliding, **changed)
