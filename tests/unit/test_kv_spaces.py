@@ -213,7 +213,7 @@ def test_the_scheduler_learns_of_both_spaces():
     b = hybrid(full=64, sliding=8, window=6)
     b.apply(plan(starts=[start(prompt=20, max_tokens=9)]), StepResult())
     run_step(b)
-    message = report_pb(Member("a", 1), b, 1, 1)
+    message = report_pb(Member("a", 1), b, 1, 1, experts_missing=False)
     message.hello.CopyFrom(hello_pb(b))
     joined = decode_worker(message, "a#1")
     assert (joined.limits.blocks_total, joined.limits.sliding_blocks_total) == (64, 8)
