@@ -16,11 +16,21 @@ from torch import Tensor
 
 from attention_workers.book import Span
 from model import exact
-from model.attention import TILE, PagedAttention, QueryTiles, query_tiles
+from model.attention import TILE, PagedAttention, QueryTiles, Stretch, query_tiles
 from model.checkpoint import Checkpoint, attention_tensor_names
 from model.config import ModelConfig
 from model.gate import Gate, Routes
-from model.layers import RmsNorm, Rotary
+from model.layer_types import SLIDING, LayerType
+from model.layers import HeadNorm, RmsNorm, Rotary
+
+
+@dataclass
+class KvRows:
+    """Where the microbatch's keys and values go in one block space, and what is read there."""
+
+    write_block: Tensor  # [T] int64
+    fresh_blocks: Tensor  # blocks whose first token is written here
+    tiles: list[QueryTiles]
 
 
 @dataclass
@@ -29,10 +39,8 @@ class Microbatch:
 
     spans: list[Span]
     positions: Tensor  # [T] int64, of each token in its sequence
-    write_block: Tensor  # [T] int64: where its key and value go
-    write_offset: Tensor  # [T] int64
-    fresh_blocks: Tensor  # blocks whose first token is written here
-    tiles: list[QueryTiles]
+    write_offset: Tensor  # [T] int64: where in its block a token's key and value go
+    kv: dict[LayerType, KvRows]
     sampled_rows: Tensor  # rows whose logits are wanted, in span order
     hidden: Tensor  # [T, H]
 
@@ -54,9 +62,14 @@ class _Layer:
         self.norm_in = RmsNorm(take(at + "input_layernorm.weight"), eps)
         self.norm_out = RmsNorm(take(at + "post_attention_layernorm.weight"), eps)
         self.norm_q = self.norm_k = None
-        if config.qk_norm == "per_layer":
-            self.norm_q = RmsNorm(take(at + "self_attn.q_norm.weight"), eps)
-            self.norm_k = RmsNorm(take(at + "self_attn.k_norm.weight"), eps)
+        if config.qk_norm != "none":
+            self.norm_q, self.norm_k = (
+                RmsNorm(weight, eps) if config.qk_norm == "per_layer" else HeadNorm(weight, config.head_dim, eps)
+                for weight in (take(at + f"self_attn.{name}_norm.weight") for name in "qk")
+            )
+        self.sinks = take(at + "self_attn.sinks").float() if config.has_sinks else None
+        self.kind: LayerType = config.layer_types[index]
+        self.kv_index = config.layers_of(self.kind).index(index)
         moe = at + "block_sparse_moe."
         bias = take(moe + "e_score_correction_bias") if config.use_routing_bias else None
         self.gate = Gate(take(moe + "gate.weight"), bias, config.experts_per_token, numerics)
@@ -93,7 +106,9 @@ class AttentionModel:
         self.head = exact.Linear(take("lm_head.weight").to(dtype), numerics)
         assert taken == set(names), f"owned but not loaded, or loaded but not owned: {taken ^ set(names)}"
         self.attention = PagedAttention(config.num_heads, config.num_kv_heads, config.head_dim, numerics)
-        self.rotary = Rotary(config.rotary_dim, config.rope_theta, positions_max)
+        self.rotary = {
+            kind: Rotary(rope.rotary_dim, rope.theta, positions_max) for kind, rope in config.rope.items()
+        }
         if numerics == "exact":
             widths = [
                 config.hidden_size,
@@ -101,18 +116,22 @@ class AttentionModel:
                 config.num_kv_heads * config.head_dim,
                 config.vocab_size,
             ]
-            exact.probe_row_sum(widths)
-        self.keys = self.values = torch.empty(0)
+            exact.probe_row_sum([*widths, config.head_dim] if config.qk_norm == "per_head" else widths)
+        self.keys: dict[LayerType, Tensor] = {}
+        self.values: dict[LayerType, Tensor] = {}
 
-    def kv_bytes_per_block(self) -> int:
+    def kv_bytes_per_block(self, kind: LayerType) -> int:
+        """Keys and values of TILE tokens in all layers of this type; 0 where there is none."""
         c = self.config
-        return 2 * c.num_layers * c.num_kv_heads * TILE * c.head_dim * self.dtype.itemsize
+        return 2 * len(c.layers_of(kind)) * c.num_kv_heads * TILE * c.head_dim * self.dtype.itemsize
 
-    def make_kv(self, num_blocks: int) -> None:
+    def make_kv(self, num_blocks: dict[LayerType, int]) -> None:
+        """One pool for each layer type: [its layers, B, N, TILE, D]."""
         c = self.config
-        shape = (c.num_layers, num_blocks, c.num_kv_heads, TILE, c.head_dim)
-        self.keys = _lazy_zeros(shape, self.dtype)
-        self.values = _lazy_zeros(shape, self.dtype)
+        for kind in c.rope:
+            shape = (len(c.layers_of(kind)), num_blocks[kind], c.num_kv_heads, TILE, c.head_dim)
+            self.keys[kind] = _lazy_zeros(shape, self.dtype)
+            self.values[kind] = _lazy_zeros(shape, self.dtype)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -120,27 +139,34 @@ class AttentionModel:
         """Tokens to rows: embeds, and lays out where keys go and which tiles are read."""
         tokens: list[int] = []
         positions: list[int] = []
-        blocks: list[int] = []
-        layout, sampled = [], []
+        sampled = []
         for span in spans:
-            table, end = span.sequence.blocks, span.first + span.count
-            layout.append((len(tokens), span.first, span.count, table))
+            end = span.first + span.count
             tokens += span.sequence.tokens[span.first : end]
             positions += range(span.first, end)
-            blocks += [table[p // TILE] for p in range(span.first, end)]
             if span.samples:
                 sampled.append(len(tokens) - 1)
         position = torch.tensor(positions)
         return Microbatch(
             spans,
             position,
-            torch.tensor(blocks),
             position % TILE,
-            torch.tensor([b for b, p in zip(blocks, positions, strict=True) if p % TILE == 0], dtype=torch.int64),
-            query_tiles(layout),
+            {kind: self._kv_rows(kind, spans) for kind in self.keys},
             torch.tensor(sampled, dtype=torch.int64),
             self.embedding[torch.tensor(tokens)],
         )
+
+    def _kv_rows(self, kind: LayerType, spans: list[Span]) -> KvRows:
+        blocks: list[int] = []
+        fresh: list[int] = []
+        stretches = []
+        for span in spans:
+            table, end = span.sequence.tables[kind], span.first + span.count
+            stretches.append(Stretch(len(blocks), span.first, span.count, table.first, table.blocks))
+            blocks += [table.blocks[p // TILE - table.first] for p in range(span.first, end)]
+            fresh += table.blocks[-(-span.first // TILE) - table.first :]
+        tiles = query_tiles(stretches, self.config.sliding_window if kind == SLIDING else None)
+        return KvRows(torch.tensor(blocks), torch.tensor(fresh, dtype=torch.int64), tiles)
 
     def attend(self, layer: int, mb: Microbatch) -> Tensor:
         """Attention of one layer with its residual: [T, H] -> [T, H]."""
@@ -148,15 +174,17 @@ class AttentionModel:
         q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         q, k, v = own.qkv(own.norm_in(mb.hidden)).split((q_width, kv_width, kv_width), -1)
         if own.norm_q is not None and own.norm_k is not None:
-            q, k = own.norm_q(q), own.norm_k(k)  # over the whole vector, before the heads are split
+            q, k = own.norm_q(q), own.norm_k(k)  # before the heads are turned
         rows = len(mb.hidden)
-        q = self.rotary(q.reshape(rows, c.num_heads, c.head_dim), mb.positions)
-        k = self.rotary(k.reshape(rows, c.num_kv_heads, c.head_dim), mb.positions)
+        rotary, kv = self.rotary[own.kind], mb.kv[own.kind]
+        q = rotary(q.reshape(rows, c.num_heads, c.head_dim), mb.positions)
+        k = rotary(k.reshape(rows, c.num_kv_heads, c.head_dim), mb.positions)
+        keys, values = self.keys[own.kind][own.kv_index], self.values[own.kind][own.kv_index]
         # A masked key's weight of zero times what the block's last owner left must be zero, even were that NaN.
-        self.values[layer][mb.fresh_blocks] = 0
-        self.keys[layer][mb.write_block, :, mb.write_offset] = k
-        self.values[layer][mb.write_block, :, mb.write_offset] = v.reshape(rows, c.num_kv_heads, c.head_dim)
-        mixed = self.attention(q, self.keys[layer], self.values[layer], mb.tiles)
+        values[kv.fresh_blocks] = 0
+        keys[kv.write_block, :, mb.write_offset] = k
+        values[kv.write_block, :, mb.write_offset] = v.reshape(rows, c.num_kv_heads, c.head_dim)
+        mixed = self.attention(q, keys, values, kv.tiles, own.sinks)
         return mb.hidden + own.out(mixed)
 
     def norm_before_experts(self, layer: int, hidden: Tensor) -> Tensor:

@@ -3,13 +3,16 @@
 Decodes come first, prompts fill the step's token budget in chunks. When the block pool is dry the sequence of
 lowest priority is paused: its blocks go back, its tokens stay, and it is recomputed when there is room, which
 in exact mode changes no bit of it. So the pool serves on without the scheduler.
+
+Each layer type has a block space of its own (`kv_blocks.py`); in that of sliding layers a sequence holds what
+its window sees, and gives back after each step what has left it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from attention_workers.kv_blocks import KvBlocks
+from attention_workers.kv_blocks import BlockTable, KvBlocks
 from attention_workers.step import (
     AttemptId,
     Completion,
@@ -20,16 +23,18 @@ from attention_workers.step import (
     StepResult,
     TokenDelta,
 )
+from model.layer_types import FULL, SLIDING, LayerType
 
 
 @dataclass
 class Sequence:
-    """One running sequence: tokens known, of which `computed` have keys and values in `blocks`."""
+    """One running sequence: tokens known, and a block table for each layer type with the keys and values of
+    those `computed` that it still sees."""
 
     start: Start
     tokens: list[int]
+    tables: dict[LayerType, BlockTable]
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
     is_paused: bool = False
     is_prompt_done: bool = False
 
@@ -37,6 +42,10 @@ class Sequence:
     def order(self) -> tuple[int, int, AttemptId]:
         """Lower runs earlier."""
         return (self.start.priority, self.start.arrival, self.start.attempt)
+
+    @property
+    def holds_blocks(self) -> bool:
+        return any(table.blocks for table in self.tables.values())
 
     @property
     def num_generated(self) -> int:
@@ -74,12 +83,18 @@ class Book:
         sequences_max: int,
         model_len_max: int,
         rows_max: int = 1024,
+        sliding: KvBlocks | None = None,
     ) -> None:
-        """`rows_max`: rows of one step that the exchange can carry; at least `sequences_max`."""
+        """`rows_max`: rows of one step that the exchange can carry; at least `sequences_max`. `sliding`: the
+        space of sliding layers, with room for at least one token and its window; None where no layer slides."""
         assert sequences_max <= rows_max
+        self.spaces: dict[LayerType, KvBlocks] = {FULL: blocks}
+        if sliding is not None:
+            self.spaces[SLIDING] = sliding
+        self.chunk_fits = min(space.chunk_max(block_tokens) for space in self.spaces.values())
+        assert self.chunk_fits >= 1
         self.fingerprint = fingerprint
         self.incarnation = incarnation
-        self.blocks = blocks
         self.block_tokens = block_tokens
         self.sequences_max = sequences_max
         self.model_len_max = model_len_max
@@ -126,7 +141,7 @@ class Book:
             return
         for attempt in [a for a in self.sequences if _same_sequence(a, start.attempt)]:
             self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
-        sequence = Sequence(start, [*start.prompt, *start.accepted])
+        sequence = Sequence(start, [*start.prompt, *start.accepted], {kind: BlockTable() for kind in self.spaces})
         self.sequences[start.attempt] = sequence
         why = self._cannot_run(sequence)
         if why:
@@ -136,7 +151,7 @@ class Book:
             self._end(sequence, reason, result)
 
     def _cannot_run(self, sequence: Sequence) -> str:
-        room = min(self.model_len_max, self.blocks.total * self.block_tokens)
+        room = min(self.model_len_max, self.spaces[FULL].total * self.block_tokens)
         if len(sequence.tokens) > room:
             return f"sequence has {len(sequence.tokens)} tokens, this worker holds at most {room}"
         if len(self.sequences) > self.sequences_max:
@@ -157,7 +172,7 @@ class Book:
                 spans.append(Span(sequence, sequence.computed, 1))
                 budget -= 1
         for sequence in [s for s in running if s.pending > 1 or not s.computed]:
-            count = min(sequence.pending, self._chunk_tokens_max, budget)
+            count = min(sequence.pending, self._chunk_tokens_max, self.chunk_fits, budget)
             if count <= 0:
                 break
             if not self._may_enter(sequence) or not self._make_room(sequence, count, result):
@@ -171,43 +186,57 @@ class Book:
         """A paused sequence comes back only when all it holds fits, or nothing else is computed."""
         if not sequence.is_paused:
             return True
-        needed = -(-(len(sequence.tokens) + 1) // self.block_tokens)
-        others = any(s.blocks for s in self.sequences.values())
-        if self.blocks.num_free >= min(needed, self.blocks.total) or not others:
+        fits = all(
+            space.num_free >= space.most_held(len(sequence.tokens) + 1, self._chunk_tokens_max, self.block_tokens)
+            for space in self.spaces.values()
+        )
+        if fits or not any(s.holds_blocks for s in self.sequences.values()):
             sequence.is_paused = False
-            return True
-        return False
+        return not sequence.is_paused
 
     def _make_room(self, sequence: Sequence, count: int, result: StepResult) -> bool:
-        """Take blocks for `count` more tokens, pausing later sequences while the pool is dry."""
+        """Take blocks for `count` more tokens, pausing later sequences while a space is dry."""
         if sequence.is_paused:
             return False
-        while len(sequence.blocks) * self.block_tokens < sequence.computed + count:
-            block = self.blocks.take()
-            if block is not None:
-                sequence.blocks.append(block)
-                continue
-            last = max((s for s in self.sequences.values() if s.blocks), key=lambda s: s.order, default=None)
-            if last is not None and last.order > sequence.order:
-                self._pause(last, result)
-                continue
-            if sequence.blocks:
-                self._pause(sequence, result)
-            return False
+        for kind, space in self.spaces.items():
+            table = sequence.tables[kind]
+            while table.end * self.block_tokens < sequence.computed + count:
+                block = space.take()
+                if block is not None:
+                    table.blocks.append(block)
+                elif not self._pause_later(sequence, result):
+                    return False
         return True
 
+    def _pause_later(self, sequence: Sequence, result: StepResult) -> bool:
+        """Pause the last in order; if that is this one, say that it must wait."""
+        holders = [s for s in self.sequences.values() if s.holds_blocks]
+        last = max(holders, key=lambda s: s.order, default=sequence)
+        if last.order > sequence.order:
+            self._pause(last, result)
+            return True
+        if sequence.holds_blocks:
+            self._pause(sequence, result)
+        return False
+
     def _pause(self, sequence: Sequence, result: StepResult) -> None:
-        self.blocks.give_back(sequence.blocks)
-        sequence.blocks = []
+        self._give_back_all(sequence)
         sequence.computed = 0
         sequence.is_paused = True
         result.paused.append(sequence.start.attempt)
 
+    def _give_back_all(self, sequence: Sequence) -> None:
+        for kind, space in self.spaces.items():
+            space.give_back(sequence.tables[kind].clear())
+
     def computed(self, spans: list[Span], result: StepResult) -> None:
-        """The step's keys and values are in the pool."""
+        """The step's keys and values are in the pool; what no later token sees goes back."""
         for span in spans:
             sequence = span.sequence
             sequence.computed = span.first + span.count
+            for kind, space in self.spaces.items():
+                seen = space.first_seen(sequence.computed) // self.block_tokens
+                space.give_back(sequence.tables[kind].leave(seen))
             given = len(sequence.start.prompt) + len(sequence.start.accepted)
             if not sequence.is_prompt_done and sequence.computed >= given:
                 sequence.is_prompt_done = True
@@ -245,7 +274,7 @@ class Book:
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.tokens[-1] in sequence.start.stop_token_ids:
             return FinishReason.STOP
-        full = min(self.model_len_max, self.blocks.total * self.block_tokens)
+        full = min(self.model_len_max, self.spaces[FULL].total * self.block_tokens)
         if sequence.num_generated >= sequence.start.max_tokens or len(sequence.tokens) >= full:
             return FinishReason.LENGTH
         return None
@@ -260,8 +289,7 @@ class Book:
 
     def _end(self, sequence: Sequence, reason: FinishReason, result: StepResult, detail: str = "") -> None:
         del self.sequences[sequence.start.attempt]
-        self.blocks.give_back(sequence.blocks)
-        sequence.blocks = []
+        self._give_back_all(sequence)
         result.completions.append(Completion(sequence.start.attempt, reason, sequence.num_generated, detail))
 
     def state(self) -> list[RunningSequence]:
@@ -276,13 +304,16 @@ class Book:
         ]
 
     def check(self) -> None:
-        """Blocks conserved, each held once, enough for what is computed."""
-        self.blocks.check()
-        held = [b for s in self.sequences.values() for b in s.blocks]
-        assert len(held) == len(set(held)) == self.blocks.total - self.blocks.num_free
-        for s in self.sequences.values():
-            assert s.computed <= len(s.blocks) * self.block_tokens
-            assert not (s.is_paused and s.blocks)
+        """In each space: blocks conserved, each held once, by sequences that have all they see and no more."""
+        for kind, space in self.spaces.items():
+            space.check()
+            held = [b for s in self.sequences.values() for b in s.tables[kind].blocks]
+            assert len(held) == len(set(held)) == space.total - space.num_free
+            for s in self.sequences.values():
+                table = s.tables[kind]
+                assert s.computed <= table.end * self.block_tokens
+                assert table.first == space.first_seen(s.computed) // self.block_tokens
+                assert not (s.is_paused and table.blocks)
 
 
 def _same_sequence(a: AttemptId, b: AttemptId) -> bool:

@@ -22,6 +22,9 @@ class AttentionConfig(BaseModel):
     kv_bytes: int = Field(0, ge=0)
     """Memory for keys and values; 0: a quarter of what is free when the weights are loaded, 4 GiB at most."""
 
+    kv_sequence_tokens: int = Field(1024, ge=1)
+    """Hybrids: the length of sequence for which the memory is divided between full and sliding layers."""
+
     model_len_max: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0: what the checkpoint allows."""
 

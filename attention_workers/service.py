@@ -20,6 +20,7 @@ from attention_workers.attention_model import AttentionModel
 from attention_workers.book import Book, OrderRefused
 from attention_workers.config import AttentionConfig
 from attention_workers.kv_blocks import KvBlocks
+from attention_workers.kv_sizes import size_spaces
 from attention_workers.step import Plan, StepResult
 from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
 from attention_workers.worker import AttentionWorker
@@ -27,6 +28,7 @@ from model.attention import TILE
 from model.checkpoint import Checkpoint, attention_tensor_names
 from model.errors import ModelError
 from model.exact import NumericsError, bytes_kept
+from model.layer_types import FULL, SLIDING
 from model.memory import NotEnoughMemory, available_bytes, require
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -86,9 +88,11 @@ class AttentionService:
         gauges: dict[str, float] = {}
         if worker is not None:
             gauges = {
-                "kv_blocks_total": worker.book.blocks.total,
+                "kv_blocks_total": worker.book.spaces[FULL].total,
                 "kv_blocks_free": counts.blocks_free,
                 "kv_block_tokens": TILE,
+                "kv_block_bytes": worker.model.kv_bytes_per_block(FULL),
+                **_sliding_gauges(worker, counts.sliding_blocks_free),
                 "sequences": counts.num_running,
                 "sequences_paused": counts.num_paused,
                 "steps_total": counts.steps,
@@ -154,7 +158,7 @@ class AttentionService:
             positions_max=model_len,
             progress=self._progress,
         )
-        blocks = self._make_kv(model, model_len)
+        blocks, sliding = self._make_kv(model, model_len)
         shape = checkpoint.config
         router = self._router.fitted(shape.experts_per_token, shape.hidden_size, dtype.itemsize)
         sequences_max = min(config.sequences_max, router.rows_max)  # each may be a row of one step
@@ -166,6 +170,7 @@ class AttentionService:
             sequences_max,
             model_len,
             router.rows_max,
+            sliding,
         )
         identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, shape.hidden_size, dtype)
         end = attention_end(self._transport, identity, router)
@@ -177,19 +182,25 @@ class AttentionService:
     def _progress(self, done: int, total: int) -> None:
         self._bytes_loaded, self._bytes_total = done, total
 
-    def _make_kv(self, model: AttentionModel, model_len: int) -> KvBlocks:
-        per_block = model.kv_bytes_per_block()
-        wanted = self._config.kv_bytes or min(available_bytes() // 4, _KV_BYTES_DEFAULT_MAX)
-        if self._config.kv_bytes:
+    def _make_kv(self, model: AttentionModel, model_len: int) -> tuple[KvBlocks, KvBlocks | None]:
+        """The block spaces of full and of sliding layers."""
+        config, window = self._config, model.config.sliding_window
+        wanted = config.kv_bytes or min(available_bytes() // 4, _KV_BYTES_DEFAULT_MAX)
+        if config.kv_bytes:
             require(wanted, "keys and values (kv_bytes)", "accepted: a smaller --kv-memory")
-        enough = self._config.sequences_max * -(-model_len // TILE)
-        total = min(wanted // per_block, enough)
-        if total < 1:
-            raise NotEnoughMemory(
-                f"kv_bytes {wanted} holds no block; one block of {TILE} tokens needs {per_block}"
-            )
-        model.make_kv(total)
-        return KvBlocks(total)
+        if window is not None:
+            window = min(window, model_len)  # a longer one sees no more
+        blocks = size_spaces(
+            wanted,
+            {kind: model.kv_bytes_per_block(kind) for kind in (FULL, SLIDING)},
+            window=window,
+            block_tokens=TILE,
+            sequences_max=config.sequences_max,
+            sequence_tokens=config.kv_sequence_tokens,
+            model_len_max=model_len,
+        )
+        model.make_kv(blocks)
+        return KvBlocks(blocks[FULL]), None if window is None else KvBlocks(blocks[SLIDING], window)
 
     def _serve(self, worker: AttentionWorker) -> None:
         is_busy = False
@@ -272,3 +283,15 @@ class AttentionService:
             self._inbox.put_nowait(item)
         except queue.Full:
             self._fail(f"inbox: {_INBOX_MAX} messages unread; the compute thread hangs")
+
+
+def _sliding_gauges(worker: AttentionWorker, num_free: int) -> dict[str, float]:
+    space = worker.book.spaces.get(SLIDING)
+    if space is None:
+        return {}
+    return {
+        "kv_sliding_blocks_total": space.total,
+        "kv_sliding_blocks_free": num_free,
+        "kv_sliding_block_bytes": worker.model.kv_bytes_per_block(SLIDING),
+        "kv_sliding_window": space.window or 0,
+    }

@@ -13,7 +13,6 @@ from attention_workers import wire
 from attention_workers.book import Book
 from attention_workers.links import SchedulerLink, TokenLinks
 from attention_workers.step import AttemptId, Completion, FinishReason, Plan, StepResult
-from model.attention import TILE
 from router.placement import Member
 
 _REPORTS_MAX = 4096
@@ -73,12 +72,7 @@ class Streams:
         """Start the streams; further calls change nothing."""
         if self._thread.is_alive():
             return
-        self._hello = step_pb2.WorkerHello(
-            block_tokens=TILE,
-            blocks_total=book.blocks.total,
-            sequences_max=book.sequences_max,
-            model_len_max=book.model_len_max,
-        )
+        self._hello = wire.hello_pb(book)
         counts = wire.report_pb(self.member, book, 0, 0, experts_missing=False)
         self.latest = Snapshot(counts, wire.state_pb(book.state()))
         self._scheduler = SchedulerLink(

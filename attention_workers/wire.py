@@ -17,6 +17,7 @@ from attention_workers.step import (
     StepResult,
     TokenDelta,
 )
+from model.layer_types import FULL, SLIDING
 from router.placement import Member
 
 
@@ -114,11 +115,24 @@ def report_pb(sender: Member, book: Book, steps: int, tokens: int, experts_missi
         plan_number=book.plan_number,
         steps=steps,
         tokens=tokens,
-        blocks_free=book.blocks.num_free,
+        blocks_free=book.spaces[FULL].num_free,
+        sliding_blocks_free=book.spaces[SLIDING].num_free if SLIDING in book.spaces else 0,
         num_running=len(book.sequences),
         num_paused=sum(s.is_paused for s in book.sequences.values()),
         refused_orders=book.num_refused,
         experts_missing=experts_missing,
+    )
+
+
+def hello_pb(book: Book) -> step_pb2.WorkerHello:
+    sliding = book.spaces.get(SLIDING)
+    return step_pb2.WorkerHello(
+        block_tokens=book.block_tokens,
+        blocks_total=book.spaces[FULL].total,
+        sequences_max=book.sequences_max,
+        model_len_max=book.model_len_max,
+        sliding_blocks_total=sliding.total if sliding else 0,
+        sliding_window=(sliding.window or 0) if sliding else 0,
     )
 
 

@@ -1,17 +1,23 @@
-"""Grouped-query attention over paged keys and values, the same bits for prefill and decode.
+"""Grouped-query attention over paged keys and values, whole or in a window, the same bits for prefill and decode.
 
 Keys come in tiles of `TILE` tokens at absolute positions, one KV block each. Every (query tile, key tile)
 pair is one product of fixed inner and outer size; a row's maximum is exact in any order; its sums are folded
 as a binary tree over absolute tile numbers, in which a tile that is masked or absent adds exactly zero. So
 neither the chunking of a prompt nor the batch shows in a row's bits (DESIGN rule 2).
 
-Legend: M query tiles · R rows of a query tile (its tokens x G) · P pairs · N kv heads · G query heads per kv
-head · D head width · B blocks of the pool.
+In a window of W tokens the token at position i sees those at j with 0 <= i - j < W. Tiles that no token of a
+query tile sees are neither held nor computed; the tree starts where the window does and adds up the same, for
+what is left out of it was zero. A sink is a logit of each query head beside those of its keys, without a value:
+its share joins the sum after the tree.
+
+Legend: M query tiles · C tokens and R rows (C x G, padded) of a query tile · P pairs · W leaves of a tree ·
+N kv heads · G query heads per kv head · D head width · B blocks of the pool.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,56 +35,76 @@ _PAIR_ELEMENTS_MAX = 1 << 23
 """Elements of the largest temporary of one slab of pairs: bounds memory on long prompts."""
 
 
+class Stretch(NamedTuple):
+    """Consecutive tokens of one sequence in a microbatch, and where its keys lie."""
+
+    token: int  # first, in the microbatch
+    position: int  # of that token in its sequence
+    num_tokens: int
+    first_tile: int  # key tile number of blocks[0]: those before it are held no more
+    blocks: list[int]
+
+
 @dataclass(frozen=True)
 class QueryTiles:
     """Query tiles of equal height, and the key tiles each may see.
 
-    `rows` and `positions` name, for each row of a tile, the token of the microbatch and its position in its
-    sequence; unused rows name token 0 and position 0, and are not in `used`.
+    `tokens` and `positions` name, for each row of a tile, the token of the microbatch and its position in its
+    sequence; unused rows repeat the last, and are not in `used`.
     """
 
-    tokens: Tensor  # [M, C] int64: token of the microbatch, C tokens a tile
+    tokens: Tensor  # [M, C] int64: token of the microbatch
     positions: Tensor  # [M, C] int64
     used: Tensor  # [M, C] bool
     pair_query: Tensor  # [P] int64, ascending
     pair_tile: Tensor  # [P] int64: absolute key tile number, ascending within a query tile
     pair_block: Tensor  # [P] int64: where it lies in the pool
+    leaves: Tensor  # [M, W] int64: which pair is leaf w of a query tile's tree; P where none is
+    window: int | None  # tokens that a token sees, itself included; None: all before it
 
 
-def query_tiles(spans: list[tuple[int, int, int, list[int]]]) -> list[QueryTiles]:
-    """Cut spans into query tiles: (first token of the microbatch, first position, count, block table) each.
+def query_tiles(stretches: list[Stretch], window: int | None = None) -> list[QueryTiles]:
+    """Cut stretches into query tiles, each with the key tiles that its tokens see.
 
-    Single tokens make one group, longer spans another, so that decoding pays for no empty rows.
+    Single tokens make one group, longer stretches another, so that decoding pays for no empty rows.
     """
-    singles = [s for s in spans if s[2] == 1]
+    singles = [s for s in stretches if s.num_tokens == 1]
     longer = [
-        (token + at, position + at, min(QUERY_TOKENS, count - at), blocks)
-        for token, position, count, blocks in spans
-        if count > 1
-        for at in range(0, count, QUERY_TOKENS)
+        s._replace(token=s.token + at, position=s.position + at, num_tokens=min(QUERY_TOKENS, s.num_tokens - at))
+        for s in stretches
+        if s.num_tokens > 1
+        for at in range(0, s.num_tokens, QUERY_TOKENS)
     ]
-    return [_group(group, height) for group, height in ((singles, 1), (longer, QUERY_TOKENS)) if group]
+    return [_group(group, height, window) for group, height in ((singles, 1), (longer, QUERY_TOKENS)) if group]
 
 
-def _group(cuts: list[tuple[int, int, int, list[int]]], height: int) -> QueryTiles:
+def first_tile_seen(position: int, window: int | None) -> int:
+    """The number of the first key tile that a token at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1) // TILE
+
+
+def _group(cuts: list[Stretch], height: int, window: int | None) -> QueryTiles:
     tokens, positions, used = [], [], []
     query: list[int] = []
     tile: list[int] = []
     block: list[int] = []
-    for m, (token, position, count, blocks) in enumerate(cuts):
-        pad = height - count
-        tokens.append([*range(token, token + count), *[0] * pad])
-        positions.append([*range(position, position + count), *[0] * pad])
-        used.append([True] * count + [False] * pad)
-        tiles = (position + count - 1) // TILE + 1
-        query += [m] * tiles
-        tile += range(tiles)
-        block += blocks[:tiles]
-    return QueryTiles(*(torch.tensor(x) for x in (tokens, positions, used, query, tile, block)))
+    for m, (token, position, count, first_tile, blocks) in enumerate(cuts):
+        offsets = [min(i, count - 1) for i in range(height)]
+        tokens.append([token + i for i in offsets])
+        positions.append([position + i for i in offsets])
+        used.append([i < count for i in range(height)])
+        seen = range(first_tile_seen(position, window), (position + count - 1) // TILE + 1)
+        assert seen.start >= first_tile, "a tile was given back that is still seen"
+        query += [m] * len(seen)
+        tile += seen
+        block += blocks[seen.start - first_tile : seen.stop - first_tile]
+    rows = (torch.tensor(tokens), torch.tensor(positions), torch.tensor(used))
+    pairs = (torch.tensor(query), torch.tensor(tile), torch.tensor(block))
+    return QueryTiles(*rows, *pairs, _leaves(pairs[0], pairs[1]), window)
 
 
 class PagedAttention:
-    """softmax(q k^T / sqrt(D) + causal) v for one layer's worth of heads."""
+    """softmax(q k^T / sqrt(D) + causal, within the tiles' window) v for one layer's worth of heads."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, numerics: exact.Numerics) -> None:
         self.kv_heads = num_kv_heads
@@ -91,12 +117,14 @@ class PagedAttention:
             self._ladder = exact.batched_ladder(shapes, torch.get_num_threads())
             exact.probe_row_sum([TILE])
 
-    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, groups: list[QueryTiles]) -> Tensor:
-        """q [T, N*G, D]; keys, values [B, N, TILE, D] -> [T, N*G*D] in q's dtype."""
+    def __call__(
+        self, q: Tensor, keys: Tensor, values: Tensor, groups: list[QueryTiles], sinks: Tensor | None = None
+    ) -> Tensor:
+        """q [T, N*G, D]; keys, values [B, N, TILE, D]; sinks [N*G] float32 -> [T, N*G*D] in q's dtype."""
         out = torch.empty_like(q)
         for tiles in groups:
             for slab in self._slabs(tiles):
-                self._attend(q, keys, values, slab, out)
+                self._attend(q, keys, values, slab, sinks, out)
         return out.view(len(q), -1)
 
     def _height(self, tokens: int) -> int:
@@ -124,31 +152,41 @@ class PagedAttention:
             pairs += count or 0
         return slabs
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, tiles: QueryTiles, out: Tensor) -> None:
+    def _attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, tiles: QueryTiles, sinks: Tensor | None, out: Tensor
+    ) -> None:
         num, tokens = tiles.tokens.shape
         rows = tokens * self.group
         height = self._height(tokens)
         n, g, d = self.kv_heads, self.group, self.head_dim
         grouped = q[tiles.tokens].float().view(num, tokens, n, g, d).permute(0, 2, 1, 3, 4)
         queries = F.pad(grouped.reshape(num, n, rows, d) * self.scale, (0, 0, 0, height - rows))  # [M, N, R, D]
-        limit = F.pad(tiles.positions.repeat_interleave(g, 1), (0, height - rows))  # [M, R]
+        token = (torch.arange(height) // g).clamp(max=tokens - 1)  # [R]: rows beyond the last repeat it
+        position = tiles.positions[:, token]  # [M, R]
 
         pairs = len(tiles.pair_query)
         k = keys[tiles.pair_block].float().view(pairs * n, TILE, d)
         queries = queries[tiles.pair_query].reshape(pairs * n, height, d)
         scores = self._product(queries, k.transpose(1, 2))
         scores = scores.view(pairs, n, height, TILE)
-        key_position = tiles.pair_tile[:, None] * TILE + torch.arange(TILE)  # [P, TILE]
-        hidden = key_position[:, None, :] > limit[tiles.pair_query][:, :, None]  # [P, R, TILE]
+        key_position = (tiles.pair_tile[:, None] * TILE + torch.arange(TILE))[:, None, :]  # [P, 1, TILE]
+        last_seen = position[tiles.pair_query][:, :, None]  # [P, R, 1]
+        hidden = key_position > last_seen  # [P, R, TILE]
+        if tiles.window is not None:
+            hidden |= key_position <= last_seen - tiles.window
         scores.masked_fill_(hidden[:, None], float("-inf"))
 
-        place = _places(tiles, num)  # [M, W] pair or P
-        highest = _gather(scores.amax(-1), place, float("-inf")).amax(1)  # [M, N, R]
+        highest = _gather(scores.amax(-1), tiles.leaves, float("-inf")).amax(1)  # [M, N, R]
+        if sinks is not None:
+            sink = sinks.view(n, g)[:, torch.arange(height) % g]  # [N, R]
+            highest = torch.maximum(highest, sink)
         probs = exact.exp(scores - highest[tiles.pair_query][..., None])
         v = values[tiles.pair_block].float().view(pairs * n, TILE, d)
         weighted = self._product(probs.view(pairs * n, height, TILE), v).view(pairs, n, height, d)
-        total = _fold(_gather(exact.row_sum(probs), place, 0.0))  # [M, N, R]
-        mixed = _fold(_gather(weighted, place, 0.0)) / total[..., None]  # [M, N, R, D]
+        total = _fold(_gather(exact.row_sum(probs), tiles.leaves, 0.0))  # [M, N, R]
+        if sinks is not None:
+            total = total + exact.exp(sink - highest)
+        mixed = _fold(_gather(weighted, tiles.leaves, 0.0)) / total[..., None]  # [M, N, R, D]
 
         mixed = mixed[:, :, :rows].view(num, n, tokens, g, d).permute(0, 2, 1, 3, 4).reshape(num, tokens, n * g, d)
         out[tiles.tokens[tiles.used]] = mixed[tiles.used].to(out.dtype)
@@ -162,27 +200,41 @@ class PagedAttention:
 
 def _cut(tiles: QueryTiles, first: int, end: int) -> QueryTiles:
     mine = (tiles.pair_query >= first) & (tiles.pair_query < end)
+    query, tile = tiles.pair_query[mine] - first, tiles.pair_tile[mine]
     return QueryTiles(
         tiles.tokens[first:end],
         tiles.positions[first:end],
         tiles.used[first:end],
-        tiles.pair_query[mine] - first,
-        tiles.pair_tile[mine],
+        query,
+        tile,
         tiles.pair_block[mine],
+        _leaves(query, tile),
+        tiles.window,
     )
 
 
-def _places(tiles: QueryTiles, num: int) -> Tensor:
-    """[M, W]: which pair holds key tile w of query tile m; P where there is none. W is a power of two."""
-    widest = int(tiles.pair_tile.max()) + 1
-    place = torch.full((num, 1 << (widest - 1).bit_length()), len(tiles.pair_query))
-    place[tiles.pair_query, tiles.pair_tile] = torch.arange(len(tiles.pair_query))
-    return place
+def _leaves(pair_query: Tensor, pair_tile: Tensor) -> Tensor:
+    """Where pairs stand in the trees over absolute tile numbers; W is a power of two.
+
+    The leaves are those below one or two neighbouring nodes that cover all tiles present: above them all else
+    is zero, so their sum is the tree's.
+    """
+    count = torch.bincount(pair_query)
+    end = count.cumsum(0)
+    first, last = pair_tile[end - count], pair_tile[end - 1]  # [M]
+    level = 0
+    while int(((last >> level) - (first >> level)).max()) > 1:
+        level += 1
+    node = first >> level
+    width = (1 + int(((last >> level) - node).max())) << level
+    leaves = torch.full((len(count), width), len(pair_query))
+    leaves[pair_query, pair_tile - (node << level)[pair_query]] = torch.arange(len(pair_query))
+    return leaves
 
 
-def _gather(x: Tensor, place: Tensor, absent: float) -> Tensor:
+def _gather(x: Tensor, leaves: Tensor, absent: float) -> Tensor:
     """x [P, ...] -> [M, W, ...], `absent` where a query tile has no such key tile."""
-    return torch.cat((x, torch.full_like(x[:1], absent)))[place]
+    return torch.cat((x, torch.full_like(x[:1], absent)))[leaves]
 
 
 def _fold(x: Tensor) -> Tensor:

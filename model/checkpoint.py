@@ -34,7 +34,10 @@ Shape = tuple[int, ...]
 
 
 def attention_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """All that an attention worker loads: everything but the experts, in order of use."""
+    """All that an attention worker loads: everything but the experts, in order of use.
+
+    Norms of heads are given with shared gains; `own_gains` is the other shape they may have.
+    """
     hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
@@ -43,9 +46,12 @@ def attention_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes[f"{attention}.q_proj.weight"] = (q, hidden)
         shapes[f"{attention}.k_proj.weight"] = (kv, hidden)
         shapes[f"{attention}.v_proj.weight"] = (kv, hidden)
-        if config.qk_norm == "per_layer":
-            shapes[f"{attention}.q_norm.weight"] = (q,)
-            shapes[f"{attention}.k_norm.weight"] = (kv,)
+        if config.qk_norm != "none":
+            shared = config.qk_norm == "per_head"
+            shapes[f"{attention}.q_norm.weight"] = (config.head_dim if shared else q,)
+            shapes[f"{attention}.k_norm.weight"] = (config.head_dim if shared else kv,)
+        if config.has_sinks:
+            shapes[f"{attention}.sinks"] = (config.num_heads,)
         shapes[f"{attention}.o_proj.weight"] = (hidden, q)
         shapes[f"model.layers.{layer}.post_attention_layernorm.weight"] = (hidden,)
         shapes[f"{moe}.gate.weight"] = (config.num_experts, hidden)
@@ -54,6 +60,13 @@ def attention_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     shapes["model.norm.weight"] = (hidden,)
     shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def own_gains(config: ModelConfig, name: str) -> Shape | None:
+    """The shape of a head norm's weight where each head has gains of its own; None for any other tensor."""
+    if config.qk_norm == "per_head" and name.endswith(("q_norm.weight", "k_norm.weight")):
+        return (config.q_size if name.endswith("q_norm.weight") else config.kv_size,)
+    return None
 
 
 def expert_tensor_shapes(config: ModelConfig, layer: int, expert: int) -> dict[str, Shape]:
@@ -186,14 +199,18 @@ def _place_tensors(path: Path, config: ModelConfig, shards: list[Shard]) -> dict
         if shard is None:
             raise CheckpointError(path, "absent", f"present with shape {list(shape)}", name)
         entry = shard.tensors[name]
-        if entry.shape != shape:
-            raise CheckpointError(shard.path, f"of shape {list(entry.shape)}", f"shape {list(shape)}", name)
+        if entry.shape not in (shape, own := own_gains(config, name)):
+            accepted = f"shape {list(shape)}" + (f" or {list(own)}" if own else "")
+            raise CheckpointError(shard.path, f"of shape {list(entry.shape)}", accepted, name)
         if entry.dtype not in DTYPES:
             raise CheckpointError(shard.path, f"of dtype {entry.dtype}", f"dtype {' or '.join(DTYPES)}", name)
         placed[name] = shard
     for name, shard in found.items():
         if not _is_beyond(name, config.num_layers):
-            raise CheckpointError(shard.path, "unknown", "only the tensors that config.json calls for", name)
+            accepted = "only the tensors that config.json calls for"
+            if name.endswith(".self_attn.sinks"):
+                accepted += ", which for this one is attention_sinks: true"
+            raise CheckpointError(shard.path, "unknown", accepted, name)
     return placed
 
 

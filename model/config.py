@@ -4,6 +4,8 @@ Accepts the released MiniMax-M2 layout and what Transformers >= 5.18 saves, and 
 family means them: Transformers leaves out use_qk_norm, scoring_func and use_routing_bias because its code
 always has them, so absent means on. What would change the mathematics and is not implemented is refused by
 name; fields that no M2 implementation reads (mtp, dropout, layernorm betas, ...) have no effect here either.
+The released models attend in full on every layer; hybrids with sliding windows are the family's other form
+(`model/layer_types.py`).
 
 Does not read weights and does not import torch.
 """
@@ -19,13 +21,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from model.errors import CheckpointError, ConfigError
+from model.layer_types import LayerType, Rope, Size, WrittenLayers, read_layer_types, read_ropes
 
 CONFIG_BYTES_MAX = 1 << 20
-ROPE_THETA_DEFAULT = 5_000_000.0
 
 ALIASES = {"num_experts": "num_local_experts", "torch_dtype": "dtype"}
 
-Size = Annotated[int, Field(ge=1, le=1 << 24)]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=1 << 31)]],
     BeforeValidator(lambda ids: ids if isinstance(ids, list) else [] if ids is None else [ids]),
@@ -44,16 +45,17 @@ class ModelConfig(BaseModel):
     num_kv_heads: int
     """Query head i reads key-value head i // (num_heads // num_kv_heads)."""
     head_dim: int
-    rotary_dim: int
-    """How many leading channels of each head turn with the position: even, at most head_dim."""
-    rope_theta: float
     max_position_embeddings: int
     rms_norm_eps: float
     num_experts: int
     experts_per_token: int
     expert_hidden: int
-    qk_norm: Literal["per_layer", "none"]
-    """per_layer: one RMS over all heads of q, one over all heads of k, before heads are split and turned."""
+    qk_norm: Literal["per_layer", "per_head", "none"]
+    """Before heads are turned. per_layer: one RMS over all heads of q, one over all heads of k. per_head: an RMS
+    of each head; the length of q_norm and k_norm says whether heads share their gains (head_dim) or have their
+    own (heads x head_dim). Gains are plain, not 1 + weight, in both."""
+    has_sinks: bool
+    """Whether each query head has a learned logit that takes part in its softmax and carries no value."""
     use_routing_bias: bool
     """Whether a per-expert bias is added to the scores for the choice of experts (never to their weights)."""
     dtype: Literal["float32", "bfloat16"]
@@ -61,8 +63,11 @@ class ModelConfig(BaseModel):
     eos_ids: tuple[int, ...]
     """As config.json gives them, empty on the released M2: there the tokenizer knows. May lie beyond the
     vocabulary (Transformers' defaults do on small models), where they can never be sampled."""
-    layer_types: tuple[str, ...]
-    """One of "full_attention" per layer."""
+    layer_types: tuple[LayerType, ...]
+    sliding_window: int | None
+    """Tokens that a sliding layer sees, the current one included; None where no layer slides."""
+    rope: dict[LayerType, Rope]
+    """Of each layer type there is."""
 
     @property
     def q_size(self) -> int:
@@ -71,6 +76,9 @@ class ModelConfig(BaseModel):
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def layers_of(self, layer_type: LayerType) -> list[int]:
+        return [i for i, kind in enumerate(self.layer_types) if kind == layer_type]
 
     @classmethod
     def from_dict(cls, raw: object, file: str = "config.json") -> ModelConfig:
@@ -82,7 +90,7 @@ class ModelConfig(BaseModel):
         except ValidationError as error:
             _refuse_first(error, raw, file)
         _check_relations(written, file)
-        rotary_dim, rope_theta = _rope(written, file)
+        layer_types, sliding_window = read_layer_types(written, file)
         return cls(
             vocab_size=written.vocab_size,
             hidden_size=written.hidden_size,
@@ -90,19 +98,20 @@ class ModelConfig(BaseModel):
             num_heads=written.num_attention_heads,
             num_kv_heads=written.num_key_value_heads,
             head_dim=written.head_dim,
-            rotary_dim=rotary_dim,
-            rope_theta=rope_theta,
             max_position_embeddings=written.max_position_embeddings,
             rms_norm_eps=written.rms_norm_eps,
             num_experts=written.num_local_experts,
             experts_per_token=written.num_experts_per_tok,
             expert_hidden=written.intermediate_size,
             qk_norm=written.qk_norm_type if written.use_qk_norm else "none",
+            has_sinks=written.attention_sinks,
             use_routing_bias=written.use_routing_bias,
             dtype=written.dtype,
             bos_id=written.bos_token_id,
             eos_ids=tuple(written.eos_token_id),
-            layer_types=("full_attention",) * written.num_hidden_layers,
+            layer_types=layer_types,
+            sliding_window=sliding_window,
+            rope=read_ropes(written, layer_types, file),
         )
 
 
@@ -135,29 +144,14 @@ def parse_config(content: bytes, path: Path) -> ModelConfig:
     return ModelConfig.from_dict(raw, str(file))
 
 
-class _Rope(BaseModel):
-    """rope_parameters or the older rope_scaling: only unscaled rotation."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    rope_type: Literal["default"] = "default"
-    type: Literal["default"] = "default"
-    rope_theta: float | None = Field(default=None, gt=1)
-    partial_rotary_factor: float | None = Field(default=None, gt=0, le=1)
-
-
-class _Written(BaseModel):
+class _Written(WrittenLayers):
     """config.json as written: the type of a field is what we accept, its default what absence means."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
     model_type: Literal["minimax_m2"]
     vocab_size: Size
     hidden_size: Size
-    num_hidden_layers: int = Field(ge=1, le=1024)
     num_attention_heads: Size
     num_key_value_heads: Size
-    head_dim: Size
     intermediate_size: Size
     num_local_experts: int = Field(ge=1, le=4096)
     num_experts_per_tok: Size
@@ -166,23 +160,14 @@ class _Written(BaseModel):
     hidden_act: Literal["silu"] = "silu"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     bos_token_id: int | None = Field(default=None, ge=0)
-    eos_token_id: TokenIds = []
+    eos_token_id: TokenIds = Field(default_factory=list)
 
     use_qk_norm: bool = True
-    qk_norm_type: Literal["per_layer"] = "per_layer"
+    qk_norm_type: Literal["per_layer", "per_head", "none"] = "per_layer"
+    attention_sinks: bool = False
     scoring_func: Literal["sigmoid"] = "sigmoid"
     use_routing_bias: bool = True
 
-    rope_theta: float | None = Field(default=None, gt=1)
-    rotary_dim: Size | None = None
-    partial_rotary_factor: float | None = Field(default=None, gt=0, le=1)
-    rope_scaling: _Rope | None = None
-    rope_parameters: _Rope | None = None
-
-    layer_types: list[Literal["full_attention"]] | None = None
-    attn_type_list: list[Literal[1]] | None = None
-    sliding_window: None = None
-    attn_window_size: None = None
     quantization_config: None = None
 
     # Parts that related models have and this family has not: only the value that leaves them out.
@@ -196,6 +181,10 @@ class _Written(BaseModel):
     norm_topk_prob: Literal[True] = True
     routed_scaling_factor: float = Field(1.0, ge=1, le=1)
     attn_logit_softcapping: None = None
+    attention_value_scale: None = None
+    gating: Literal[False] | None = None
+    add_full_attention_sink_bias: Literal[False] | None = None
+    add_swa_attention_sink_bias: Literal[False] | None = None
     final_logit_softcapping: None = None
 
 
@@ -226,40 +215,12 @@ def _check_relations(written: _Written, file: str) -> None:
         if not held:
             raise ConfigError(field, _as_json(getattr(written, field)), accepted, file)
 
-    heads, layers = written.num_attention_heads, written.num_hidden_layers
+    heads = written.num_attention_heads
     require(heads % written.num_key_value_heads == 0, "num_key_value_heads", f"a divisor of {heads} heads")
     experts = written.num_local_experts
     require(written.num_experts_per_tok <= experts, "num_experts_per_tok", f"at most {experts} experts")
-    for field in ("layer_types", "attn_type_list"):
-        kinds = getattr(written, field)
-        require(kinds is None or len(kinds) == layers, field, f"one entry for each of {layers} layers")
-
-
-def _rope(written: _Written, file: str) -> tuple[int, float]:
-    """(rotary_dim, rope_theta) from whichever spellings are present; two that disagree are refused."""
-    nested = written.rope_parameters or _Rope()
-    legacy = written.rope_scaling or _Rope()
-    dims: dict[str, float] = {}  # in channels, by the field that says so
-    thetas: dict[str, float] = {}
-    if written.rotary_dim is not None:
-        dims["rotary_dim"] = written.rotary_dim
-    for prefix, source in (("", written), ("rope_parameters.", nested), ("rope_scaling.", legacy)):
-        if source.partial_rotary_factor is not None:
-            dims[f"{prefix}partial_rotary_factor"] = source.partial_rotary_factor * written.head_dim
-        if source.rope_theta is not None:
-            thetas[f"{prefix}rope_theta"] = source.rope_theta
-    for found, unit in ((dims, " channels"), (thetas, "")):
-        for field, value in found.items():
-            first, expected = next(iter(found.items()))
-            if abs(value - expected) > 1e-6 * expected:
-                raise ConfigError(field, f"{value:g}{unit}", f"{expected:g}{unit}, as {first} says", file)
-    # Neither spelling: Transformers turns the whole head, so a checkpoint saved that way means that.
-    field, dim = next(iter(dims.items()), ("head_dim", float(written.head_dim)))
-    rotary_dim = round(dim)
-    if abs(dim - rotary_dim) > 1e-6 or rotary_dim % 2 or not 2 <= rotary_dim <= written.head_dim:
-        accepted = f"an even count of rotary channels, 2 to {written.head_dim} (head_dim)"
-        raise ConfigError(field, f"{dim:g} channels", accepted, file)
-    return rotary_dim, next(iter(thetas.values()), ROPE_THETA_DEFAULT)
+    if written.qk_norm_type == "none" and "use_qk_norm" in written.model_fields_set:
+        require(not written.use_qk_norm, "qk_norm_type", "per_layer or per_head, as use_qk_norm is true")
 
 
 def _as_json(value: object) -> str:

@@ -1,7 +1,7 @@
 """Root-mean-square norm and partial rotary embedding (MiniMax-M2: `reference/model.md` section 1).
 
 Computed in float32 and rounded once, so that bf16 models lose nothing on the way; exact per row.
-Legend: T tokens · H hidden · N heads · D head width · R rotary width (the first R of D are rotated).
+Legend: T tokens · H width · N heads · D head width · R rotary width (the first R of D are rotated).
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ class RmsNorm:
         mean = exact.row_sum(x32 * x32) / x.shape[-1]
         scale = 1.0 / torch.sqrt(mean + self.eps)
         return (x32 * scale.unsqueeze(-1) * self.weight).to(x.dtype)
+
+
+class HeadNorm:
+    """x [T, N*D] -> the same shape: an RMS of each head's D channels, before heads are turned."""
+
+    def __init__(self, weight: Tensor, head_dim: int, eps: float) -> None:
+        """weight [D]: gains shared by all heads; [N*D]: each head's own."""
+        self.head_dim = head_dim
+        self.norm = RmsNorm(weight.reshape(-1, head_dim), eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.norm(x.reshape(len(x), -1, self.head_dim)).view(len(x), -1)
 
 
 class Rotary:

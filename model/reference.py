@@ -8,11 +8,15 @@ and nowhere else:
   * after every product with a weight matrix (accumulated in float32), the logits included;
   * after every RMS norm, whose statistic and gain are float32;
   * after rotation, whose angles and products are float32;
-  * after attention over all keys: scores, softmax and weighted sum are float32;
+  * after attention over the keys a query sees: scores, sinks, softmax and weighted sum are float32;
   * after silu(gate) * up, which is float32;
   * after the K expert outputs are summed in float32, in ascending rank k;
   * after each addition to the residual stream.
 The router is float32 throughout: its scores decide which experts run, so they are never rounded.
+
+Windows. In a sliding layer the token at position i sees those at j with 0 <= i - j < W: W tokens, its own
+included. Sinks. A head's sink is one more logit beside those of the keys; it takes its share of the softmax
+and carries no value, so that a head need not attend to anything.
 
 Legend: T tokens · H hidden · N query heads · M key-value heads · D head width · R rotary width ·
 E experts · K experts per token · F expert hidden · V vocabulary · L layers.
@@ -29,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from model.checkpoint import Checkpoint
+from model.layer_types import Rope
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -59,7 +64,7 @@ class Reference:
         gaps = []
         for layer in range(self.config.num_layers):
             prefix = f"model.layers.{layer}"
-            x = x + self._attention(f"{prefix}.self_attn", self._norm(f"{prefix}.input_layernorm", x))
+            x = x + self._attention(layer, self._norm(f"{prefix}.input_layernorm", x))
             h = self._norm(f"{prefix}.post_attention_layernorm", x)
             ids, weights, gap = self._route(f"{prefix}.block_sparse_moe", h)
             x = x + self._experts(f"{prefix}.block_sparse_moe.experts", h, ids, weights)
@@ -67,30 +72,48 @@ class Reference:
         logits = linear(self._norm("model.norm", x), self._weight("lm_head"))
         return Trace(logits.float(), torch.stack(gaps, dim=1))
 
-    def _attention(self, prefix: str, h: Tensor) -> Tensor:
-        """Grouped-query causal attention: h [T, H] -> [T, H]."""
-        config, length = self.config, h.shape[0]
-        q = linear(h, self._weight(f"{prefix}.q_proj"))  # [T, N*D]
-        k = linear(h, self._weight(f"{prefix}.k_proj"))  # [T, M*D]
-        v = linear(h, self._weight(f"{prefix}.v_proj"))  # [T, M*D]
-        if config.qk_norm == "per_layer":  # over all heads at once, before they are split and turned
-            q = self._norm(f"{prefix}.q_norm", q)
-            k = self._norm(f"{prefix}.k_norm", k)
-        q = self._rotate(q.view(length, config.num_heads, config.head_dim)).transpose(0, 1)  # [N, T, D]
-        k = self._rotate(k.view(length, config.num_kv_heads, config.head_dim)).transpose(0, 1)  # [M, T, D]
-        v = v.view(length, config.num_kv_heads, config.head_dim).transpose(0, 1)  # [M, T, D]
+    def _attention(self, layer: int, h: Tensor) -> Tensor:
+        """Grouped-query causal attention, over all earlier tokens or a window of them: h [T, H] -> [T, H]."""
+        config, length, prefix = self.config, h.shape[0], f"model.layers.{layer}.self_attn"
+        q = self._qk_norm(f"{prefix}.q_norm", linear(h, self._weight(f"{prefix}.q_proj")))  # [T, N, D]
+        k = self._qk_norm(f"{prefix}.k_norm", linear(h, self._weight(f"{prefix}.k_proj")))  # [T, M, D]
+        v = linear(h, self._weight(f"{prefix}.v_proj")).view(length, config.num_kv_heads, config.head_dim)
+        rope = config.rope[config.layer_types[layer]]
+        q, k, v = self._rotate(q, rope).transpose(0, 1), self._rotate(k, rope).transpose(0, 1), v.transpose(0, 1)
         group = config.num_heads // config.num_kv_heads  # query head i reads key-value head i // group
         k, v = k.repeat_interleave(group, dim=0), v.repeat_interleave(group, dim=0)  # [N, T, D]
         scores = q.float() @ k.float().transpose(1, 2) * config.head_dim**-0.5  # [N, T, T]
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ v.float()  # [N, T, D]
+        behind = torch.arange(length)[:, None] - torch.arange(length)  # [T, T]: by how much key j lies before i
+        hidden = behind < 0
+        if config.layer_types[layer] == "sliding_attention" and config.sliding_window is not None:
+            hidden = hidden | (behind >= config.sliding_window)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if config.has_sinks:
+            sinks = self.weights[f"{prefix}.sinks"].float()[:, None, None].expand(-1, length, 1)  # [N, T, 1]
+            share = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]  # [N, T, T], less than 1 in all
+        else:
+            share = scores.softmax(-1)
+        mixed = share @ v.float()  # [N, T, D]
         heads = mixed.to(self.dtype).transpose(0, 1).reshape(length, config.q_size)
         return linear(heads, self._weight(f"{prefix}.o_proj"))
 
-    def _rotate(self, x: Tensor) -> Tensor:
+    def _qk_norm(self, name: str, x: Tensor) -> Tensor:
+        """x [T, N*D] -> [T, N, D], before the heads are turned.
+
+        per_layer: one statistic over all heads. per_head: one for each; its gains [D] or [N*D].
+        """
+        split = (len(x), -1, self.config.head_dim)
+        if self.config.qk_norm == "per_layer":
+            x = self._norm(name, x)
+        elif self.config.qk_norm == "per_head":
+            gains = self.weights[f"{name}.weight"].view(-1, self.config.head_dim)  # [1, D] or [N, D]
+            return self._norm(name, x.view(split), gains)
+        return x.view(split)
+
+    def _rotate(self, x: Tensor, rope: Rope) -> Tensor:
         """Turns pairs (i, i + R/2) of each head by position * theta^(-2i/R); x [T, heads, D]."""
-        rotary, theta = self.config.rotary_dim, self.config.rope_theta
-        frequency = 1.0 / theta ** (torch.arange(0, rotary, 2).float() / rotary)  # [R/2]
+        rotary = rope.rotary_dim
+        frequency = 1.0 / rope.theta ** (torch.arange(0, rotary, 2).float() / rotary)  # [R/2]
         angle = torch.arange(x.shape[0]).float()[:, None, None] * frequency  # [T, 1, R/2]
         first, second = x[..., :rotary].float().chunk(2, dim=-1)
         turned = torch.cat(
@@ -136,11 +159,12 @@ class Reference:
             total = total + weights[:, k, None] * out[:, k].float()
         return total.to(self.dtype)
 
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        """x / rms(x) * weight over the last axis."""
+    def _norm(self, name: str, x: Tensor, gains: Tensor | None = None) -> Tensor:
+        """x / rms(x) * weight over the last axis; `gains`: the weight, where its shape is not as stored."""
         x32 = x.float()
         scale = (x32.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt()
-        return (x32 * scale * self.weights[f"{name}.weight"].float()).to(self.dtype)
+        weight = self.weights[f"{name}.weight"] if gains is None else gains
+        return (x32 * scale * weight.float()).to(self.dtype)
 
     def _weight(self, name: str) -> Tensor:
         return self.weights[f"{name}.weight"].to(self.dtype)

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +24,10 @@ from safetensors.torch import save_file
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Shape, expected_shapes
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.layer_types import FULL, SLIDING
 from model.synthetic_tokenizer import BOS, EOS, added_token_id, write_tokenizer
 
-Preset = Literal["tiny", "demo", "bench"]
+Preset = Literal["tiny", "demo", "bench", "m2-layers"]
 Progress = Callable[[int, int], None]
 """Called with (bytes made, bytes in all)."""
 
@@ -34,6 +36,9 @@ LINEAR_GAIN = 2.4  # std times sqrt(fan in): strong enough that each layer moves
 GATE_GAIN = 1.0  # keeps sigmoids off their flat ends, where scores tie
 BIAS_STD = 0.05
 NORM_SPREAD = 0.2
+SINK_STD = 1.0
+PIECE_ELEMENTS_MAX = 1 << 24  # of a tensor, made at once
+OTHER_FILES_BYTES = 64 << 20  # tokenizer and indices, at most
 
 PRESETS: dict[Preset, dict[str, int]] = {
     "tiny": {
@@ -51,27 +56,59 @@ PRESETS: dict[Preset, dict[str, int]] = {
         "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "rotary_dim": 32,
         "num_local_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 384,
     },
+    # MiniMax-M2 itself, with fewer layers.
+    "m2-layers": {
+        "vocab_size": 200064, "max_position_embeddings": 196608, "hidden_size": 3072, "num_hidden_layers": 1,
+        "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "rotary_dim": 64,
+        "num_local_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 1536,
+    },
 }  # fmt: skip
-DTYPES: dict[Preset, str] = {"tiny": "float32", "demo": "bfloat16", "bench": "bfloat16"}
+DTYPES: dict[Preset, str] = {"tiny": "float32", "demo": "bfloat16", "bench": "bfloat16", "m2-layers": "bfloat16"}
+WINDOWS: dict[Preset, int] = {"tiny": 24, "demo": 128, "bench": 512, "m2-layers": 512}
+SLIDING_THETA = 10_000.0
+SLIDING_FACTOR = 1.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What to make of a preset; by default the released form."""
+
+    layers: int | None = None
+    """Instead of the preset's."""
+    hybrid: bool = False
+    """Every other layer slides, the first one does, with a rotation of their own."""
+    qk_norm: Literal["per_layer", "per_head", "none"] = "per_layer"
+    sinks: bool = False
+
+
+RELEASED = Variant()
 
 
 def make_checkpoint(
-    preset: Preset, out: Path, seed: int = 0, progress: Progress | None = None, *, force: bool = False
+    preset: Preset,
+    out: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    force: bool = False,
+    variant: Variant = RELEASED,
 ) -> None:
     """Writes the checkpoint folder `out`. With `force` it replaces a checkpoint that is there.
 
-    Raises CheckpointError if `out` is in the way, OSError if the disk is.
+    Raises CheckpointError if `out` is in the way or the disk too small, ConfigError for a count of layers that
+    no model has, OSError if the disk fails.
     """
     out = out.absolute()
     _check_free(out, force)
-    raw = config_json(preset)
+    raw = config_json(preset, variant)
+    config = ModelConfig.from_dict(raw)
+    _check_disk(out, config)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run that had our pid
     partial.mkdir(parents=True)
     try:
         _write_json(partial / "config.json", raw)
         _write_json(partial / "generation_config.json", _generation_config(raw))
-        config = ModelConfig.from_dict(raw)
         write_tokenizer(partial, config.vocab_size, config.max_position_embeddings)
         _write_weights(partial, config, seed, progress)
         if force and out.exists():
@@ -81,12 +118,14 @@ def make_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def config_json(preset: Preset) -> dict[str, object]:
+def config_json(preset: Preset, variant: Variant = RELEASED) -> dict[str, object]:
     """The preset's config.json in the released field names. Raises ValueError for an unknown preset."""
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; accepted: {', '.join(PRESETS)}")
-    sizes = PRESETS[preset]
-    return {
+    sizes = dict(PRESETS[preset])
+    if variant.layers is not None:
+        sizes["num_hidden_layers"] = variant.layers
+    raw: dict[str, object] = {
         "architectures": ["MiniMaxM2ForCausalLM"],
         "model_type": "minimax_m2",
         **sizes,
@@ -94,8 +133,8 @@ def config_json(preset: Preset) -> dict[str, object]:
         "rope_theta": 5_000_000,
         "rms_norm_eps": 1e-6,
         "hidden_act": "silu",
-        "use_qk_norm": True,
-        "qk_norm_type": "per_layer",
+        "use_qk_norm": variant.qk_norm != "none",
+        "qk_norm_type": variant.qk_norm,
         "scoring_func": "sigmoid",
         "use_routing_bias": True,
         "shared_intermediate_size": 0,
@@ -105,6 +144,22 @@ def config_json(preset: Preset) -> dict[str, object]:
         "bos_token_id": added_token_id(BOS, sizes["vocab_size"]),
         "eos_token_id": added_token_id(EOS, sizes["vocab_size"]),
     }
+    if variant.sinks:
+        raw["attention_sinks"] = True
+    if variant.hybrid:
+        del raw["rotary_dim"], raw["rope_theta"]
+        factor = sizes["rotary_dim"] / sizes["head_dim"]
+        raw |= {
+            "layer_types": [FULL if layer % 2 else SLIDING for layer in range(sizes["num_hidden_layers"])],
+            "sliding_window": WINDOWS[preset],
+            "rope_parameters": {
+                FULL: {"rope_type": "default", "rope_theta": 5_000_000, "partial_rotary_factor": factor},
+                SLIDING: {
+                    "rope_type": "default", "rope_theta": SLIDING_THETA, "partial_rotary_factor": SLIDING_FACTOR,
+                },
+            },
+        }  # fmt: skip
+    return raw
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -116,6 +171,15 @@ def _check_free(out: Path, force: bool) -> None:
         if force and (out / "config.json").is_file():
             return
     raise CheckpointError(out, "there already", "a path that is free, or --force and an older checkpoint")
+
+
+def _check_disk(out: Path, config: ModelConfig) -> None:
+    folder = next(parent for parent in out.parents if parent.exists())
+    needed = sum(_nbytes(name, shape, config) for name, shape in expected_shapes(config)) + OTHER_FILES_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        accepted = f"a disk with {needed / 2**30:.2f} GiB free, or fewer --layers, or a smaller --preset"
+        raise CheckpointError(out, f"on a disk with {free / 2**30:.2f} GiB free", accepted)
 
 
 def _generation_config(raw: dict[str, object]) -> dict[str, object]:
@@ -139,10 +203,11 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int, progress: Progr
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors: dict[str, torch.Tensor] = {}
         for name, shape in shapes.items():
-            tensors[name] = _random_tensor(name, shape, config, seed)
-            done += tensors[name].nbytes
-            if progress is not None:
-                progress(done, total)
+            tensors[name] = torch.empty(shape, dtype=_dtype(name, config))
+            for piece in _fill(name, tensors[name], seed):
+                done += piece
+                if progress is not None:
+                    progress(done, total)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors lets only the owner read it
         weight_map |= dict.fromkeys(shapes, file)
@@ -168,27 +233,36 @@ def _is_router(name: str) -> bool:
     return name.endswith(("gate.weight", "e_score_correction_bias"))
 
 
-def _nbytes(name: str, shape: Shape, config: ModelConfig) -> int:
-    return math.prod(shape) * (4 if _is_router(name) or config.dtype == "float32" else 2)
-
-
-def _random_tensor(name: str, shape: Shape, config: ModelConfig, seed: int) -> torch.Tensor:
+def _dtype(name: str, config: ModelConfig) -> torch.dtype:
     """The router is float32 in every checkpoint of the family; the rest is in the model's dtype."""
+    return torch.float32 if _is_router(name) or config.dtype == "float32" else torch.bfloat16
+
+
+def _nbytes(name: str, shape: Shape, config: ModelConfig) -> int:
+    return math.prod(shape) * _dtype(name, config).itemsize
+
+
+def _fill(name: str, tensor: torch.Tensor, seed: int) -> Iterator[int]:
+    """Fills it piece by piece, so that memory holds little beside it; yields the bytes of each piece."""
     if name.endswith("norm.weight"):
         mean, std = 1.0, NORM_SPREAD
     elif name.endswith("e_score_correction_bias"):
         mean, std = 0.0, BIAS_STD
     elif name.endswith("embed_tokens.weight"):
         mean, std = 0.0, 1.0
+    elif name.endswith(".sinks"):
+        mean, std = 0.0, SINK_STD
     else:
-        mean, std = 0.0, (GATE_GAIN if _is_router(name) else LINEAR_GAIN) / math.sqrt(shape[-1])
+        mean, std = 0.0, (GATE_GAIN if _is_router(name) else LINEAR_GAIN) / math.sqrt(tensor.shape[-1])
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
-    values = np.random.Generator(np.random.PCG64(int.from_bytes(key, "little"))).random(shape, np.float32)
-    values -= np.float32(0.5)
-    values *= np.float32(std * math.sqrt(12.0))  # a uniform variable of width 1 has variance 1/12
-    values += np.float32(mean)
-    is_wide = _is_router(name) or config.dtype == "float32"
-    return torch.from_numpy(values).to(torch.float32 if is_wide else torch.bfloat16)
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "little")))
+    for piece in tensor.view(-1).split(PIECE_ELEMENTS_MAX):
+        values = generator.random(len(piece), np.float32)
+        values -= np.float32(0.5)
+        values *= np.float32(std * math.sqrt(12.0))  # a uniform variable of width 1 has variance 1/12
+        values += np.float32(mean)
+        piece.copy_(torch.from_numpy(values))
+        yield piece.nbytes
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:

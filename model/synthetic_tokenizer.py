@@ -2,7 +2,8 @@
 
 The same Python version and vocabulary size give the same tokenizer; another Python ships other text, so token
 ids below the added ones may differ there. Ids of added tokens depend on the vocabulary size alone: they are
-its last ones, and every id of the vocabulary has a text.
+its last ones, and every id of the vocabulary has a text. Beyond what is trained, ids have texts that no
+input is cut into.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ PLAIN = ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>")
 TOPICS_VOCAB_MAX = 8192
 """The language reference alone yields about 9,000 tokens; beyond this the library's source is read too."""
 
+TRAINED_VOCAB_MAX = 32_768
+"""About what the library's source yields."""
+
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
@@ -34,7 +38,8 @@ def added_token_id(token: str, vocab_size: int) -> int:
 
 def write_tokenizer(folder: Path, vocab_size: int, model_len_max: int) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; exactly vocab_size tokens."""
-    tokenizer = _train(vocab_size - len(SPECIAL) - len(PLAIN))
+    size = vocab_size - len(SPECIAL) - len(PLAIN)
+    tokenizer = _filled(_train(min(size, TRAINED_VOCAB_MAX)), size)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN])
     assert tokenizer.token_to_id(EOS) == added_token_id(EOS, vocab_size), "added tokens come last, in order"
@@ -67,6 +72,16 @@ def _train(size: int) -> Tokenizer:
         # Only a Python without its documentation topics and library sources comes here.
         raise RuntimeError(f"this Python ships text for {tokenizer.get_vocab_size()} of {size} tokens")
     return tokenizer
+
+
+def _filled(tokenizer: Tokenizer, size: int) -> Tokenizer:
+    """With words that no merge leads to, up to `size`."""
+    trained = tokenizer.get_vocab_size()
+    if trained == size:
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"] |= {f"unused{number:06}": number for number in range(trained, size)}
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _corpus(size: int) -> Iterator[str]:

@@ -92,6 +92,9 @@ def show(document: dict[str, Any], console: Console) -> None:
             Text(worker["detail"]),
         )  # fmt: skip
     console.print(table)
+    for worker in document["workers"]:
+        if "kv_blocks_total" in worker["gauges"]:
+            console.print(f"{worker['id']}: keys and values {_kv(worker['gauges'])}", highlight=False)
     gauges = (document["scheduler"] or {}).get("gauges", {})
     told = ", ".join(f"{gauges[name]:g} {name}" for name in ("running", "waiting") if name in gauges)
     console.print(f"scheduler: {told or 'not there'}")
@@ -103,6 +106,16 @@ def show(document: dict[str, Any], console: Console) -> None:
 
 
 _STYLES = {"ready": "green", "failed": "red", "loading": "cyan", "starting": "cyan", "waiting": "yellow"}
+
+
+def _kv(gauges: dict[str, float]) -> str:
+    """Each block space as free of total blocks and the size of one."""
+    spaces = {"": "", "sliding_": "in windows "} if "kv_sliding_blocks_total" in gauges else {"": ""}
+    return ", ".join(
+        f"{words}{gauges[f'kv_{space}blocks_free']:g} of {gauges[f'kv_{space}blocks_total']:g} blocks free, "
+        f"{show_size(gauges[f'kv_{space}block_bytes'])} each"
+        for space, words in spaces.items()
+    )
 
 
 def _headline(document: dict[str, Any]) -> Text:

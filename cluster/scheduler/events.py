@@ -123,6 +123,22 @@ class FinishRequested:
 # What is said by attention workers.
 
 
+class Blocks(NamedTuple):
+    """Counts in a worker's two block spaces: of layers that attend to everything, and to a window."""
+
+    full: int
+    sliding: int
+
+    def plus(self, other: Blocks) -> Blocks:
+        return Blocks(self.full + other.full, self.sliding + other.sliding)
+
+    def minus(self, other: Blocks) -> Blocks:
+        return Blocks(self.full - other.full, self.sliding - other.sliding)
+
+    def fits(self, room: Blocks) -> bool:
+        return self.full <= room.full and self.sliding <= room.sliding
+
+
 @dataclass(frozen=True)
 class WorkerLimits:
     """What a worker can hold."""
@@ -131,14 +147,27 @@ class WorkerLimits:
     blocks_total: int
     sequences_max: int
     model_len_max: int
+    sliding_blocks_total: int = 0
+    sliding_window: int = 0
+    """Tokens that a sliding layer sees, the current one included; 0 where no layer slides."""
 
     @property
     def tokens_max(self) -> int:
         """The longest sequence, prompt and answer together, that can ever run here."""
         return min(self.model_len_max, self.block_tokens * self.blocks_total)
 
-    def num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_tokens)
+    def blocks_for(self, num_tokens: int, chunk_tokens_max: int) -> Blocks:
+        """What a sequence of so many tokens takes at most while it is computed in such chunks.
+
+        In the sliding space that is a window and a chunk, wherever they begin; the worker cuts chunks to what
+        its space holds, so never more than that.
+        """
+        full = -(-num_tokens // self.block_tokens)
+        if not self.sliding_window:
+            return Blocks(full, 0)
+        seen = self.sliding_window - 1 + chunk_tokens_max
+        overlapped = -(-(seen - 1) // self.block_tokens) + 1
+        return Blocks(full, min(full, overlapped, self.sliding_blocks_total))
 
 
 class Running(NamedTuple):
@@ -170,6 +199,7 @@ class WorkerReported:
     undelivered: tuple[AttemptId, ...] = ()  # dropped: their gateway could not be reached
     completions: tuple[Completion, ...] = ()
     state: tuple[Running, ...] | None = None  # everything it runs
+    sliding_blocks_free: int = 0
 
 
 @dataclass(frozen=True)

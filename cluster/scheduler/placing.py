@@ -44,4 +44,4 @@ def choose(
 
 
 def _rank(book: WorkerBook) -> tuple[int, int, Incarnation]:
-    return (len(book.held), -book.room(), book.worker)
+    return (len(book.held), -book.room().full, book.worker)

@@ -69,6 +69,7 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
         plan_number=message.plan_number,
         refused_orders=message.refused_orders,
         blocks_free=message.blocks_free,
+        sliding_blocks_free=message.sliding_blocks_free,
         num_paused=message.num_paused,
         tokens=message.tokens,
         experts_missing=message.experts_missing,
@@ -82,8 +83,14 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
     hello = message.hello
     for name in ("block_tokens", "blocks_total", "sequences_max", "model_len_max"):
         _check_range(f"hello.{name}", getattr(hello, name), 1)
+    if hello.sliding_window:
+        _check_range("hello.sliding_blocks_total", hello.sliding_blocks_total, 1)
     _check_range("blocks_free", report.blocks_free, 0, hello.blocks_total)
-    limits = WorkerLimits(hello.block_tokens, hello.blocks_total, hello.sequences_max, hello.model_len_max)
+    _check_range("sliding_blocks_free", report.sliding_blocks_free, 0, hello.sliding_blocks_total)
+    limits = WorkerLimits(
+        hello.block_tokens, hello.blocks_total, hello.sequences_max, hello.model_len_max,
+        hello.sliding_blocks_total, hello.sliding_window,
+    )  # fmt: skip
     return WorkerJoined(worker, message.fingerprint, limits, report)
 
 

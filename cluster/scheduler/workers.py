@@ -1,10 +1,10 @@
 """One worker's book: what it was given, what it has said, what may still be given to it.
 
-The worker owns its blocks; here are counts only. What it reported free stands for everything its
-report had seen; prompts given to it and not yet reported done are promised on top of that in full, so
-the room is never taken for larger than it is. The growth of running sequences is not promised: a
-worker that runs dry pauses a sequence itself, says so, and is given nothing until none is paused. So
-is one that finds experts missing, until they are there.
+The worker owns its blocks; here are counts only, of both block spaces, and there must be room in both.
+What it reported free stands for everything its report had seen; prompts given to it and not yet reported
+done are promised on top of that in full, so the room is never taken for larger than it is. The growth of
+running sequences is not promised: a worker that runs dry pauses a sequence itself, says so, and is given
+nothing until none is paused. So is one that finds experts missing, until they are there.
 Pure.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import (
     AttemptId,
+    Blocks,
     Incarnation,
     Plan,
     Running,
@@ -28,21 +29,25 @@ from cluster.scheduler.waiting import Waiting
 STOP_BYTES = 300  # of a plan, at most: request ids are limited to 256 bytes
 
 
+NONE = Blocks(0, 0)
+
+
 @dataclass(slots=True)
 class Held:
     """A sequence at a worker, or under way to it."""
 
-    blocks_promised: int  # 0 once its prompt is done: from then on the worker's own count has them
+    blocks_promised: Blocks  # NONE once its prompt is done: from then on the worker's own count has them
     since_plan: int
     stopping: bool = False  # a stop is given or due; it counts until the worker says it has ended
 
 
 class WorkerBook:
-    def __init__(self, worker: Incarnation) -> None:
+    def __init__(self, worker: Incarnation, chunk_tokens_max: int) -> None:
         self.worker = worker
+        self._chunk_tokens_max = chunk_tokens_max
         self.held: dict[AttemptId, Held] = {}
         self.unlinked_s: float | None = None  # since when its link is gone
-        self._promised = 0  # blocks, over all held
+        self._promised = NONE  # over all held
         self._starts: list[Start] = []  # of the next plan
         self._starts_bytes = 0
         self._stops: set[AttemptId] = set()  # still to be said
@@ -67,8 +72,11 @@ class WorkerBook:
         applied = report.plan_number if report.term == term else 0
         if applied > self.sent:
             return f"plan {applied} applied, {self.sent} given"
-        if report.blocks_free > self.limits.blocks_total:
-            return f"{report.blocks_free} blocks free of {self.limits.blocks_total}"
+        limits = self.limits
+        if report.blocks_free > limits.blocks_total:
+            return f"{report.blocks_free} blocks free of {limits.blocks_total}"
+        if report.sliding_blocks_free > limits.sliding_blocks_total:
+            return f"{report.sliding_blocks_free} sliding blocks free of {limits.sliding_blocks_total}"
         if report.state is not None and report.refused_orders > self.refused_orders and applied < self.sent:
             return f"plan {applied + 1} of {self.sent} refused"
         return None
@@ -83,9 +91,9 @@ class WorkerBook:
         known = [attempt for attempt, held in self.held.items() if held.since_plan <= self.applied]
         return self._absent(report.state, known)
 
-    def room(self) -> int:
+    def room(self) -> Blocks:
         """Blocks that nothing has a claim on."""
-        return self.blocks_free - self._promised
+        return self.blocks_free.minus(self._promised)
 
     def accepts(self) -> bool:
         is_able = self.unlinked_s is None and not self.num_paused and not self.experts_missing
@@ -100,7 +108,7 @@ class WorkerBook:
         return (
             self.could_ever_hold(entry)
             and entry.attempt not in self.held  # stopping, and forgotten elsewhere: it must end first
-            and self._blocks_for(entry) <= self.room()
+            and self._blocks_for(entry.num_tokens).fits(self.room())
             and stops_bytes + self._starts_bytes + entry.submission.num_bytes <= plan_bytes_max
         )
 
@@ -108,7 +116,7 @@ class WorkerBook:
         """Give it this sequence with the next plan."""
         attempt, submission, sibling = entry.attempt, entry.submission, entry.sibling
         assert attempt not in self.held, f"{attempt} is already at {self.worker}"
-        self._hold(attempt, self._blocks_for(entry), self.sent + 1)
+        self._hold(attempt, self._blocks_for(entry.num_tokens), self.sent + 1)
         self._starts_bytes += submission.num_bytes
         self._starts.append(
             Start(
@@ -125,7 +133,7 @@ class WorkerBook:
 
     def adopt(self, running: Running) -> None:
         """It runs this, and we did not know."""
-        blocks = 0 if running.prompt_done else self.limits.num_blocks(running.num_tokens + 1)
+        blocks = NONE if running.prompt_done else self._blocks_for(running.num_tokens)
         self._hold(running.attempt, blocks, self.applied)
 
     def stop(self, attempt: AttemptId) -> None:
@@ -137,7 +145,7 @@ class WorkerBook:
         """It has ended there. None: it was not there (any more)."""
         held = self.held.pop(attempt, None)
         if held is not None:
-            self._promised -= held.blocks_promised
+            self._promised = self._promised.minus(held.blocks_promised)
             self._stops.discard(attempt)
         return held
 
@@ -166,8 +174,11 @@ class WorkerBook:
             "paused": self.num_paused,
             "experts_missing": self.experts_missing,
             "blocks_total": self.limits.blocks_total,
-            "blocks_free": self.blocks_free,
-            "blocks_promised": self._promised,
+            "blocks_free": self.blocks_free.full,
+            "blocks_promised": self._promised.full,
+            "sliding_blocks_total": self.limits.sliding_blocks_total,
+            "sliding_blocks_free": self.blocks_free.sliding,
+            "sliding_blocks_promised": self._promised.sliding,
             "plan": self.sent,
             "tokens": self.tokens,
             "refused_orders": self.refused_orders,
@@ -175,20 +186,23 @@ class WorkerBook:
 
     def check(self) -> None:
         """Raises AssertionError when its counts contradict one another."""
-        promised = sum(held.blocks_promised for held in self.held.values())
+        promised = NONE
+        for held in self.held.values():
+            promised = promised.plus(held.blocks_promised)
         assert promised == self._promised, f"{self.worker}: promised {self._promised}, held {promised}"
         assert self._stops <= self.held.keys(), f"{self.worker}: stops of nothing held"
         assert self.applied <= self.sent, f"{self.worker}: applied {self.applied} of {self.sent}"
 
-    def _blocks_for(self, entry: Waiting) -> int:
-        return self.limits.num_blocks(entry.num_tokens + 1)
+    def _blocks_for(self, num_tokens: int) -> Blocks:
+        """For so many tokens and the one they bring."""
+        return self.limits.blocks_for(num_tokens + 1, self._chunk_tokens_max)
 
-    def _hold(self, attempt: AttemptId, num_blocks: int, since_plan: int) -> None:
-        self.held[attempt] = Held(num_blocks, since_plan)
-        self._promised += num_blocks
+    def _hold(self, attempt: AttemptId, blocks: Blocks, since_plan: int) -> None:
+        self.held[attempt] = Held(blocks, since_plan)
+        self._promised = self._promised.plus(blocks)
 
     def _count(self, report: WorkerReported) -> None:
-        self.blocks_free = report.blocks_free
+        self.blocks_free = Blocks(report.blocks_free, report.sliding_blocks_free)
         self.num_paused = report.num_paused
         self.experts_missing = report.experts_missing
         self.refused_orders = report.refused_orders
@@ -197,8 +211,8 @@ class WorkerBook:
     def _prompts_done(self, attempts: Iterable[AttemptId]) -> None:
         for attempt in attempts:
             if held := self.held.get(attempt):
-                self._promised -= held.blocks_promised
-                held.blocks_promised = 0
+                self._promised = self._promised.minus(held.blocks_promised)
+                held.blocks_promised = NONE
 
     def _absent(self, state: Iterable[Running], known: Iterable[AttemptId]) -> list[AttemptId]:
         present = {running.attempt for running in state}

@@ -18,6 +18,7 @@ from attention_workers.worker import AttentionWorker
 from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
 from model.attention import TILE
+from model.layer_types import FULL, SLIDING
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.placement import EpochId, Member, Placement, spread
@@ -43,9 +44,9 @@ class Answer:
 
 
 class LocalCluster:
-    def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96, dtype=None,
-                 numerics="exact", placement=None):  # fmt: skip
-        """`placement(members) -> Placement` replaces the even spread."""
+    def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
+                 sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None):  # fmt: skip
+        """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid."""
         self.checkpoint = checkpoint
         config = checkpoint.config
         self.dtype = dtype or getattr(torch, config.dtype)
@@ -56,10 +57,12 @@ class LocalCluster:
         self.placement: Placement = (placement or self._spread)(members, replicas)
         for expert in self.experts:
             expert.residency.prepare(self.placement)
-        self._threads = [threading.Thread(target=self._answer, args=(e,), name="expert") for e in self.experts]
+        self._threads = [threading.Thread(target=self._answer, args=(e,), daemon=True) for e in self.experts]
         for thread in self._threads:
             thread.start()
-        self.workers = [self._attention(i, microbatches, blocks, numerics) for i in range(attention)]
+        self._model_len = model_len
+        pools = {FULL: blocks, SLIDING: sliding_blocks}
+        self.workers = [self._attention(i, microbatches, pools, numerics) for i in range(attention)]
         self._plans = [0] * attention
         assert config.max_position_embeddings >= 128
 
@@ -77,12 +80,20 @@ class LocalCluster:
         end = LocalExpertEnd(self.hub, self._identity(member), self.router)
         return ExpertWorker(residency, end, rows_max=4096)
 
-    def _attention(self, index, microbatches, blocks, numerics):
+    def _attention(self, index, microbatches, pools, numerics):
         model = AttentionModel(
-            self.checkpoint, dtype=self.dtype, numerics=numerics, positions_max=1024, progress=lambda *_: None
+            self.checkpoint,
+            dtype=self.dtype,
+            numerics=numerics,
+            positions_max=self._model_len,
+            progress=lambda *_: None,
         )
-        model.make_kv(blocks)
-        book = Book(self.checkpoint.fingerprint, 1, KvBlocks(blocks), TILE, 256, 1024)
+        model.make_kv(pools)
+        window = self.checkpoint.config.sliding_window
+        sliding = None if window is None else KvBlocks(pools[SLIDING], window)
+        book = Book(
+            self.checkpoint.fingerprint, 1, KvBlocks(pools[FULL]), TILE, 256, self._model_len, sliding=sliding
+        )
         member = Member(f"a{index}", 1)
         end = LocalAttentionEnd(self.hub, self._identity(member), self.router)
         dispatcher = Dispatcher(end, member, self.router, lambda peer: None)
@@ -133,7 +144,7 @@ class LocalCluster:
             thread.join(10)
             assert not thread.is_alive()
         for worker in self.workers:
-            assert worker.book.blocks.num_free == worker.book.blocks.total
+            assert all(space.num_free == space.total for space in worker.book.spaces.values())
             worker.dispatcher.close()
         for expert in self.experts:
             expert.end.close()

@@ -136,8 +136,8 @@ def test_what_a_block_held_before_leaves_no_trace(checkpoint, dtype, alone):
     """Even NaN left in a freed block: a masked key must weigh nothing."""
     with LocalCluster(checkpoint, dtype=dtype) as cluster:
         model = cluster.workers[0].model
-        model.keys.fill_(torch.nan)
-        model.values.fill_(torch.nan)
+        for pool in (*model.keys.values(), *model.values.values()):
+            pool.fill_(torch.nan)
         assert cluster.run([me()])["me"] == alone
 
 

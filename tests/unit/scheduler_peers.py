@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from cluster.scheduler.events import (
     Accept,
     AttemptId,
+    Blocks,
     CloseAttempt,
     CloseReason,
     Command,
@@ -33,6 +34,8 @@ from cluster.scheduler.events import (
 )
 
 MODEL = "model-a"
+NOTHING = Blocks(0, 0)
+CHUNK_TOKENS = 64  # at most, of a worker's step here
 
 
 def token_at(request_id: str, index: int, position: int) -> int:
@@ -69,7 +72,7 @@ class SimSequence:
     start: Start
     tokens: list[int]  # generated
     computed: int = 0
-    num_blocks: int = 0
+    blocks: Blocks = NOTHING
     is_paused: bool = False
     prompt_told: bool = False
 
@@ -89,7 +92,7 @@ class SimWorker:
         self.incarnation = incarnation
         self.limits = limits
         self.sequences: dict[AttemptId, SimSequence] = {}
-        self.blocks_free = limits.blocks_total
+        self.free = Blocks(limits.blocks_total, limits.sliding_blocks_total)
         self.term = self.plan_number = self.refused = self.tokens = 0
         self.news: dict[str, list] = {}
 
@@ -110,7 +113,8 @@ class SimWorker:
             term=self.term,
             plan_number=self.plan_number,
             refused_orders=self.refused,
-            blocks_free=self.blocks_free,
+            blocks_free=self.free.full,
+            sliding_blocks_free=self.free.sliding,
             num_paused=sum(s.is_paused for s in self.sequences.values()),
             tokens=self.tokens,
             state=state,
@@ -139,7 +143,7 @@ class SimWorker:
             self.tell("completions", Completion(attempt, reason, ""))
 
     def drop(self, attempt: AttemptId) -> None:
-        self.blocks_free += self.sequences.pop(attempt).num_blocks
+        self._hold(self.sequences.pop(attempt), NOTHING)
 
     def tell(self, name: str, said: object) -> None:
         self.news.setdefault(name, []).append(said)
@@ -150,10 +154,11 @@ class SimWorker:
         for sequence in sorted(self.sequences.values(), key=lambda s: s.order):
             if sequence.is_paused and not self._may_enter(sequence):
                 continue
-            count = min(chunk_tokens, sequence.num_tokens - sequence.computed)
+            count = min(chunk_tokens, self._chunk_fits(), sequence.num_tokens - sequence.computed)
             if not self._make_room(sequence, count):
                 continue
             sequence.computed += count
+            self._hold(sequence, self._needed(sequence, 0))
             if sequence.computed >= len(sequence.start.prompt) and not sequence.prompt_told:
                 sequence.prompt_told = True
                 self.tell("prompts_done", sequence.start.attempt)
@@ -162,23 +167,39 @@ class SimWorker:
         return [s for s in sampling if not s.is_paused]
 
     def _may_enter(self, sequence: SimSequence) -> bool:
-        needed = self.limits.num_blocks(sequence.num_tokens + 1)
-        alone = self.blocks_free == self.limits.blocks_total
-        sequence.is_paused = self.blocks_free < needed and not alone
+        needed = self.limits.blocks_for(sequence.num_tokens + 1, CHUNK_TOKENS)
+        alone = not any(s.blocks.full for s in self.sequences.values())
+        sequence.is_paused = not needed.fits(self.free) and not alone
         return not sequence.is_paused
 
     def _make_room(self, sequence: SimSequence, count: int) -> bool:
-        more = self.limits.num_blocks(sequence.computed + count) - sequence.num_blocks
-        while self.blocks_free < more:
-            last = max((s for s in self.sequences.values() if s.num_blocks), key=lambda s: s.order)
-            self.blocks_free += last.num_blocks
-            last.num_blocks = last.computed = 0
+        needed = self._needed(sequence, count)
+        while not needed.minus(sequence.blocks).fits(self.free):
+            last = max((s for s in self.sequences.values() if s.blocks.full), key=lambda s: s.order)
+            self._hold(last, NOTHING)
+            last.computed = 0
             last.is_paused = True
             if last is sequence:
                 return False
-        self.blocks_free -= more
-        sequence.num_blocks += more
+        self._hold(sequence, needed)
         return True
+
+    def _chunk_fits(self) -> int:
+        limits = self.limits
+        if not limits.sliding_window:
+            return limits.tokens_max
+        return (limits.sliding_blocks_total - 1) * limits.block_tokens + 1 - (limits.sliding_window - 1)
+
+    def _needed(self, sequence: SimSequence, count: int) -> Blocks:
+        """With `count` more tokens: all in the one space, in the other what is seen from the next one on."""
+        window, size = self.limits.sliding_window, self.limits.block_tokens
+        full = -(-(sequence.computed + count) // size)
+        return Blocks(full, full - max(0, sequence.computed - window + 1) // size if window else 0)
+
+    def _hold(self, sequence: SimSequence, blocks: Blocks) -> None:
+        self.free = self.free.minus(blocks.minus(sequence.blocks))
+        sequence.blocks = blocks
+        assert NOTHING.fits(self.free)
 
 
 @dataclass

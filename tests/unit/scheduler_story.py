@@ -52,6 +52,7 @@ class Story:
         self.now_s = 100.0
         self.plans: dict[Incarnation, Plan] = {}  # the last to each worker
         self.free: dict[Incarnation, int] = {}
+        self.free_sliding: dict[Incarnation, int] = {}
         self.tell(MembersExpected(frozenset(workers) if expected is None else expected))
         self.tell(GatewayJoined(G, "unix:g0"))
         for worker in workers:
@@ -78,6 +79,7 @@ class Story:
         self, worker: Incarnation, state: tuple[Running, ...] = (), fingerprint: str = MODEL, **said: Any
     ) -> list[Command]:
         self.free[worker] = self.limits.blocks_total
+        self.free_sliding[worker] = self.limits.sliding_blocks_total
         report = self._report(worker, state=state, **said)
         return self.tell(WorkerJoined(worker, fingerprint, self.limits, report))
 
@@ -93,6 +95,7 @@ class Story:
             plan_number=plan.number if plan else 0,
             refused_orders=0,
             blocks_free=self.free[worker],
+            sliding_blocks_free=self.free_sliding[worker],
             num_paused=0,
             tokens=0,
         )

@@ -189,11 +189,10 @@ class World:
 
     def _assert_room(self, worker: Incarnation) -> None:
         gauges = self.scheduler.snapshot()
-        free, promised, held = (
-            gauges[f"worker/{worker.id}/{n}"] for n in ("blocks_free", "blocks_promised", "held")
-        )
-        assert promised <= free, f"{worker} was promised {promised} blocks of {free}"
-        assert held <= self.limits.sequences_max
+        for space in ("blocks", "sliding_blocks"):
+            free, promised = (gauges[f"worker/{worker.id}/{space}_{n}"] for n in ("free", "promised"))
+            assert promised <= free, f"{worker} was promised {promised} {space} of {free}"
+        assert gauges[f"worker/{worker.id}/held"] <= self.limits.sequences_max
 
     def _assert_runs_once(self) -> None:
         """No attempt runs at two workers."""

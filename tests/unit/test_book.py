@@ -8,6 +8,7 @@ from attention_workers.book import Book, OrderRefused
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.microbatch import ping_pong, split
 from attention_workers.step import AttemptId, FinishReason, Plan, Sampling, Start, StepResult, TokenDelta
+from model.layer_types import FULL
 
 EOS = 7
 
@@ -52,7 +53,7 @@ def test_a_sequence_runs_until_its_length_without_further_orders():
         ends += result.completions
     assert tokens == [100, 101, 102]
     assert [(c.reason, c.num_tokens) for c in ends] == [(FinishReason.LENGTH, 3)]
-    assert b.blocks.num_free == b.blocks.total
+    assert b.spaces[FULL].num_free == b.spaces[FULL].total
 
 
 def test_a_stop_token_ends_a_sequence_and_is_delivered_with_the_reason():
@@ -180,7 +181,7 @@ def test_random_orders_lose_nothing_and_conserve_blocks(seed):
     had alone."""
     rng = random.Random(seed)
     b = book(blocks=rng.randint(4, 12), block_tokens=4, model_len_max=rng.choice([16, 24]))
-    room = min(b.model_len_max, b.blocks.total * 4)
+    room = min(b.model_len_max, b.spaces[FULL].total * 4)
     wanted, tokens, ends, number = {}, {}, {}, 0
     for turn in range(400):
         result = StepResult()
@@ -212,7 +213,7 @@ def test_random_orders_lose_nothing_and_conserve_blocks(seed):
         count = min(s.max_tokens, room - len(s.prompt))
         if ends[name] is FinishReason.LENGTH:
             assert tokens[name] == [100 + i for i in range(count)]
-    assert b.blocks.num_free == b.blocks.total
+    assert b.spaces[FULL].num_free == b.spaces[FULL].total
 
 
 def test_freeing_a_block_twice_stops_the_worker():

@@ -21,7 +21,7 @@ from model.checkpoint import (
 )
 from model.errors import CheckpointError
 from model.shard import read_shard
-from model.synthetic import make_checkpoint
+from model.synthetic import Variant, make_checkpoint
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EXPERT = "model.layers.2.block_sparse_moe.experts.7.w1.weight"
@@ -74,6 +74,33 @@ def refusal(path: Path) -> CheckpointError:
 def write_shard(path: Path, header: object, data: bytes = b"") -> None:
     text = json.dumps(header).encode()
     (path / SINGLE_FILE).write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.fixture
+def head_norms(tmp_path: Path) -> Path:
+    """Norms of heads with shared gains, and sinks."""
+    make_checkpoint("tiny", tmp_path / "m", variant=Variant(qk_norm="per_head", sinks=True))
+    return tmp_path / "m"
+
+
+def test_head_norms_may_be_shared_or_each_heads_own(head_norms: Path) -> None:
+    """Of head_dim 16, or 4 heads of 16; nothing else."""
+    name = "model.layers.0.self_attn.q_norm.weight"
+    assert Checkpoint.open(head_norms).get(name).shape == (16,)
+    edit(head_norms, lambda tensors: tensors.update({name: torch.ones(64)}))
+    assert Checkpoint.open(head_norms).get(name).shape == (64,)
+    edit(head_norms, lambda tensors: tensors.update({name: torch.ones(32)}))
+    assert "of shape [32]; accepted: shape [16] or [64]" in str(refusal(head_norms))
+
+
+def test_sinks_are_there_when_and_only_when_config_says_so(head_norms: Path, single: Path) -> None:
+    name = "model.layers.2.self_attn.sinks"
+    assert Checkpoint.open(head_norms).get(name).shape == (4,)
+    edit(head_norms, lambda tensors: tensors.pop(name))
+    assert f"tensor {name} is absent" in str(refusal(head_norms))
+    edit(single, lambda tensors: tensors.update({name: torch.ones(4)}))
+    assert f"tensor {name} is unknown" in str(refusal(single))
+    assert "attention_sinks: true" in str(refusal(single))
 
 
 def test_the_two_roles_share_no_tensor_and_leave_none_out(single: Path) -> None:

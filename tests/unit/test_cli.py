@@ -175,7 +175,12 @@ DOCUMENT = {
     "model": "tiny", "phase": "ready", "epoch": {"term": 1, "number": 2}, "transport": "shm", "uptime_s": 5.0,
     "workers": [
         {"id": "expert-0", "state": "loading", "pid": 7, "incarnation": 2, "device": "cpu", "slots": 12,
-         "bytes_loaded": MIB, "bytes_total": 2 * MIB, "detail": "loading experts"},
+         "bytes_loaded": MIB, "bytes_total": 2 * MIB, "detail": "loading experts", "gauges": {}},
+        {"id": "attention-0", "state": "ready", "pid": 8, "incarnation": 1, "device": "cpu", "slots": 0,
+         "bytes_loaded": MIB, "bytes_total": MIB, "detail": "",
+         "gauges": {"kv_blocks_total": 96.0, "kv_blocks_free": 64.0, "kv_block_bytes": 8192.0,
+                    "kv_sliding_blocks_total": 12.0, "kv_sliding_blocks_free": 11.0,
+                    "kv_sliding_block_bytes": 24576.0}},
     ],
     "scheduler": {"gauges": {"running": 3.0, "waiting": 1.0}},
     "gateways": [{"id": "gateway-0", "address": "http://127.0.0.1:8000", "state": "ready"}],
@@ -212,9 +217,14 @@ def test_status_json_is_the_gateways_document(url: str, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out) == DOCUMENT
 
 
-def test_status_for_people_shows_workers_and_what_was_lost(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_for_people_shows_workers_and_what_was_lost(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     assert main(["status", "--url", url, "--api-key", "sesame"]) == 0
     shown = capsys.readouterr().out
+    kv = "keys and values 64 of 96 blocks free, 8.0 KiB each, in windows 11 of 12 blocks free, 24.0 KiB each"
+    assert f"attention-0: {kv}" in shown
     for words in ("ready, epoch 1.2", "1.0 MiB of 2.0 MiB", "3 running, 1 waiting", "silent for 5.1 s"):
         assert words in shown
 

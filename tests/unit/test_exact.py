@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import exact
-from model.attention import TILE, PagedAttention, query_tiles
+from model.attention import TILE, PagedAttention, Stretch, first_tile_seen, query_tiles
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
@@ -99,17 +99,51 @@ def _pool(lengths, heads, group, width, seed=0):
     return keys, values, sequences
 
 
+def _expected(q, k, v, window, sinks):
+    """Attention as the paper has it: q [T, N*G, D], k and v [T, N, D]."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (k, v))
+    scores = q.transpose(0, 1) @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril()
+    if window is not None:
+        mask = mask.triu(1 - window)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(q), 1)), -1)
+    share = scores.softmax(-1)[..., : len(q)]
+    return (share @ v).transpose(0, 1).reshape(len(q), -1)
+
+
+@pytest.mark.parametrize(
+    ("window", "has_sinks"),
+    [
+        (None, False),
+        (None, True),
+        (1, True),
+        (20, False),
+        (TILE, True),
+        (TILE + 1, False),
+        (70, True),
+        (500, False),
+    ],
+)
 @pytest.mark.parametrize(("heads", "group", "width"), [(2, 3, 16), (1, 12, 64), (4, 1, 32)])
-def test_attention_has_the_same_bits_for_prefill_chunks_and_decode(threads, heads, group, width):
-    """However a prompt is cut, and whoever decodes beside it, a position's row is the same."""
-    lengths = [5, TILE + 1, 2 * TILE, 130, 1]
+def test_attention_has_the_same_bits_for_prefill_chunks_and_decode(
+    threads, heads, group, width, window, has_sinks
+):
+    """However a prompt is cut, and whoever decodes beside it, a position's row is the same; and it is right.
+
+    A chunk is given only the blocks that its window still sees.
+    """
+    lengths = [5, TILE + 1, 2 * TILE, 170, 1]
     keys, values, sequences = _pool(lengths, heads, group, width)
     attend = PagedAttention(heads * group, heads, width, "exact")
+    sinks = torch.linspace(-2, 3, heads * group) if has_sinks else None
     spans, at = [], 0
     for n, (_, _, _, blocks) in zip(lengths, sequences, strict=True):
-        spans.append((at, 0, n, blocks))
+        spans.append(Stretch(at, 0, n, 0, blocks))
         at += n
-    together = attend(torch.cat([s[0] for s in sequences]), keys, values, query_tiles(spans))
+    everyone = torch.cat([s[0] for s in sequences])
+    together = attend(everyone, keys, values, query_tiles(spans, window), sinks)
     at = 0
     for n, (q, k, v, blocks) in zip(lengths, sequences, strict=True):
         expected = together[at : at + n]
@@ -117,18 +151,31 @@ def test_attention_has_the_same_bits_for_prefill_chunks_and_decode(threads, head
         for chunk in (1, 7, 100):
             for first in range(0, n, chunk if chunk > 1 else 29):
                 count = min(chunk, n - first)
-                tiles = query_tiles([(0, first, count, blocks)])
-                got = attend(q[first : first + count], keys, values, tiles)
+                tile = first_tile_seen(first, window)
+                tiles = query_tiles([Stretch(0, first, count, tile, blocks[tile:])], window)
+                got = attend(q[first : first + count], keys, values, tiles, sinks)
                 assert torch.equal(got, expected[first : first + count])
-        wide = [x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v)]
-        library = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), *wide, is_causal=True)
-        torch.testing.assert_close(expected, library.transpose(0, 1).reshape(n, -1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(expected, _expected(q, k, v, window, sinks), rtol=1e-4, atol=1e-5)
 
 
-def test_long_prompts_are_cut_into_slabs_of_the_same_bits(monkeypatch):
+def test_what_lies_outside_a_window_is_not_computed():
+    """Pairs of a query tile and a key tile that no token of it sees do not exist."""
+    window, blocks = 40, list(range(10))
+    for first, count in ((300, 1), (280, 20), (0, 320)):
+        for tiles in query_tiles([Stretch(0, first, count, 0, blocks)], window):
+            for query, tile in zip(tiles.pair_query.tolist(), tiles.pair_tile.tolist(), strict=True):
+                seen = tiles.positions[query][:, None] - torch.arange(tile * TILE, (tile + 1) * TILE)
+                assert ((seen >= 0) & (seen < window)).any()
+    [tiles] = query_tiles([Stretch(0, 300, 1, 8, blocks[8:])], window)
+    assert tiles.pair_block.tolist() == [8, 9]
+
+
+@pytest.mark.parametrize("window", [None, 33])
+def test_long_prompts_are_cut_into_slabs_of_the_same_bits(monkeypatch, window):
     """Bounding memory must not show."""
     keys, values, [(q, _, _, blocks)] = _pool([200], 2, 2, 16)
     attend = PagedAttention(4, 2, 16, "exact")
-    whole = attend(q, keys, values, query_tiles([(0, 0, 200, blocks)]))
+    tiles = query_tiles([Stretch(0, 0, 200, 0, blocks)], window)
+    whole = attend(q, keys, values, tiles)
     monkeypatch.setattr("model.attention._PAIR_ELEMENTS_MAX", 5000)
-    assert torch.equal(attend(q, keys, values, query_tiles([(0, 0, 200, blocks)])), whole)
+    assert torch.equal(attend(q, keys, values, tiles), whole)

@@ -10,6 +10,7 @@ import pytest
 
 from model.config import CONFIG_BYTES_MAX, ModelConfig, load_config
 from model.errors import CheckpointError, ConfigError, shorten
+from model.layer_types import FULL, Rope
 
 ABSENT = object()
 
@@ -91,18 +92,21 @@ def changed(base: dict[str, Any], **fields: Any) -> dict[str, Any]:
 def test_released_layout() -> None:
     config = ModelConfig.from_dict(RELEASED)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (62, 48, 8, 128)
-    assert (config.q_size, config.kv_size, config.rotary_dim, config.rope_theta) == (6144, 1024, 64, 5e6)
+    assert (config.q_size, config.kv_size) == (6144, 1024)
+    assert config.rope == {FULL: Rope(theta=5e6, rotary_dim=64)}
     assert (config.num_experts, config.experts_per_token, config.expert_hidden) == (256, 8, 1536)
     assert (config.qk_norm, config.use_routing_bias, config.dtype) == ("per_layer", True, "bfloat16")
     assert (config.bos_id, config.eos_ids) == (None, ())
-    assert config.layer_types == ("full_attention",) * 62
+    assert (config.layer_types, config.sliding_window) == (("full_attention",) * 62, None)
+    assert not config.has_sinks
 
 
 def test_layout_saved_by_transformers_means_norms_and_bias_on() -> None:
     """Transformers leaves out what its code always does; reading absence as off would drop norms and bias."""
     config = ModelConfig.from_dict(SAVED_BY_TRANSFORMERS)
     assert (config.qk_norm, config.use_routing_bias) == ("per_layer", True)
-    assert (config.rotary_dim, config.rope_theta, config.dtype) == (8, 10000.0, "float32")
+    assert config.rope == {FULL: Rope(theta=10000.0, rotary_dim=8)}
+    assert config.dtype == "float32"
     assert (config.bos_id, config.eos_ids) == (200034, (200020,))
 
 
@@ -127,7 +131,7 @@ def test_both_layouts_of_one_model_agree() -> None:
 )
 def test_rotation_from_each_spelling(fields: dict[str, Any], rotary_dim: int, theta: float) -> None:
     config = ModelConfig.from_dict(changed(SAVED_BY_TRANSFORMERS, **fields))
-    assert (config.rotary_dim, config.rope_theta) == (rotary_dim, theta)
+    assert config.rope == {FULL: Rope(theta=theta, rotary_dim=rotary_dim)}
 
 
 def test_qk_norm_may_be_off() -> None:
@@ -150,11 +154,14 @@ REFUSED = [
     ("rms_norm_eps", float("nan"), "a finite number"),
     ("rope_theta", -1.0, "greater than 1"),
     ("scoring_func", "softmax", "'sigmoid'"),
-    ("qk_norm_type", "per_head", "'per_layer'"),
+    ("qk_norm_type", "per_tensor", "'per_layer', 'per_head' or 'none'"),
+    ("qk_norm_type", "none", "per_layer or per_head, as use_qk_norm is true"),
     ("use_qk_norm", "yes", "a valid boolean"),
     ("hidden_act", "gelu", "'silu'"),
-    ("sliding_window", 4096, "null"),
-    ("attn_window_size", 128, "null"),
+    ("sliding_window", 4096, "null, or layer_types beside it to say which layers slide"),
+    ("sliding_window", 0, "greater than or equal to 1"),
+    ("attention_sinks", 1, "a valid boolean"),
+    ("attention_value_scale", 0.7, "null"),
     ("shared_intermediate_size", 1024, "0"),
     ("tie_word_embeddings", True, "false"),
     ("attention_bias", True, "false"),
@@ -185,7 +192,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(field: str, value: Any, acce
     ("fields", "message"),
     [
         ({"attn_type_list": [1, 0]}, "attn_type_list.1 is 0; accepted: 1"),
-        ({"layer_types": ["sliding_attention"]}, 'layer_types.0 is "sliding_attention"; accepted: \'full_'),
+        ({"layer_types": ["linear_attention"]}, 'layer_types.0 is "linear_attention"; accepted: \'full_'),
         ({"dtype": "float32"}, 'torch_dtype is "bfloat16"; accepted: "float32", as dtype says'),
         ({"eos_token_id": [1, "x"]}, 'eos_token_id.1 is "x"; accepted: a valid integer'),
         ({"rotary_dim": 63}, "rotary_dim is 63 channels; accepted: an even count of rotary channels, 2 to 128"),

@@ -257,6 +257,22 @@ def test_room_is_promised_until_the_prompt_is_done() -> None:
     assert story.started(story.round()) == {W0: ["c"]}
 
 
+def test_there_must_be_room_in_both_block_spaces() -> None:
+    """A prompt on sliding layers takes a window and a chunk, wherever they begin, however long it is."""
+    limits = replace(LIMITS, blocks_total=512, sliding_window=20, sliding_blocks_total=9)
+    story = Story(W0, limits=limits, config=SchedulerConfig(chunk_tokens_max=32))
+    assert limits.blocks_for(480, 32) == (30, 5)  # 51 tokens in a row overlap 5 blocks of 16 at most
+    assert limits.blocks_for(17, 32) == (2, 2)
+    assert limits.blocks_for(480, 256) == (30, 9)  # the worker cuts its chunks to what it has
+    story.submit("a", num_prompt=480)
+    story.submit("b", num_prompt=480)
+    assert story.started(story.round()) == {W0: ["a"]}
+    assert story.scheduler.snapshot()["worker/attention-0/sliding_blocks_promised"] == 5
+    story.free_sliding[W0] = 6  # what a still holds of its window
+    story.report(W0, prompts_done=(attempt("a"),))
+    assert story.started(story.round()) == {W0: ["b"]}
+
+
 def test_a_long_prompt_at_the_head_is_not_overtaken() -> None:
     """Strict order: else short ones would keep it waiting for ever."""
     story = Story(W0)
@@ -361,6 +377,7 @@ def test_what_is_no_event_or_from_the_past_raises_and_changes_nothing() -> None:
     [
         ({"plan_number": 9}, "plan 9 applied, 1 given"),
         ({"blocks_free": 65}, "65 blocks free of 64"),
+        ({"sliding_blocks_free": 1}, "1 sliding blocks free of 0"),
     ],
 )
 def test_a_report_that_cannot_be_ends_the_stream(said: dict[str, int], why: str) -> None:

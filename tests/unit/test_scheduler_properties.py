@@ -7,6 +7,7 @@ sequence ends exactly once and nothing is held anywhere.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from cluster.scheduler.events import Command, WorkerLimits
 from tests.unit.scheduler_world import World
 
 LIMITS = WorkerLimits(block_tokens=4, blocks_total=24, sequences_max=5, model_len_max=80)
+HYBRID = replace(LIMITS, sliding_blocks_total=7, sliding_window=6)
 CONFIG = SchedulerConfig(
     queued_requests_max=6, queued_tokens_max=400, gateway_lease_s=1.0, recovery_deadline_s=30.0
 )
@@ -53,7 +55,8 @@ def random_move(world: World) -> None:
 
 
 def run(seed: int, num_moves: int) -> World:
-    world = World(seed, CONFIG, LIMITS)
+    """Every third with workers that have sliding layers, whose blocks run out first."""
+    world = World(seed, CONFIG, HYBRID if seed % 3 == 0 else LIMITS)
     for name in ("attention-0", "attention-1", "attention-2"):
         world.start_worker(name)
     for name in ("gateway-0", "gateway-1"):
@@ -80,7 +83,10 @@ def test_when_all_is_healed_every_sequence_has_ended_once_and_nothing_is_held(se
     gauges = world.scheduler.snapshot()
     assert (gauges["requests"], gauges["waiting"], gauges["running"]) == (0, 0, 0)
     for name, worker in world.workers.items():
-        assert worker.blocks_free == LIMITS.blocks_total == gauges[f"worker/{name}/blocks_free"]
+        limits = worker.limits
+        assert worker.free == (limits.blocks_total, limits.sliding_blocks_total)
+        for space in ("blocks", "sliding_blocks"):
+            assert gauges[f"worker/{name}/{space}_free"] == gauges[f"worker/{name}/{space}_total"]
     ends = [end for g in world.gateways.values() for r in g.requests.values() for end in r.ends.values()]
     assert set(ends) <= {"STOP", "LENGTH", "given up", "OVERLOADED", "TOO_LARGE", "NOT_READY"}
 

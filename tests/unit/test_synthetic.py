@@ -15,8 +15,9 @@ from model import synthetic, synthetic_tokenizer
 from model.checkpoint import Checkpoint, expected_shapes
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.layer_types import FULL, SLIDING, Rope
 from model.reference import Reference
-from model.synthetic import config_json, make_checkpoint
+from model.synthetic import Variant, config_json, make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,43 @@ def test_tiny_is_small(tiny: Path) -> None:
 def test_bench_is_the_model_the_benchmarks_name() -> None:
     config = ModelConfig.from_dict(config_json("bench"))
     assert sum(math.prod(shape) for _, shape in expected_shapes(config)) == 748_125_696
+
+
+def test_m2_layers_has_the_shapes_of_the_released_model() -> None:
+    """All of it: 62 layers of this preset are the model whose weights were counted."""
+    released = ModelConfig.from_dict(config_json("m2-layers", Variant(layers=62)))
+    assert sum(math.prod(shape) for _, shape in expected_shapes(released)) == 228_689_764_864
+    assert (released.sliding_window, released.qk_norm, released.dtype) == (None, "per_layer", "bfloat16")
+    assert released.rope == {FULL: Rope(theta=5e6, rotary_dim=64)}
+    assert ModelConfig.from_dict(config_json("m2-layers", Variant(layers=2))).num_layers == 2
+
+
+def test_a_hybrid_slides_in_every_other_layer(tmp_path: Path) -> None:
+    """With a rotation of its own; norms and sinks as told; it is complete and its text varies."""
+    make_checkpoint("tiny", tmp_path / "m", variant=Variant(5, hybrid=True, qk_norm="per_head", sinks=True))
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    config = checkpoint.config
+    assert config.layer_types == (SLIDING, FULL, SLIDING, FULL, SLIDING)
+    assert (config.sliding_window, config.qk_norm, config.has_sinks) == (24, "per_head", True)
+    assert config.rope == {FULL: Rope(theta=5e6, rotary_dim=8), SLIDING: Rope(theta=1e4, rotary_dim=16)}
+    assert checkpoint.get("model.layers.4.self_attn.sinks").std() > 0.1
+    reference, token_ids = Reference(checkpoint), [20]
+    for _ in range(20):
+        token_ids.append(int(reference.logits(token_ids)[-1].argmax()))
+    assert len(set(token_ids)) > 12
+
+
+def test_a_disk_too_small_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"GiB free; accepted: a disk with \d{4}\.\d\d GiB free"):
+        make_checkpoint("m2-layers", tmp_path / "m", variant=Variant(layers=1024))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pieces_leave_no_trace(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor too large to make at once has the same bytes."""
+    monkeypatch.setattr(synthetic, "PIECE_ELEMENTS_MAX", 1000)
+    make_checkpoint("tiny", tmp_path / "m")
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
 
 
 def test_same_seed_same_checkpoint(tiny: Path, tmp_path: Path) -> None:
@@ -142,6 +180,17 @@ def test_tokenizer_is_byte_level_and_complete(tiny: Path) -> None:
     assert {*synthetic_tokenizer.PLAIN, "]~b]", "[e~["} <= set(encoded.tokens)
     kept = tokenizer.decode(encoded.ids, skip_special_tokens=True)
     assert kept == "ai\n<think>\na</think><minimax:tool_call>b</minimax:tool_call>"
+
+
+def test_a_vocabulary_beyond_the_trained_one_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every id has a text that streams as its own; no input becomes one of the filling ids."""
+    monkeypatch.setattr(synthetic_tokenizer, "TRAINED_VOCAB_MAX", 400)
+    synthetic_tokenizer.write_tokenizer(tmp_path, 600, 1024)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 600
+    assert tokenizer.token_to_id("[e~[") == synthetic_tokenizer.added_token_id("[e~[", 600)
+    assert tokenizer.decode([400, 589, 65]).startswith("unused000400unused000589")
+    assert max(tokenizer.encode("unused000400 and some words").ids) < 400
 
 
 def test_end_of_text_is_the_same_everywhere(tiny: Path) -> None:
