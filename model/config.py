@@ -11,6 +11,7 @@ Does not read weights and does not import torch.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -23,9 +24,18 @@ from model.errors import CheckpointError, ConfigError
 CONFIG_BYTES_MAX = 1 << 20
 ROPE_THETA_DEFAULT = 5_000_000.0
 
+FP8_WEIGHTS = tuple(
+    f".{module}.weight" for module in ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
+)  # fmt: skip
+
 ALIASES = {"num_experts": "num_local_experts", "torch_dtype": "dtype"}
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Modules = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256)]],
+    Field(max_length=4096),
+    BeforeValidator(lambda names: [] if names is None else names),
+]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=1 << 31)]],
     BeforeValidator(lambda ids: ids if isinstance(ids, list) else [] if ids is None else [ids]),
@@ -63,6 +73,19 @@ class ModelConfig(BaseModel):
     vocabulary (Transformers' defaults do on small models), where they can never be sampled."""
     layer_types: tuple[str, ...]
     """One of "full_attention" per layer."""
+    is_fp8: bool
+    """Whether linear layers are stored in FP8 blocks of 128 x 128 (`model/fp8.py`)."""
+    not_fp8: tuple[str, ...]
+    """Modules that are not: each a component of a tensor's name, or several in a row (`layers.0.self_attn`)."""
+
+    def stores_fp8(self, name: str) -> bool:
+        """Whether this weight lies in FP8: attention projections and experts, unless config.json excepts them.
+
+        Whole components are compared: `gate` says nothing of `gate_up_proj`.
+        """
+        if not self.is_fp8 or not name.endswith(FP8_WEIGHTS):
+            return False
+        return not any(f".{module}." in f".{name}." for module in self.not_fp8)
 
     @property
     def q_size(self) -> int:
@@ -83,6 +106,7 @@ class ModelConfig(BaseModel):
             _refuse_first(error, raw, file)
         _check_relations(written, file)
         rotary_dim, rope_theta = _rope(written, file)
+        quantised = written.quantization_config
         return cls(
             vocab_size=written.vocab_size,
             hidden_size=written.hidden_size,
@@ -103,6 +127,8 @@ class ModelConfig(BaseModel):
             bos_id=written.bos_token_id,
             eos_ids=tuple(written.eos_token_id),
             layer_types=("full_attention",) * written.num_hidden_layers,
+            is_fp8=quantised is not None,
+            not_fp8=tuple(quantised.modules_to_not_convert) if quantised else (),
         )
 
 
@@ -146,6 +172,22 @@ class _Rope(BaseModel):
     partial_rotary_factor: float | None = Field(default=None, gt=0, le=1)
 
 
+class _Quantization(BaseModel):
+    """quantization_config: only the scheme of the released checkpoints.
+
+    `activation_scheme` and `dequantize` tell a loader how to compute; here activations are never quantised.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    quant_method: Literal["fp8"]
+    fmt: Literal["float8_e4m3fn"] = "float8_e4m3fn"
+    activation_scheme: Literal["dynamic"] = "dynamic"
+    weight_block_size: list[Literal[128]] = Field(min_length=2, max_length=2)
+    modules_to_not_convert: Modules = []
+    dequantize: bool = False
+
+
 class _Written(BaseModel):
     """config.json as written: the type of a field is what we accept, its default what absence means."""
 
@@ -183,7 +225,7 @@ class _Written(BaseModel):
     attn_type_list: list[Literal[1]] | None = None
     sliding_window: None = None
     attn_window_size: None = None
-    quantization_config: None = None
+    quantization_config: _Quantization | None = None
 
     # Parts that related models have and this family has not: only the value that leaves them out.
     tie_word_embeddings: Literal[False] = False
@@ -215,7 +257,7 @@ def _refuse_first(error: ValidationError, raw: Mapping[str, Any], file: str) -> 
     field = ".".join(as_written.get(str(part), str(part)) for part in details["loc"])
     value = "absent" if details["type"] == "missing" else _as_json(details["input"])
     accepted = {"missing": "a value", "extra_forbidden": "absent"}.get(details["type"], details["msg"])
-    accepted = accepted.removeprefix("Input should be ")
+    accepted = re.sub(r"^Input should be | or instance of \w+$", "", accepted)
     for python, written in (("None", "null"), ("True", "true"), ("False", "false")):
         accepted = accepted.replace(python, written)
     raise ConfigError(field, value, accepted, file) from error

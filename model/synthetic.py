@@ -20,9 +20,18 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import INDEX_FILE, SINGLE_FILE, Shape, expected_shapes
+from model.checkpoint import (
+    INDEX_FILE,
+    ROUTER_SUFFIXES,
+    SCALE_SUFFIX,
+    SINGLE_FILE,
+    Shape,
+    expected_shapes,
+    scale_name,
+)
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.fp8 import quantise
 from model.synthetic_tokenizer import BOS, EOS, added_token_id, write_tokenizer
 
 Preset = Literal["tiny", "demo", "bench"]
@@ -52,19 +61,31 @@ PRESETS: dict[Preset, dict[str, int]] = {
         "num_local_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 384,
     },
 }  # fmt: skip
+QUANTISATION: dict[str, object] = {
+    "quant_method": "fp8", "fmt": "float8_e4m3fn", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+}  # fmt: skip
 DTYPES: dict[Preset, str] = {"tiny": "float32", "demo": "bfloat16", "bench": "bfloat16"}
 
 
 def make_checkpoint(
-    preset: Preset, out: Path, seed: int = 0, progress: Progress | None = None, *, force: bool = False
+    preset: Preset,
+    out: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    force: bool = False,
+    fp8: bool = False,
 ) -> None:
     """Writes the checkpoint folder `out`. With `force` it replaces a checkpoint that is there.
+
+    With `fp8` attention projections and experts are quantised to blocks of 128 x 128, as the released ones are.
 
     Raises CheckpointError if `out` is in the way, OSError if the disk is.
     """
     out = out.absolute()
     _check_free(out, force)
-    raw = config_json(preset)
+    raw = config_json(preset, fp8=fp8)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run that had our pid
     partial.mkdir(parents=True)
@@ -81,7 +102,7 @@ def make_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def config_json(preset: Preset) -> dict[str, object]:
+def config_json(preset: Preset, *, fp8: bool = False) -> dict[str, object]:
     """The preset's config.json in the released field names. Raises ValueError for an unknown preset."""
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; accepted: {', '.join(PRESETS)}")
@@ -104,6 +125,7 @@ def config_json(preset: Preset) -> dict[str, object]:
         "tie_word_embeddings": False,
         "bos_token_id": added_token_id(BOS, sizes["vocab_size"]),
         "eos_token_id": added_token_id(EOS, sizes["vocab_size"]),
+        **({"quantization_config": QUANTISATION} if fp8 else {}),
     }
 
 
@@ -139,8 +161,11 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int, progress: Progr
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors: dict[str, torch.Tensor] = {}
         for name, shape in shapes.items():
-            tensors[name] = _random_tensor(name, shape, config, seed)
-            done += tensors[name].nbytes
+            if name.endswith(SCALE_SUFFIX):
+                continue  # made with the weight before it
+            made = _random_tensors(name, shape, config, seed)
+            tensors |= made
+            done += sum(tensor.nbytes for tensor in made.values())
             if progress is not None:
                 progress(done, total)
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -152,11 +177,12 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int, progress: Progr
 
 
 def _shards(config: ModelConfig) -> list[dict[str, Shape]]:
+    """A weight and its scales in the same shard."""
     shards: list[dict[str, Shape]] = [{}]
     nbytes = 0
     for name, shape in expected_shapes(config):
         size = _nbytes(name, shape, config)
-        if nbytes + size > SHARD_BYTES_MAX:
+        if nbytes + size > SHARD_BYTES_MAX and not name.endswith(SCALE_SUFFIX):
             shards.append({})
             nbytes = 0
         shards[-1][name] = shape
@@ -165,15 +191,21 @@ def _shards(config: ModelConfig) -> list[dict[str, Shape]]:
 
 
 def _is_router(name: str) -> bool:
-    return name.endswith(("gate.weight", "e_score_correction_bias"))
+    return name.endswith(ROUTER_SUFFIXES)
 
 
 def _nbytes(name: str, shape: Shape, config: ModelConfig) -> int:
-    return math.prod(shape) * (4 if _is_router(name) or config.dtype == "float32" else 2)
+    if config.stores_fp8(name):
+        return math.prod(shape)
+    is_wide = _is_router(name) or name.endswith(SCALE_SUFFIX) or config.dtype == "float32"
+    return math.prod(shape) * (4 if is_wide else 2)
 
 
-def _random_tensor(name: str, shape: Shape, config: ModelConfig, seed: int) -> torch.Tensor:
-    """The router is float32 in every checkpoint of the family; the rest is in the model's dtype."""
+def _random_tensors(name: str, shape: Shape, config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """One tensor, or a weight in FP8 and its scales.
+
+    The router is float32 in every checkpoint of the family; the rest is in the model's dtype.
+    """
     if name.endswith("norm.weight"):
         mean, std = 1.0, NORM_SPREAD
     elif name.endswith("e_score_correction_bias"):
@@ -187,8 +219,12 @@ def _random_tensor(name: str, shape: Shape, config: ModelConfig, seed: int) -> t
     values -= np.float32(0.5)
     values *= np.float32(std * math.sqrt(12.0))  # a uniform variable of width 1 has variance 1/12
     values += np.float32(mean)
+    tensor = torch.from_numpy(values)
+    if config.stores_fp8(name):
+        weight = quantise(tensor)
+        return {name: weight.codes, scale_name(name): weight.scale_inv}
     is_wide = _is_router(name) or config.dtype == "float32"
-    return torch.from_numpy(values).to(torch.float32 if is_wide else torch.bfloat16)
+    return {name: tensor.to(torch.float32 if is_wide else torch.bfloat16)}
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:

@@ -26,6 +26,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--preset", choices=_PRESETS, default="demo", help=f"{presets} (default: demo)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+    parser.add_argument("--fp8", action="store_true", help="in FP8 blocks, as the released checkpoints")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
     parser.set_defaults(run=run)
 
@@ -42,11 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
             task = bars.add_task(f"{arguments.preset} checkpoint", total=None)
             make_checkpoint(
                 arguments.preset, arguments.out, arguments.seed,
-                lambda done, total: bars.update(task, completed=done, total=total), force=arguments.force,
+                lambda done, total: bars.update(task, completed=done, total=total),
+                force=arguments.force, fp8=arguments.fp8,
             )  # fmt: skip
     except (ModelError, OSError) as error:
         print(f"expertmesh make-checkpoint: {error}", file=sys.stderr)
         return 1
     size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
-    print(f"{arguments.out}: {arguments.preset} checkpoint, {show_size(size)}, seed {arguments.seed}")
+    kind = f"{arguments.preset} checkpoint{' in FP8' if arguments.fp8 else ''}"
+    print(f"{arguments.out}: {kind}, {show_size(size)}, seed {arguments.seed}")
     return 0

@@ -5,6 +5,7 @@ The same plain classes that actors host. Expert workers answer from threads of t
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass, field
 
@@ -44,8 +45,11 @@ class Answer:
 
 class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96, dtype=None,
-                 numerics="exact", placement=None):  # fmt: skip
-        """`placement(members) -> Placement` replaces the even spread."""
+                 numerics="exact", placement=None, keep=("dequantised",)):  # fmt: skip
+        """`placement(members) -> Placement` replaces the even spread.
+
+        `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers.
+        """
         self.checkpoint = checkpoint
         config = checkpoint.config
         self.dtype = dtype or getattr(torch, config.dtype)
@@ -54,12 +58,14 @@ class LocalCluster:
         self.experts = [self._expert(Member(f"e{i}", 1), numerics) for i in range(experts)]
         members = [(e.residency.member, e.end.address) for e in self.experts]
         self.placement: Placement = (placement or self._spread)(members, replicas)
-        for expert in self.experts:
-            expert.residency.prepare(self.placement)
+        for expert, how in zip(self.experts, itertools.cycle(keep), strict=False):
+            expert.residency.prepare(self.placement, keep=how)
         self._threads = [threading.Thread(target=self._answer, args=(e,), name="expert") for e in self.experts]
         for thread in self._threads:
             thread.start()
-        self.workers = [self._attention(i, microbatches, blocks, numerics) for i in range(attention)]
+        self.workers = [
+            self._attention(i, microbatches, blocks, numerics, keep[i % len(keep)]) for i in range(attention)
+        ]
         self._plans = [0] * attention
         assert config.max_position_embeddings >= 128
 
@@ -77,10 +83,11 @@ class LocalCluster:
         end = LocalExpertEnd(self.hub, self._identity(member), self.router)
         return ExpertWorker(residency, end, rows_max=4096)
 
-    def _attention(self, index, microbatches, blocks, numerics):
+    def _attention(self, index, microbatches, blocks, numerics, keep):
         model = AttentionModel(
-            self.checkpoint, dtype=self.dtype, numerics=numerics, positions_max=1024, progress=lambda *_: None
-        )
+            self.checkpoint, dtype=self.dtype, numerics=numerics, positions_max=1024, progress=lambda *_: None,
+            keep=keep,
+        )  # fmt: skip
         model.make_kv(blocks)
         book = Book(self.checkpoint.fingerprint, 1, KvBlocks(blocks), TILE, 256, 1024)
         member = Member(f"a{index}", 1)
