@@ -56,7 +56,7 @@ class Residency:
         """The dtypes held: `bfloat16`, or `bfloat16 and fp8` after memory had become short."""
         return " and ".join(sorted({expert.kept_as for table in self._layers for expert in table.values()}))
 
-    def bytes_needed(self, placement: Placement, keep: Keep) -> int:
+    def bytes_needed(self, placement: Placement, keep: Keep = "dequantised") -> int:
         """What `prepare` would still take in memory."""
         missing = (pair for pair in self.wanted(placement) if pair[1] not in self._layers[pair[0]])
         return sum(bytes_in_memory(self.checkpoint, self._names(*pair), self.dtype, keep) for pair in missing)
