@@ -17,11 +17,13 @@ from torch import Tensor
 from attention_workers.book import Span
 from model import exact
 from model.attention import TILE, PagedAttention, QueryTiles, Stretch, query_tiles
-from model.checkpoint import Checkpoint, attention_tensor_names
+from model.checkpoint import Checkpoint, attention_tensor_names, scale_name
 from model.config import ModelConfig
+from model.fp8 import Fp8Weight, Weight
 from model.gate import Gate, Routes
 from model.layer_types import SLIDING, LayerType
 from model.layers import HeadNorm, RmsNorm, Rotary
+from model.linear import Keep, linear
 
 
 @dataclass
@@ -50,14 +52,16 @@ class _Layer:
         self,
         config: ModelConfig,
         take: Callable[[str], Tensor],
+        take_weight: Callable[[str], Weight],
         index: int,
         dtype: torch.dtype,
         numerics: exact.Numerics,
+        keep: Keep,
     ) -> None:
         at = f"model.layers.{index}."
-        own = {name: take(at + f"self_attn.{name}_proj.weight").to(dtype) for name in "qkvo"}
-        self.qkv = exact.Linear(torch.cat((own["q"], own["k"], own["v"])), numerics)
-        self.out = exact.Linear(own["o"], numerics)
+        q, k, v, o = (take_weight(at + f"self_attn.{name}_proj.weight") for name in "qkvo")
+        self.qkv = linear((q, k, v), dtype, numerics, keep)
+        self.out = linear((o,), dtype, numerics, keep)
         eps = config.rms_norm_eps
         self.norm_in = RmsNorm(take(at + "input_layernorm.weight"), eps)
         self.norm_out = RmsNorm(take(at + "post_attention_layernorm.weight"), eps)
@@ -84,8 +88,12 @@ class AttentionModel:
         numerics: exact.Numerics,
         positions_max: int,
         progress: Callable[[int, int], None],
+        keep: Keep = "dequantised",
     ) -> None:
-        """Load the attention role's tensors; `progress(bytes_done, bytes_total)` after each."""
+        """Load the attention role's tensors; `progress(bytes_done, bytes_total)` after each.
+
+        `keep`: how to hold those that are stored in FP8.
+        """
         config = checkpoint.config
         self.config, self.dtype = config, dtype
         names = attention_tensor_names(config)
@@ -93,15 +101,22 @@ class AttentionModel:
         self.bytes_loaded = 0
         taken: set[str] = set()
 
-        def take(name: str) -> Tensor:
-            tensor = checkpoint.get(name)
-            taken.add(name)
-            self.bytes_loaded += tensor.nbytes
+        def take_weight(name: str) -> Weight:
+            weight = checkpoint.weight(name)
+            taken.update((name, scale_name(name)) if isinstance(weight, Fp8Weight) else (name,))
+            self.bytes_loaded += weight.nbytes
             progress(self.bytes_loaded, self.bytes_total)
-            return tensor
+            return weight
+
+        def take(name: str) -> Tensor:
+            weight = take_weight(name)
+            assert isinstance(weight, Tensor), f"{name} has no scales"
+            return weight
 
         self.embedding = take("model.embed_tokens.weight").to(dtype).clone()
-        self.layers = [_Layer(config, take, i, dtype, numerics) for i in range(config.num_layers)]
+        self.layers = [
+            _Layer(config, take, take_weight, i, dtype, numerics, keep) for i in range(config.num_layers)
+        ]
         self.norm = RmsNorm(take("model.norm.weight"), config.rms_norm_eps)
         self.head = exact.Linear(take("lm_head.weight").to(dtype), numerics)
         assert taken == set(names), f"owned but not loaded, or loaded but not owned: {taken ^ set(names)}"
@@ -119,6 +134,10 @@ class AttentionModel:
             exact.probe_row_sum([*widths, config.head_dim] if config.qk_norm == "per_head" else widths)
         self.keys: dict[LayerType, Tensor] = {}
         self.values: dict[LayerType, Tensor] = {}
+        projections = [product for layer in self.layers for product in (layer.qkv, layer.out)]
+        products = [*projections, *(layer.gate.linear for layer in self.layers), self.head]
+        self.bytes_kept = self.embedding.nbytes + sum(product.nbytes for product in products)
+        self.kept_as = " and ".join(sorted({product.kept_as for product in projections}))
 
     def kv_bytes_per_block(self, kind: LayerType) -> int:
         """Keys and values of TILE tokens in all layers of this type; 0 where there is none."""

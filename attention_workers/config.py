@@ -16,6 +16,10 @@ class AttentionConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: what the checkpoint says."""
 
+    weights: Literal["auto", "dequantised", "fp8"] = "auto"
+    """How FP8 weights are held. fp8: as stored, half of bfloat16's memory and slower; the answers are the same.
+    auto: dequantised if that fits into memory."""
+
     threads: int = Field(1, ge=1, le=256)
     """Compute threads. One per worker and more workers beats more threads on small machines."""
 

@@ -27,9 +27,9 @@ from attention_workers.worker import AttentionWorker
 from model.attention import TILE
 from model.checkpoint import Checkpoint, attention_tensor_names
 from model.errors import ModelError
-from model.exact import NumericsError, bytes_kept
+from model.exact import NumericsError
 from model.layer_types import FULL, SLIDING
-from model.memory import NotEnoughMemory, available_bytes, require
+from model.memory import NotEnoughMemory, available_bytes, bytes_in_memory, choose, require
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.errors import ExpertsUnavailable, RouterError
@@ -100,7 +100,8 @@ class AttentionService:
                 "orders_refused_total": counts.refused_orders,
                 **worker.dispatcher.counters(),
             }
-        return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges)
+        kept = (worker.model.bytes_kept, worker.model.kept_as) if worker is not None else (0, "")
+        return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept)
 
     def turns(self) -> dict[str, int]:
         """What grows while the threads turn, from the first placement on."""
@@ -145,7 +146,9 @@ class AttentionService:
         checkpoint = Checkpoint.open(self._model_path)
         dtype = getattr(torch, checkpoint.config.dtype if config.dtype == "auto" else config.dtype)
         self._state, self._detail = HealthState.LOADING, "attention weights"
-        needed = bytes_kept(checkpoint.num_elements(attention_tensor_names(checkpoint.config)), dtype)
+        names = attention_tensor_names(checkpoint.config)
+        keep = choose(config.weights, bytes_in_memory(checkpoint, names, dtype, "dequantised"))
+        needed = bytes_in_memory(checkpoint, names, dtype, keep)
         require(needed, "attention weights", "accepted: a smaller checkpoint, or more memory")
         model_len = min(
             config.model_len_max or checkpoint.config.max_position_embeddings,
@@ -154,6 +157,7 @@ class AttentionService:
         model = AttentionModel(
             checkpoint,
             dtype=dtype,
+            keep=keep,
             numerics=config.numerics,
             positions_max=model_len,
             progress=self._progress,

@@ -72,6 +72,8 @@ def _worker(controller: Controller, worker: Worker, now_s: float) -> dict[str, A
         "next_start_s": None if next_start_s is None else round(next_start_s, 1),
         "bytes_loaded": worker.health.bytes_loaded,
         "bytes_total": worker.health.bytes_total,
+        "bytes_kept": worker.health.bytes_kept,
+        "kept_as": worker.health.kept_as,
         "slots": sum(len(w.experts) for w in placed),
         "epoch": {"term": worker.epoch.term, "number": worker.epoch.number} if worker.epoch else None,
         "silent_s": round(now_s - worker.heard_s, 1) if register else None,

@@ -6,19 +6,22 @@ Reads the checkpoint's headers, never its tensors.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import torch
 
+from attention_workers.config import AttentionConfig
 from cluster.config import Config
 from cluster.spec import CheckpointFacts
+from expert_workers.config import ExpertConfig
 from gateway.errors import GatewayError
 from gateway.http_server import bind
 from gateway.model_card import read_model_card
 from model.checkpoint import Checkpoint, attention_tensor_names, expert_tensor_names
 from model.errors import ModelError
-from model.exact import bytes_kept
-from model.memory import available_bytes
+from model.linear import Keep
+from model.memory import available_bytes, bytes_in_memory
 from router.config import link_bytes_needed
 
 _PROCESS_BYTES = 320 << 20
@@ -33,7 +36,7 @@ class PreflightError(Exception):
 
 @dataclass(frozen=True)
 class RoleBytes:
-    """Memory of weights as they are served, of one attention worker and of all experts once."""
+    """Bytes of weights in memory, of one attention worker and of all experts once."""
 
     attention: int
     experts: int
@@ -49,7 +52,7 @@ def check(config: Config) -> tuple[Config, CheckpointFacts]:
             context=facts.context,
         )  # fmt: skip
         fitted = _fit(config, checkpoint)
-        check_memory(config, role_bytes(checkpoint, _dtype(config, checkpoint)), available_bytes())
+        fitted = fit_weights(fitted, checkpoint, available_bytes())
         for port in filter(None, (config.port, config.grpc_port)):
             bind(config.host, port).close()
     except (ModelError, GatewayError) as error:
@@ -93,24 +96,58 @@ def _dtype(config: Config, checkpoint: Checkpoint) -> torch.dtype:
     return dtype
 
 
-def role_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> RoleBytes:
-    """What the weights of each role take while they are served in `dtype`."""
+def fit_weights(config: Config, checkpoint: Checkpoint, available: int) -> Config:
+    """Has FP8 weights kept as they are where `auto` allows it and memory asks for it: of experts first.
+
+    Elsewhere `auto` stays, and each worker sees for itself. Raises PreflightError where nothing helps.
+    """
+    for role in ("attention", "expert"):
+        if getattr(config, role).weights == "fp8" and not checkpoint.config.is_fp8:
+            raise PreflightError(
+                f"{role}.weights: 'fp8'; accepted: auto or dequantised, as {config.model} is not in FP8"
+            )
+    for attention, experts in itertools.product(_ways(config.attention), _ways(config.expert)):
+        weights = role_bytes(checkpoint, _dtype(config, checkpoint), attention, experts)
+        if sum(memory_needed(config, weights)) <= available:
+            break
+    check_memory(config, weights, available)
+    kept = {role: "fp8" for role, keep in (("attention", attention), ("expert", experts)) if keep == "fp8"}
+    return config.model_copy(
+        update={role: getattr(config, role).model_copy(update={"weights": keep}) for role, keep in kept.items()}
+    )
+
+
+def _ways(role: AttentionConfig | ExpertConfig) -> tuple[Keep, ...]:
+    return ("dequantised", "fp8") if role.weights == "auto" else (role.weights,)
+
+
+def role_bytes(checkpoint: Checkpoint, dtype: torch.dtype, attention: Keep, experts: Keep) -> RoleBytes:
+    """What the roles' weights take in memory if held so."""
     model = checkpoint.config
-    experts = sum(
-        checkpoint.num_elements(expert_tensor_names(model, layer, expert))
+    names = (
+        name
         for layer in range(model.num_layers)
         for expert in range(model.num_experts)
+        for name in expert_tensor_names(model, layer, expert)
     )
-    attention = checkpoint.num_elements(attention_tensor_names(model))
-    return RoleBytes(bytes_kept(attention, dtype), bytes_kept(experts, dtype))
+    return RoleBytes(
+        bytes_in_memory(checkpoint, attention_tensor_names(model), dtype, attention),
+        bytes_in_memory(checkpoint, names, dtype, experts),
+    )
+
+
+def memory_needed(config: Config, weights: RoleBytes) -> tuple[int, int, int]:
+    """Bytes of attention workers, experts and the processes themselves. All workers are on this host."""
+    pools = config.pools
+    attention = pools.attention_workers * (weights.attention + config.attention.kv_bytes)
+    processes = (pools.attention_workers + pools.expert_workers + _OTHER_PROCESSES) * _PROCESS_BYTES
+    return attention, pools.replicas * weights.experts, processes
 
 
 def check_memory(config: Config, weights: RoleBytes, available: int) -> None:
-    """All workers are on this host. Raises PreflightError with the sum, and what would make it smaller."""
+    """Raises PreflightError with the sum, and what would make it smaller."""
     pools = config.pools
-    attention = pools.attention_workers * (weights.attention + config.attention.kv_bytes)
-    experts = pools.replicas * weights.experts
-    processes = (pools.attention_workers + pools.expert_workers + _OTHER_PROCESSES) * _PROCESS_BYTES
+    attention, experts, processes = memory_needed(config, weights)
     needed = attention + experts + processes
     if needed > available:
         raise PreflightError(

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from model.checkpoint import Checkpoint, expert_tensor_names
-from model.exact import Numerics, bytes_kept
+from model.checkpoint import Checkpoint, expert_tensor_names, expert_weight_names
+from model.exact import Numerics
 from model.experts import Expert
+from model.linear import Keep
+from model.memory import bytes_in_memory
 from router.placement import EpochId, Member, Placement
 
 
@@ -44,15 +46,31 @@ class Residency:
         """What a placement asks of this worker, in any order."""
         return frozenset(pair for w in placement.workers if w.member == self.member for pair in w.experts)
 
-    def bytes_needed(self, placement: Placement) -> int:
-        """Memory that `prepare` would still take."""
-        config = self.checkpoint.config
-        missing = [pair for pair in self.wanted(placement) if pair[1] not in self._layers[pair[0]]]
-        names = [name for pair in missing for name in expert_tensor_names(config, *pair)]
-        return bytes_kept(self.checkpoint.num_elements(names), self.dtype)
+    @property
+    def bytes_kept(self) -> int:
+        """In memory."""
+        return sum(expert.nbytes for table in self._layers for expert in table.values())
 
-    def prepare(self, placement: Placement, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Load what the placement asks for and is not here. `bytes_loaded` of `bytes_total` grows meanwhile."""
+    @property
+    def kept_as(self) -> str:
+        """The dtypes held: `bfloat16`, or `bfloat16 and fp8` after memory had become short."""
+        return " and ".join(sorted({expert.kept_as for table in self._layers for expert in table.values()}))
+
+    def bytes_needed(self, placement: Placement, keep: Keep = "dequantised") -> int:
+        """What `prepare` would still take in memory."""
+        missing = (pair for pair in self.wanted(placement) if pair[1] not in self._layers[pair[0]])
+        return sum(bytes_in_memory(self.checkpoint, self._names(*pair), self.dtype, keep) for pair in missing)
+
+    def prepare(
+        self,
+        placement: Placement,
+        should_stop: Callable[[], bool] = lambda: False,
+        keep: Keep = "dequantised",
+    ) -> None:
+        """Load what the placement asks for and is not here. `bytes_loaded` of `bytes_total` grows meanwhile.
+
+        `keep`: how to hold those of them that are stored in FP8.
+        """
         wanted = self.wanted(placement)
         with self._writing:
             self._wanted[placement.epoch] = wanted  # first, so that no retirement frees what is being loaded
@@ -61,9 +79,9 @@ class Residency:
         for layer, expert in missing:
             if should_stop():
                 return
-            names = expert_tensor_names(self.checkpoint.config, layer, expert)
-            w1, w2, w3 = (self.checkpoint.get(name).to(self.dtype) for name in names)
-            loaded = Expert(w1, w3, w2, self.numerics)
+            names = expert_weight_names(self.checkpoint.config, layer, expert)
+            w1, w2, w3 = map(self.checkpoint.weight, names)
+            loaded = Expert(w1, w3, w2, self.dtype, self.numerics, keep)
             with self._writing:
                 self._layers[layer] = {**self._layers[layer], expert: loaded}
                 self.bytes_loaded += self._nbytes(layer, expert)
@@ -80,4 +98,7 @@ class Residency:
                 self._layers[layer] = {e: x for e, x in table.items() if (layer, e) in kept}
 
     def _nbytes(self, layer: int, expert: int) -> int:
-        return self.checkpoint.nbytes(expert_tensor_names(self.checkpoint.config, layer, expert))
+        return self.checkpoint.nbytes(self._names(layer, expert))
+
+    def _names(self, layer: int, expert: int) -> tuple[str, ...]:
+        return expert_tensor_names(self.checkpoint.config, layer, expert)

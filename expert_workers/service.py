@@ -20,7 +20,7 @@ from expert_workers.worker import ExpertWorker
 from model.checkpoint import Checkpoint
 from model.errors import ModelError
 from model.exact import NumericsError
-from model.memory import NotEnoughMemory, require
+from model.memory import NotEnoughMemory, choose, require
 from router.config import RouterConfig
 from router.errors import RouterError
 from router.membership import Failed, Health, HealthState, MemberEvent, Prepared
@@ -98,7 +98,10 @@ class ExpertService:
             "batches_total": float(worker.batches),
             "parcels_refused_total": float(worker.refused),
         }
-        return Health(self._state, residency.bytes_loaded, residency.bytes_total, self._detail, gauges)
+        return Health(
+            self._state, residency.bytes_loaded, residency.bytes_total, self._detail, gauges,
+            residency.bytes_kept, residency.kept_as,
+        )  # fmt: skip
 
     def turns(self) -> dict[str, int]:
         """What grows while the thread that answers turns."""
@@ -145,9 +148,10 @@ class ExpertService:
         residency = self._residency
         assert residency is not None
         self._detail = f"loading experts of epoch {placement.epoch.term}.{placement.epoch.number}"
-        needed = residency.bytes_needed(placement)
+        keep = choose(self._config.weights, residency.bytes_needed(placement, "dequantised"))
+        needed = residency.bytes_needed(placement, keep)
         require(needed, "expert weights", "accepted: more expert workers, fewer replicas, or more memory")
-        residency.prepare(placement, self._stopping.is_set)
+        residency.prepare(placement, self._stopping.is_set, keep)
         if not self._stopping.is_set():
             self._state, self._detail = HealthState.READY, ""
             self._on_event(Prepared(placement.epoch))

@@ -118,6 +118,8 @@ def _worker(worker: dict[str, Any]) -> admin_pb2.Worker:
         slots=worker["slots"],
         detail=worker["detail"],
         epoch=_epoch(worker["epoch"]),
+        bytes_kept=worker["bytes_kept"],
+        kept_as=worker["kept_as"],
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig, parse_config, read_config
 from model.errors import CheckpointError
+from model.fp8 import BLOCK, SCALE_MAX, Fp8Weight, Weight
 from model.shard import Shard, TensorEntry, read_shard
 
 SINGLE_FILE = "model.safetensors"
@@ -26,6 +27,9 @@ INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILE = "tokenizer.json"
 INDEX_BYTES_MAX = 1 << 28
 DTYPES = ("BF16", "F32")
+SCALE_SUFFIX = ".weight_scale_inv"
+ROUTER_SUFFIXES = ("gate.weight", "e_score_correction_bias")
+"""Of what is computed in float32 whatever dtype is served."""
 WHOLE_SHARD_BYTES_MAX = 8 << 20
 SAMPLE_BYTES = 4096
 EXPERT_SAMPLES_MAX = 128  # per shard
@@ -38,6 +42,10 @@ def attention_tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
 
     Norms of heads are given with shared gains; `own_gains` is the other shape they may have.
     """
+    return dict(_with_scales(config, _attention_weight_shapes(config)))
+
+
+def _attention_weight_shapes(config: ModelConfig) -> dict[str, Shape]:
     hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
@@ -70,10 +78,22 @@ def own_gains(config: ModelConfig, name: str) -> Shape | None:
 
 
 def expert_tensor_shapes(config: ModelConfig, layer: int, expert: int) -> dict[str, Shape]:
-    """w1 (gate), w2 (down), w3 (up) of one expert."""
+    """w1 (gate), w2 (down), w3 (up) of one expert, each followed by its scales if it has some."""
     prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
     up, down = (config.expert_hidden, config.hidden_size), (config.hidden_size, config.expert_hidden)
-    return {f"{prefix}.w1.weight": up, f"{prefix}.w2.weight": down, f"{prefix}.w3.weight": up}
+    weights = {f"{prefix}.w1.weight": up, f"{prefix}.w2.weight": down, f"{prefix}.w3.weight": up}
+    return dict(_with_scales(config, weights))
+
+
+def _with_scales(config: ModelConfig, weights: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
+    for name, shape in weights.items():
+        yield name, shape
+        if config.stores_fp8(name):
+            yield scale_name(name), tuple(math.ceil(side / BLOCK) for side in shape)
+
+
+def scale_name(weight: str) -> str:
+    return f"{weight.removesuffix('.weight')}{SCALE_SUFFIX}"
 
 
 def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
@@ -89,8 +109,13 @@ def attention_tensor_names(config: ModelConfig) -> tuple[str, ...]:
 
 
 def expert_tensor_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, ...]:
-    """The names of (w1, w2, w3)."""
+    """Of all that belongs to one expert."""
     return tuple(expert_tensor_shapes(config, layer, expert))
+
+
+def expert_weight_names(config: ModelConfig, layer: int, expert: int) -> tuple[str, ...]:
+    """The names of (w1, w2, w3)."""
+    return tuple(name for name in expert_tensor_names(config, layer, expert) if not name.endswith(SCALE_SUFFIX))
 
 
 class Checkpoint:
@@ -124,15 +149,11 @@ class Checkpoint:
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes of these tensors as they are stored."""
-        return sum(entry.end - entry.begin for entry in map(self._entry, names))
-
-    def num_elements(self, names: Iterable[str]) -> int:
-        """Elements of these tensors together."""
-        return sum(math.prod(entry.shape) for entry in map(self._entry, names))
+        return sum(entry.end - entry.begin for entry in map(self.entry, names))
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor in its stored dtype, backed by the file: do not write to it. Raises CheckpointError."""
-        self._entry(name)
+        self.entry(name)
         file = self._shards[name].path
         try:
             if file not in self._maps:
@@ -142,7 +163,24 @@ class Checkpoint:
             raise CheckpointError(file, f"unreadable ({error})", "the file as it was opened", name) from error
         return tensor
 
-    def _entry(self, name: str) -> TensorEntry:
+    def weight(self, name: str) -> Weight:
+        """As `get`; one stored in FP8 comes with its scales, the values of both checked."""
+        tensor = self.get(name)
+        if not self.config.stores_fp8(name):
+            return tensor
+        scale = self.get(scale_name(name))
+        is_usable = (scale > 0) & (scale < SCALE_MAX)
+        if not is_usable.all():
+            at = (~is_usable).nonzero()[0].tolist()
+            found, accepted = f"{scale[tuple(at)].item():g} at {at}", f"scales above 0 and below {SCALE_MAX:g}"
+            raise CheckpointError(self._shards[scale_name(name)].path, found, accepted, scale_name(name))
+        weight = Fp8Weight(tensor, scale)
+        if not weight.is_finite():
+            raise CheckpointError(self._shards[name].path, "not finite (NaN)", "finite FP8 codes", name)
+        return weight
+
+    def entry(self, name: str) -> TensorEntry:
+        """How the tensor is stored. Raises CheckpointError for a name that is not the model's."""
         shard = self._shards.get(name)
         if shard is None:
             raise CheckpointError(self.path, "absent", "one of names()", name)
@@ -154,14 +192,16 @@ def _read_shards(path: Path) -> list[Shard]:
     if (path / SINGLE_FILE).is_file():
         return [read_shard(path / SINGLE_FILE)]
     weight_map = _read_index(path / INDEX_FILE)
-    for name, file in weight_map.items():
+    a_tensor_of = {file: name for name, file in weight_map.items()}
+    for file, name in a_tensor_of.items():
         if not (path / file).is_file():
             raise CheckpointError(path / file, "missing", f"in this file, as {INDEX_FILE} says", name)
-    shards = [read_shard(path / file) for file in sorted(set(weight_map.values()))]
+    shards = [read_shard(path / file) for file in sorted(a_tensor_of)]
     for shard in shards:
+        file = shard.path.name
         for name in shard.tensors:
             place = weight_map.pop(name, "nowhere else")
-            if place != shard.path.name:
+            if place != file:
                 raise CheckpointError(shard.path, "here", f"{place}, as {INDEX_FILE} says", name)
     for name, file in weight_map.items():
         raise CheckpointError(path / file, "absent", f"in this file, as {INDEX_FILE} says", name)
@@ -184,9 +224,13 @@ def _read_index(file: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(file, "without a weight_map", accepted)
+    accepted_files: set[object] = set()
     for name, shard in weight_map.items():
+        if isinstance(shard, str) and shard in accepted_files:
+            continue
         if not isinstance(shard, str) or PurePath(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(file, f"in {json.dumps(shard)}", "a .safetensors file in this folder", name)
+        accepted_files.add(shard)
     return dict(weight_map)
 
 
@@ -202,8 +246,9 @@ def _place_tensors(path: Path, config: ModelConfig, shards: list[Shard]) -> dict
         if entry.shape not in (shape, own := own_gains(config, name)):
             accepted = f"shape {list(shape)}" + (f" or {list(own)}" if own else "")
             raise CheckpointError(shard.path, f"of shape {list(entry.shape)}", accepted, name)
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(shard.path, f"of dtype {entry.dtype}", f"dtype {' or '.join(DTYPES)}", name)
+        dtypes = _dtypes(config, name)
+        if entry.dtype not in dtypes:
+            raise CheckpointError(shard.path, f"of dtype {entry.dtype}", f"dtype {' or '.join(dtypes)}", name)
         placed[name] = shard
     for name, shard in found.items():
         if not _is_beyond(name, config.num_layers):
@@ -220,6 +265,12 @@ def _is_beyond(name: str, num_layers: int) -> bool:
         case ["model", "layers", index, *_] if index.isascii() and index.isdigit() and len(index) < 10:
             return int(index) >= num_layers
     return False
+
+
+def _dtypes(config: ModelConfig, name: str) -> tuple[str, ...]:
+    if name.endswith(SCALE_SUFFIX):
+        return ("F32",)
+    return ("F8_E4M3",) if config.stores_fp8(name) else DTYPES
 
 
 def _fingerprint(config: bytes, shards: list[Shard]) -> str:

@@ -13,6 +13,7 @@ Does not read weights and does not import torch.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -25,8 +26,17 @@ from model.layer_types import LayerType, Rope, Size, WrittenLayers, read_layer_t
 
 CONFIG_BYTES_MAX = 1 << 20
 
+FP8_WEIGHTS = tuple(
+    f".{module}.weight" for module in ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
+)  # fmt: skip
+
 ALIASES = {"num_experts": "num_local_experts", "torch_dtype": "dtype"}
 
+Modules = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=256)]],
+    Field(max_length=4096),
+    BeforeValidator(lambda names: [] if names is None else names),
+]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=1 << 31)]],
     BeforeValidator(lambda ids: ids if isinstance(ids, list) else [] if ids is None else [ids]),
@@ -68,6 +78,19 @@ class ModelConfig(BaseModel):
     """Tokens that a sliding layer sees, the current one included; None where no layer slides."""
     rope: dict[LayerType, Rope]
     """Of each layer type there is."""
+    is_fp8: bool
+    """Whether linear layers are stored in FP8 blocks of 128 x 128 (`model/fp8.py`)."""
+    not_fp8: tuple[str, ...]
+    """Modules that are not: each a component of a tensor's name, or several in a row (`layers.0.self_attn`)."""
+
+    def stores_fp8(self, name: str) -> bool:
+        """Whether this weight lies in FP8: attention projections and experts, unless config.json excepts them.
+
+        Whole components are compared: `gate` says nothing of `gate_up_proj`.
+        """
+        if not self.is_fp8 or not name.endswith(FP8_WEIGHTS):
+            return False
+        return not any(f".{module}." in f".{name}." for module in self.not_fp8)
 
     @property
     def q_size(self) -> int:
@@ -91,6 +114,7 @@ class ModelConfig(BaseModel):
             _refuse_first(error, raw, file)
         _check_relations(written, file)
         layer_types, sliding_window = read_layer_types(written, file)
+        quantised = written.quantization_config
         return cls(
             vocab_size=written.vocab_size,
             hidden_size=written.hidden_size,
@@ -112,6 +136,8 @@ class ModelConfig(BaseModel):
             layer_types=layer_types,
             sliding_window=sliding_window,
             rope=read_ropes(written, layer_types, file),
+            is_fp8=quantised is not None,
+            not_fp8=tuple(quantised.modules_to_not_convert) if quantised else (),
         )
 
 
@@ -144,6 +170,22 @@ def parse_config(content: bytes, path: Path) -> ModelConfig:
     return ModelConfig.from_dict(raw, str(file))
 
 
+class _Quantization(BaseModel):
+    """quantization_config: only the scheme of the released checkpoints.
+
+    `activation_scheme` and `dequantize` tell a loader how to compute; here activations are never quantised.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    quant_method: Literal["fp8"]
+    fmt: Literal["float8_e4m3fn"] = "float8_e4m3fn"
+    activation_scheme: Literal["dynamic"] = "dynamic"
+    weight_block_size: list[Literal[128]] = Field(min_length=2, max_length=2)
+    modules_to_not_convert: Modules = []
+    dequantize: bool = False
+
+
 class _Written(WrittenLayers):
     """config.json as written: the type of a field is what we accept, its default what absence means."""
 
@@ -168,7 +210,7 @@ class _Written(WrittenLayers):
     scoring_func: Literal["sigmoid"] = "sigmoid"
     use_routing_bias: bool = True
 
-    quantization_config: None = None
+    quantization_config: _Quantization | None = None
 
     # Parts that related models have and this family has not: only the value that leaves them out.
     tie_word_embeddings: Literal[False] = False
@@ -204,7 +246,7 @@ def _refuse_first(error: ValidationError, raw: Mapping[str, Any], file: str) -> 
     field = ".".join(as_written.get(str(part), str(part)) for part in details["loc"])
     value = "absent" if details["type"] == "missing" else _as_json(details["input"])
     accepted = {"missing": "a value", "extra_forbidden": "absent"}.get(details["type"], details["msg"])
-    accepted = accepted.removeprefix("Input should be ")
+    accepted = re.sub(r"^Input should be | or instance of \w+$", "", accepted)
     for python, written in (("None", "null"), ("True", "true"), ("False", "false")):
         accepted = accepted.replace(python, written)
     raise ConfigError(field, value, accepted, file) from error

@@ -100,7 +100,7 @@ def padded(n: int, ladder: tuple[int, ...]) -> int:
     return next(m for m in ladder if m >= n)
 
 
-def _smallest_first_rung(agrees: Callable[[int], bool], what: str) -> int:
+def smallest_first_rung(agrees: Callable[[int], bool], what: str) -> int:
     """The smallest first rung from which every rung of its ladder agrees."""
     seen = {m: agrees(m) for m in LADDER}
     for first in _FIRST_RUNGS:
@@ -141,67 +141,88 @@ def bytes_kept(num_elements: int, served: torch.dtype) -> int:
     return num_elements * (torch.float32 if is_widened else served).itemsize
 
 
+def packed(weight: Tensor) -> Tensor:
+    """[O, I] in the opaque layout that `packed_product` reads fastest."""
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return reordered
+
+
+def packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
+
+
+def rows_agree(product: Callable[[Tensor], Tensor], x: Tensor, truth: Tensor, m: int) -> bool:
+    """Whether m rows of x alone give their rows of `truth` [ROWS_MAX, O], at three offsets."""
+    return all(
+        torch.equal(product(x[at : at + m].clone()), truth[at : at + m])
+        for at in (0, (ROWS_MAX - m) // 2, ROWS_MAX - m)
+    )
+
+
 class Linear:
     """x [n, I] -> x W^T [n, O] in x's dtype, for weights [O, I] of the model's dtype."""
 
     def __init__(self, weight: Tensor, numerics: Numerics) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
-        self.compute_dtype = weight.dtype
-        if weight.dtype == torch.bfloat16 and not bf16_products():
-            self.compute_dtype = torch.float32
+        self._describe(weight.shape[0], weight.shape[1], weight.dtype)
         weight = weight.to(self.compute_dtype).contiguous()
-        self.nbytes = weight.nbytes
-        self._is_packed = self.compute_dtype == torch.bfloat16 or weight.numel() >= _PACK_MIN
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._is_packed else weight
-        self._ladder = rungs(self._first_rung()) if numerics == "exact" else None
+        self.kept_as, self.nbytes = str(weight.dtype).removeprefix("torch."), weight.nbytes
+        self.is_packed = self.compute_dtype == torch.bfloat16 or weight.numel() >= _PACK_MIN
+        # Cloned: a weight mapped from a file lies at any address, and kernels may choose by alignment.
+        self._weight = packed(weight) if self.is_packed else weight.clone()
+        self.ladder = rungs(self._first_rung()) if numerics == "exact" else None
 
-    def _product(self, x: Tensor) -> Tensor:
-        if self._is_packed:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
-            return product
-        return F.linear(x, self._weight)
+    def _describe(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+        self.out_features, self.in_features = out_features, in_features
+        self.name = f"weight {out_features}x{in_features}"
+        self.dtype = self.compute_dtype = dtype
+        if dtype == torch.bfloat16 and not bf16_products():
+            self.compute_dtype = torch.float32
+
+    def _operand(self) -> Tensor:
+        """The weight as `_product` takes it."""
+        return self._weight
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return packed_product(x, weight) if self.is_packed else F.linear(x, weight)
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """Sample rows [ROWS_MAX, I], and the truth about them: their product under one thread."""
+        x = _sample(ROWS_MAX, self.in_features, dtype=self.compute_dtype)
+        with _OneThread():
+            return x, self._product(x, self._operand())
 
     def _first_rung(self) -> int:
         key = (
             self.out_features,
             self.in_features,
             self.compute_dtype,
-            self._is_packed,
+            self.is_packed,
             torch.get_num_threads(),
         )
         if key not in _first_rungs:
-            x = _sample(ROWS_MAX, self.in_features, dtype=self.compute_dtype)
-            with _OneThread():
-                truth = self._product(x)
-
-            def agrees(m: int) -> bool:
-                return all(
-                    torch.equal(self._product(x[at : at + m].clone()), truth[at : at + m])
-                    for at in (0, (ROWS_MAX - m) // 2, ROWS_MAX - m)
-                )
-
-            _first_rungs[key] = _smallest_first_rung(agrees, f"weight {self.out_features}x{self.in_features}")
+            agrees = functools.partial(rows_agree, lambda x: self._product(x, self._weight), *self.probe())
+            _first_rungs[key] = smallest_first_rung(agrees, self.name)
         return _first_rungs[key]
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self.compute_dtype)
-        if self._ladder is None:
-            return self._product(x).to(self.dtype)
-        pieces = [self._rung(piece) for piece in x.split(ROWS_MAX)] if len(x) > ROWS_MAX else [self._rung(x)]
+        x, weight = x.to(self.compute_dtype), self._operand()
+        if self.ladder is None:
+            return self._product(x, weight).to(self.dtype)
+        slabs = x.split(ROWS_MAX) if len(x) > ROWS_MAX else (x,)
+        pieces = [self._rung(slab, weight, self.ladder) for slab in slabs]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.dtype)
 
-    def _rung(self, x: Tensor) -> Tensor:
-        assert self._ladder is not None
+    def _rung(self, x: Tensor, weight: Tensor, ladder: tuple[int, ...]) -> Tensor:
         n = len(x)
         if n == 0:
             return x.new_zeros(0, self.out_features)
-        m = padded(n, self._ladder)
+        m = padded(n, ladder)
         if m != n:
             x = F.pad(x, (0, 0, 0, m - n))
         elif x.data_ptr() % 64 or not x.is_contiguous():
             x = x.clone(memory_format=torch.contiguous_format)  # kernels may choose by alignment
-        return self._product(x)[:n]
+        return self._product(x, weight)[:n]
 
 
 @functools.cache
@@ -220,7 +241,7 @@ def batched_ladder(shapes: tuple[tuple[int, int], ...], threads: int) -> tuple[i
                 truth = torch.bmm(x, right)
             first = max(
                 first,
-                _smallest_first_rung(
+                smallest_first_rung(
                     functools.partial(_batch_agrees, x, right, truth), f"batched product {inner}x{outer}"
                 ),
             )

@@ -9,16 +9,28 @@ import torch
 from torch import Tensor
 
 from model import exact
+from model.fp8 import Weight
+from model.linear import Keep, linear
 
 
 class Expert:
     """One expert's weights, ready to multiply."""
 
-    def __init__(self, w1: Tensor, w3: Tensor, w2: Tensor, numerics: exact.Numerics) -> None:
-        """w1 (gate), w3 (up): [F, H]; w2 (down): [H, F]."""
+    def __init__(
+        self,
+        w1: Weight,
+        w3: Weight,
+        w2: Weight,
+        dtype: torch.dtype,
+        numerics: exact.Numerics,
+        keep: Keep = "dequantised",
+    ) -> None:
+        """w1 (gate), w3 (up): [F, H]; w2 (down): [H, F]; computed in `dtype`, whatever they are stored in."""
         self.width = w1.shape[0]
-        self.gate_up = exact.Linear(torch.cat((w1, w3)), numerics)  # one product instead of two
-        self.down = exact.Linear(w2, numerics)
+        self.gate_up = linear((w1, w3), dtype, numerics, keep)  # one product instead of two
+        self.down = linear((w2,), dtype, numerics, keep)
+        self.kept_as = self.gate_up.kept_as
+        """bfloat16, float32 or fp8."""
         self.nbytes = self.gate_up.nbytes + self.down.nbytes
 
     def __call__(self, rows: Tensor) -> Tensor:

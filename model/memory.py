@@ -1,10 +1,18 @@
-"""How much memory this process may still take, and a clear refusal before it takes more."""
+"""How much memory weights will take and this process may still take, and a clear refusal before it takes more."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import psutil
+import torch
+
+from model.checkpoint import ROUTER_SUFFIXES, SCALE_SUFFIX, Checkpoint
+from model.exact import bytes_kept
+from model.linear import Keep
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -24,6 +32,29 @@ def available_bytes() -> int:
     except FileNotFoundError:
         return free  # no container limit
     return max(free, 0)
+
+
+def bytes_in_memory(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype, keep: Keep) -> int:
+    """Bytes in memory of these tensors, as stored, once a worker that serves in `dtype` has loaded them.
+
+    All become `dtype`; but the router is float32, and FP8 may be kept: else its scales are let go.
+    """
+    total = 0
+    for name in names:
+        entry = checkpoint.entry(name)
+        stored, elements = entry.end - entry.begin, math.prod(entry.shape)
+        if entry.dtype == "F8_E4M3" or name.endswith(SCALE_SUFFIX):
+            total += stored if keep == "fp8" else 0 if name.endswith(SCALE_SUFFIX) else bytes_kept(elements, dtype)
+        else:
+            total += bytes_kept(elements, torch.float32 if name.endswith(ROUTER_SUFFIXES) else dtype)
+    return total
+
+
+def choose(setting: Keep | Literal["auto"], dequantised_bytes: int) -> Keep:
+    """How to hold FP8 weights that take so much dequantised: the faster way if memory allows it, unless told."""
+    if setting == "auto":
+        return "dequantised" if dequantised_bytes <= available_bytes() else "fp8"
+    return setting
 
 
 def require(needed: int, what: str, remedy: str) -> None:

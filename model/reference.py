@@ -5,6 +5,7 @@ checkpoint reader. Written to be read beside a paper, not to be fast.
 
 Precision. With float32 everything is float32. With bfloat16 a value is rounded to bfloat16 at these points
 and nowhere else:
+  * weights stored in FP8: the product with their block's scale, in float32;
   * after every product with a weight matrix (accumulated in float32), the logits included;
   * after every RMS norm, whose statistic and gain are float32;
   * after rotation, whose angles and products are float32;
@@ -167,4 +168,8 @@ class Reference:
         return (x32 * scale * weight.float()).to(self.dtype)
 
     def _weight(self, name: str) -> Tensor:
-        return self.weights[f"{name}.weight"].to(self.dtype)
+        weight, scale = self.weights[f"{name}.weight"], self.weights.get(f"{name}.weight_scale_inv")
+        if scale is not None:  # one for each block of 128 x 128; those at the edges are smaller
+            rows, columns = (torch.arange(side) // 128 for side in weight.shape)
+            weight = weight.float() * scale[rows][:, columns]
+        return weight.to(self.dtype)

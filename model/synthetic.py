@@ -21,9 +21,18 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import INDEX_FILE, SINGLE_FILE, Shape, expected_shapes
+from model.checkpoint import (
+    INDEX_FILE,
+    ROUTER_SUFFIXES,
+    SCALE_SUFFIX,
+    SINGLE_FILE,
+    Shape,
+    expected_shapes,
+    scale_name,
+)
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.fp8 import quantise
 from model.layer_types import FULL, SLIDING
 from model.synthetic_tokenizer import BOS, EOS, added_token_id, write_tokenizer
 
@@ -67,11 +76,15 @@ DTYPES: dict[Preset, str] = {"tiny": "float32", "demo": "bfloat16", "bench": "bf
 WINDOWS: dict[Preset, int] = {"tiny": 24, "demo": 128, "bench": 512, "m2-layers": 512}
 SLIDING_THETA = 10_000.0
 SLIDING_FACTOR = 1.0
+QUANTISATION: dict[str, object] = {
+    "quant_method": "fp8", "fmt": "float8_e4m3fn", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What to make of a preset; by default the released form."""
+    """What to make of a preset; by default its released form in the preset's dtype."""
 
     layers: int | None = None
     """Instead of the preset's."""
@@ -79,6 +92,8 @@ class Variant:
     """Every other layer slides, the first one does, with a rotation of their own."""
     qk_norm: Literal["per_layer", "per_head", "none"] = "per_layer"
     sinks: bool = False
+    fp8: bool = False
+    """Attention projections and experts in blocks of 128 x 128, as the released ones are."""
 
 
 RELEASED = Variant()
@@ -143,6 +158,7 @@ def config_json(preset: Preset, variant: Variant = RELEASED) -> dict[str, object
         "tie_word_embeddings": False,
         "bos_token_id": added_token_id(BOS, sizes["vocab_size"]),
         "eos_token_id": added_token_id(EOS, sizes["vocab_size"]),
+        **({"quantization_config": QUANTISATION} if variant.fp8 else {}),
     }
     if variant.sinks:
         raw["attention_sinks"] = True
@@ -203,11 +219,17 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int, progress: Progr
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors: dict[str, torch.Tensor] = {}
         for name, shape in shapes.items():
-            tensors[name] = torch.empty(shape, dtype=_dtype(name, config))
-            for piece in _fill(name, tensors[name], seed):
-                done += piece
+            if name.endswith(SCALE_SUFFIX):
+                continue  # made with the weight before it
+            is_fp8, dtype = config.stores_fp8(name), _dtype(name, config)
+            tensor = torch.empty(shape, dtype=torch.float32 if is_fp8 else dtype)
+            if is_fp8:
+                done += _nbytes(scale_name(name), shapes[scale_name(name)], config)
+            for num_elements in _fill(name, tensor, seed):
+                done += num_elements * dtype.itemsize
                 if progress is not None:
                     progress(done, total)
+            tensors |= _quantised(name, tensor) if is_fp8 else {name: tensor}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors lets only the owner read it
         weight_map |= dict.fromkeys(shapes, file)
@@ -217,11 +239,12 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int, progress: Progr
 
 
 def _shards(config: ModelConfig) -> list[dict[str, Shape]]:
+    """A weight and its scales in the same shard."""
     shards: list[dict[str, Shape]] = [{}]
     nbytes = 0
     for name, shape in expected_shapes(config):
         size = _nbytes(name, shape, config)
-        if nbytes + size > SHARD_BYTES_MAX:
+        if nbytes + size > SHARD_BYTES_MAX and not name.endswith(SCALE_SUFFIX):
             shards.append({})
             nbytes = 0
         shards[-1][name] = shape
@@ -230,20 +253,29 @@ def _shards(config: ModelConfig) -> list[dict[str, Shape]]:
 
 
 def _is_router(name: str) -> bool:
-    return name.endswith(("gate.weight", "e_score_correction_bias"))
+    return name.endswith(ROUTER_SUFFIXES)
 
 
 def _dtype(name: str, config: ModelConfig) -> torch.dtype:
     """The router is float32 in every checkpoint of the family; the rest is in the model's dtype."""
-    return torch.float32 if _is_router(name) or config.dtype == "float32" else torch.bfloat16
+    if config.stores_fp8(name):
+        return torch.float8_e4m3fn
+    is_wide = _is_router(name) or name.endswith(SCALE_SUFFIX) or config.dtype == "float32"
+    return torch.float32 if is_wide else torch.bfloat16
 
 
 def _nbytes(name: str, shape: Shape, config: ModelConfig) -> int:
     return math.prod(shape) * _dtype(name, config).itemsize
 
 
+def _quantised(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A weight in FP8, and its scales."""
+    weight = quantise(tensor)
+    return {name: weight.codes, scale_name(name): weight.scale_inv}
+
+
 def _fill(name: str, tensor: torch.Tensor, seed: int) -> Iterator[int]:
-    """Fills it piece by piece, so that memory holds little beside it; yields the bytes of each piece."""
+    """Fills it piece by piece, so that memory holds little beside it; yields the elements of each piece."""
     if name.endswith("norm.weight"):
         mean, std = 1.0, NORM_SPREAD
     elif name.endswith("e_score_correction_bias"):
@@ -262,7 +294,7 @@ def _fill(name: str, tensor: torch.Tensor, seed: int) -> Iterator[int]:
         values *= np.float32(std * math.sqrt(12.0))  # a uniform variable of width 1 has variance 1/12
         values += np.float32(mean)
         piece.copy_(torch.from_numpy(values))
-        yield piece.nbytes
+        yield len(piece)
 
 
 def _write_json(file: Path, content: dict[str, object]) -> None:

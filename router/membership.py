@@ -32,6 +32,8 @@ class Health:
     bytes_total: int = 0  # 0: not known yet
     detail: str = ""  # what it is doing, or why it failed
     gauges: Mapping[str, float] = field(default_factory=dict)  # for status and metrics, no history
+    bytes_kept: int = 0  # of weights in memory; bytes_loaded counts them as stored
+    kept_as: str = ""  # their dtypes in memory: "bfloat16", "fp8", "bfloat16 and fp8"
 
 
 @dataclass(frozen=True)

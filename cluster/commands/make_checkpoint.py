@@ -36,6 +36,7 @@ def add_to(commands: Any) -> None:
         help="of queries and keys (default: per_layer, as released)",
     )  # fmt: skip
     parser.add_argument("--sinks", action="store_true", help="a learned attention sink for each query head")
+    parser.add_argument("--fp8", action="store_true", help="in FP8 blocks, as the released checkpoints")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
     parser.set_defaults(run=run)
 
@@ -53,11 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
             make_checkpoint(
                 arguments.preset, arguments.out, arguments.seed,
                 lambda done, total: bars.update(task, completed=done, total=total), force=arguments.force,
-                variant=Variant(arguments.layers, arguments.hybrid, arguments.qk_norm, arguments.sinks),
+                variant=Variant(
+                    arguments.layers, arguments.hybrid, arguments.qk_norm, arguments.sinks, arguments.fp8
+                ),
             )  # fmt: skip
     except (ModelError, OSError) as error:
         print(f"expertmesh make-checkpoint: {error}", file=sys.stderr)
         return 1
     size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
-    print(f"{arguments.out}: {arguments.preset} checkpoint, {show_size(size)}, seed {arguments.seed}")
+    kind = f"{arguments.preset} checkpoint{' in FP8' if arguments.fp8 else ''}"
+    print(f"{arguments.out}: {kind}, {show_size(size)}, seed {arguments.seed}")
     return 0

@@ -21,6 +21,10 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "--transport": (("transport",), "KIND", "between the pools: shm"),
     "--device": (("device",), "KIND", "cpu"),
     "--dtype": (("attention.dtype", "expert.dtype"), "KIND", "auto, float32 or bfloat16"),
+    "--weights": (
+        ("attention.weights", "expert.weights"), "HOW",
+        "of an FP8 checkpoint: auto (default), dequantised or fp8 (half the memory, slower)",
+    ),
     "--numerics": (
         ("attention.numerics", "expert.numerics"), "KIND",
         "exact: same tokens wherever they run (default); fast may trade that away",

@@ -80,12 +80,14 @@ def _message(error: urllib.error.HTTPError) -> str:
 def show(document: dict[str, Any], console: Console) -> None:
     """For people."""
     console.print(_headline(document))
-    columns = ("worker", "state", "pid", "life", "device", "loaded", "slots", "detail")
+    columns = ("worker", "state", "pid", "life", "device", "weights", "slots", "detail")
     table = Table(*columns, box=None, pad_edge=False)
     for worker in document["workers"]:
         loaded = show_size(worker["bytes_loaded"])
         if worker["bytes_total"] > worker["bytes_loaded"]:
             loaded += f" of {show_size(worker['bytes_total'])}"
+        elif worker["kept_as"]:
+            loaded = f"{show_size(worker['bytes_kept'])} {worker['kept_as']}"
         table.add_row(
             worker["id"], Text(worker["state"], style=_STYLES.get(worker["state"], "")), _cell(worker["pid"]),
             str(worker["incarnation"]), _cell(worker["device"]), loaded, _cell(worker["slots"] or None),

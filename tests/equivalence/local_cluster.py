@@ -5,6 +5,7 @@ The same plain classes that actors host. Expert workers answer from threads of t
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass, field
 
@@ -45,8 +46,12 @@ class Answer:
 
 class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
-                 sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None):  # fmt: skip
-        """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid."""
+                 sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None,
+                 keep=("dequantised",)):  # fmt: skip
+        """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid.
+
+        `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers.
+        """
         self.checkpoint = checkpoint
         config = checkpoint.config
         self.dtype = dtype or getattr(torch, config.dtype)
@@ -55,14 +60,16 @@ class LocalCluster:
         self.experts = [self._expert(Member(f"e{i}", 1), numerics) for i in range(experts)]
         members = [(e.residency.member, e.end.address) for e in self.experts]
         self.placement: Placement = (placement or self._spread)(members, replicas)
-        for expert in self.experts:
-            expert.residency.prepare(self.placement)
+        for expert, how in zip(self.experts, itertools.cycle(keep), strict=False):
+            expert.residency.prepare(self.placement, keep=how)
         self._threads = [threading.Thread(target=self._answer, args=(e,), daemon=True) for e in self.experts]
         for thread in self._threads:
             thread.start()
         self._model_len = model_len
         pools = {FULL: blocks, SLIDING: sliding_blocks}
-        self.workers = [self._attention(i, microbatches, pools, numerics) for i in range(attention)]
+        self.workers = [
+            self._attention(i, microbatches, pools, numerics, keep[i % len(keep)]) for i in range(attention)
+        ]
         self._plans = [0] * attention
         assert config.max_position_embeddings >= 128
 
@@ -80,13 +87,14 @@ class LocalCluster:
         end = LocalExpertEnd(self.hub, self._identity(member), self.router)
         return ExpertWorker(residency, end, rows_max=4096)
 
-    def _attention(self, index, microbatches, pools, numerics):
+    def _attention(self, index, microbatches, pools, numerics, keep):
         model = AttentionModel(
             self.checkpoint,
             dtype=self.dtype,
             numerics=numerics,
             positions_max=self._model_len,
             progress=lambda *_: None,
+            keep=keep,
         )
         model.make_kv(pools)
         window = self.checkpoint.config.sliding_window

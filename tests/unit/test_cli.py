@@ -21,7 +21,7 @@ from cluster.commands.sizes import parse_size, show_size
 from cluster.config import load_config
 from cluster.preflight import PreflightError, RoleBytes, check, check_memory, role_bytes
 from cluster.version import VERSION
-from model.checkpoint import Checkpoint, attention_tensor_names
+from model.checkpoint import ROUTER_SUFFIXES, Checkpoint, attention_tensor_names
 from model.exact import bytes_kept
 
 ROOT = Path(__file__).parents[2]
@@ -144,10 +144,12 @@ def test_more_weights_than_memory_is_refused_with_the_sum() -> None:
 def test_weights_are_counted_as_they_are_served(checkpoint: Path) -> None:
     """Not as they are stored: float32 weights served as bfloat16 take half."""
     opened = Checkpoint.open(checkpoint)
-    stored = opened.nbytes(attention_tensor_names(opened.config))
+    names = attention_tensor_names(opened.config)
+    stored, router = opened.nbytes(names), opened.nbytes(name for name in names if name.endswith(ROUTER_SUFFIXES))
     assert opened.config.dtype == "float32"
-    assert role_bytes(opened, torch.float32).attention == stored
-    assert role_bytes(opened, torch.bfloat16).attention == bytes_kept(stored // 4, torch.bfloat16)
+    wide, half = (role_bytes(opened, d, "dequantised", "dequantised") for d in (torch.float32, torch.bfloat16))
+    assert wide.attention == stored
+    assert half.attention == bytes_kept((stored - router) // 4, torch.bfloat16) + router
 
 
 def test_links_are_made_wide_enough_for_the_largest_step(checkpoint: Path) -> None:
@@ -175,9 +177,13 @@ DOCUMENT = {
     "model": "tiny", "phase": "ready", "epoch": {"term": 1, "number": 2}, "transport": "shm", "uptime_s": 5.0,
     "workers": [
         {"id": "expert-0", "state": "loading", "pid": 7, "incarnation": 2, "device": "cpu", "slots": 12,
-         "bytes_loaded": MIB, "bytes_total": 2 * MIB, "detail": "loading experts", "gauges": {}},
-        {"id": "attention-0", "state": "ready", "pid": 8, "incarnation": 1, "device": "cpu", "slots": 0,
-         "bytes_loaded": MIB, "bytes_total": MIB, "detail": "",
+         "bytes_loaded": MIB, "bytes_total": 2 * MIB, "bytes_kept": MIB, "kept_as": "fp8",
+         "detail": "loading experts", "gauges": {}},
+        {"id": "expert-1", "state": "ready", "pid": 8, "incarnation": 1, "device": "cpu", "slots": 12,
+         "detail": "", "bytes_loaded": 2 * MIB, "bytes_total": 2 * MIB, "bytes_kept": 4 * MIB,
+         "kept_as": "bfloat16", "gauges": {}},
+        {"id": "attention-0", "state": "ready", "pid": 9, "incarnation": 1, "device": "cpu", "slots": 0,
+         "bytes_loaded": MIB, "bytes_total": MIB, "bytes_kept": MIB, "kept_as": "bfloat16", "detail": "",
          "gauges": {"kv_blocks_total": 96.0, "kv_blocks_free": 64.0, "kv_block_bytes": 8192.0,
                     "kv_sliding_blocks_total": 12.0, "kv_sliding_blocks_free": 11.0,
                     "kv_sliding_block_bytes": 24576.0}},
@@ -225,7 +231,13 @@ def test_status_for_people_shows_workers_and_what_was_lost(
     shown = capsys.readouterr().out
     kv = "keys and values 64 of 96 blocks free, 8.0 KiB each, in windows 11 of 12 blocks free, 24.0 KiB each"
     assert f"attention-0: {kv}" in shown
-    for words in ("ready, epoch 1.2", "1.0 MiB of 2.0 MiB", "3 running, 1 waiting", "silent for 5.1 s"):
+    for words in (
+        "ready, epoch 1.2",
+        "1.0 MiB of 2.0 MiB",
+        "4.0 MiB bfloat16",
+        "3 running, 1 waiting",
+        "silent for 5.1 s",
+    ):
         assert words in shown
 
 

@@ -75,7 +75,7 @@ def test_a_ladder_starts_where_rows_begin_to_agree():
 def test_a_shape_without_invariant_rows_is_refused_by_name():
     """Exact mode never guesses."""
     with pytest.raises(exact.NumericsError, match=r"weight 3x5.*accepted: --threads 1, or --numerics fast"):
-        exact._smallest_first_rung(lambda m: m == 1, "weight 3x5")
+        exact.smallest_first_rung(lambda m: m == 1, "weight 3x5")
 
 
 # --- attention -------------------------------------------------------------------------------------

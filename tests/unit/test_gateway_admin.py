@@ -40,7 +40,10 @@ def document() -> dict[str, Any]:
     controller = Controller(ControllerConfig(), 4, SHAPE, {}, 0.0)
     started = [c.member for c in controller.step(Tick(), 0.0) if isinstance(c, StartWorker)]
     expert = next(member for member in started if member.id == "expert-1")
-    for body in (Register(Role.EXPERT, 42, "node", "cpu", "at"), Health(HealthState.LOADING, 7, 9, "reads")):
+    for body in (
+        Register(Role.EXPERT, 42, "node", "cpu", "at"),
+        Health(HealthState.LOADING, 7, 9, "reads", {}, 6, "fp8"),
+    ):
         controller.step(Report(expert, SHAPE.fingerprint, 4, body), 1.0)
     return overview(controller, {"model": "tiny"}, 2.0)
 
@@ -61,6 +64,7 @@ async def test_status_is_the_document_typed(card: ModelCard) -> None:
     assert answer.workers[2] == pb.Worker(
         id="expert-1", role=identity_pb2.ROLE_EXPERT, pid=42, node="node", state=pb.WORKER_STATE_LOADING,
         device="cpu", incarnation=1, bytes_loaded=7, bytes_total=9, detail="reads",
+        bytes_kept=6, kept_as="fp8",
     )  # fmt: skip
     assert answer.workers[0].state == pb.WORKER_STATE_STARTING
     assert list(pools.pools) == list(answer.pools)

@@ -43,7 +43,7 @@ class Process:
         self.link = MemberLink(
             cluster.address, token, member, "f00d",
             lambda: Register(role, 1, "here", "cpu", f"@{member.id}", 0, self.epoch),
-            lambda: Health(HealthState.READY, 5, 5, "", {"rows": 3.0}),
+            lambda: Health(HealthState.READY, 5, 5, "", {"rows": 3.0}, 9, "fp8"),
             self.orders.put, heartbeat_s=0.05,
         )  # fmt: skip
         self.link.start()
@@ -102,6 +102,7 @@ def test_epoch_is_prepared_published_adopted_over_the_wire(cluster: Cluster, joi
     assert [(w["id"], w["state"], w["bytes_loaded"]) for w in told["workers"]] == [
         ("attention-0", "ready", 5), ("expert-0", "ready", 5),
     ]  # fmt: skip
+    assert {(w["bytes_kept"], w["kept_as"]) for w in told["workers"]} == {(9, "fp8")}
     assert (told["model"], told["epoch"]) == ("m", {"term": 1, "number": 1})
 
 

@@ -53,6 +53,14 @@ RELEASED: dict[str, Any] = {
     "shared_moe_mode": "sigmoid",
 }
 
+FP8: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "float8_e4m3fn",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+    "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+}
+
 # What Transformers 5.23 writes: nested rope, `dtype`, and none of the fields its code takes for granted.
 SAVED_BY_TRANSFORMERS: dict[str, Any] = {
     "architectures": ["MiniMaxM2ForCausalLM"],
@@ -165,7 +173,7 @@ REFUSED = [
     ("shared_intermediate_size", 1024, "0"),
     ("tie_word_embeddings", True, "false"),
     ("attention_bias", True, "false"),
-    ("quantization_config", {"quant_method": "fp8"}, "null"),
+    ("quantization_config", "fp8", "a valid dictionary"),
     ("routed_scaling_factor", 2.0, "less than or equal to 1"),
     ("first_k_dense_replace", 1, "0"),
     ("final_logit_softcapping", 30.0, "null"),
@@ -210,6 +218,65 @@ def test_nested_fields_and_contradictions_are_named(fields: dict[str, Any], mess
     with pytest.raises(ConfigError) as refusal:
         ModelConfig.from_dict(changed(RELEASED, **fields))
     assert message in str(refusal.value)
+
+
+ATTENTION = "model.layers.3.self_attn.{}_proj.weight"
+EXPERT = "model.layers.3.block_sparse_moe.experts.7.w{}.weight"
+
+
+def test_released_quantisation() -> None:
+    """Attention projections and experts lie in FP8, nothing else does."""
+    config = ModelConfig.from_dict(changed(RELEASED, quantization_config=FP8))
+    stored = [*map(ATTENTION.format, "qkvo"), *map(EXPERT.format, "123")]
+    assert all(map(config.stores_fp8, stored))
+    for name in ("model.embed_tokens", "lm_head", "model.norm", "model.layers.3.input_layernorm",
+                 "model.layers.3.self_attn.q_norm", "model.layers.3.block_sparse_moe.gate"):  # fmt: skip
+        assert not config.stores_fp8(f"{name}.weight")
+    assert not any(map(ModelConfig.from_dict(RELEASED).stores_fp8, stored))
+
+
+@pytest.mark.parametrize(
+    ("modules", "excepted"),
+    [
+        (["gate"], []),
+        (["self_attn"], [*map(ATTENTION.format, "qkvo")]),
+        (["self_att", "proj", "q_pro"], []),
+        (["k_proj", "w2"], [ATTENTION.format("k"), EXPERT.format("2")]),
+        (["layers.3.self_attn"], [*map(ATTENTION.format, "qkvo")]),
+        (["model.layers.3.self_attn.q_proj"], [ATTENTION.format("q")]),
+        (["layers.33.self_attn", "3.self"], []),
+        (None, []),
+    ],
+)
+def test_modules_are_excepted_by_whole_components(modules: list[str] | None, excepted: list[str]) -> None:
+    """Not by substring: `gate` would except a `gate_up_proj` too."""
+    raw = changed(RELEASED, quantization_config={**FP8, "modules_to_not_convert": modules})
+    config = ModelConfig.from_dict(raw)
+    names = [*map(ATTENTION.format, "qkvo"), *map(EXPERT.format, "123")]
+    assert [name for name in names if not config.stores_fp8(name)] == excepted
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("quant_method", "awq", "\"awq\"; accepted: 'fp8'"),
+        ("quant_method", ABSENT, "absent; accepted: a value"),
+        ("fmt", "float8_e5m2", "\"float8_e5m2\"; accepted: 'float8_e4m3fn'"),
+        ("activation_scheme", "static", "\"static\"; accepted: 'dynamic'"),
+        ("weight_block_size", ABSENT, "absent; accepted: a value"),
+        ("weight_block_size", None, "null; accepted: a valid list"),
+        ("weight_block_size", [128], "[128]; accepted: List should have at least 2 items"),
+        ("weight_block_size.1", [128, 64], "64; accepted: 128"),
+        ("modules_to_not_convert", "gate", '"gate"; accepted: a valid list'),
+        ("scale_fmt", "ue8m0", '"ue8m0"; accepted: absent'),
+        ("kv_cache_scheme", {"type": "float"}, '{"type": "float"}; accepted: absent'),
+    ],
+)
+def test_other_quantisations_are_refused_by_name(field: str, value: Any, said: str) -> None:
+    raw = changed(FP8, **{field.split(".")[0]: value})
+    with pytest.raises(ConfigError) as refusal:
+        ModelConfig.from_dict(changed(RELEASED, quantization_config=raw))
+    assert f"field quantization_config.{field} is {said}" in str(refusal.value)
 
 
 def test_long_values_are_shortened_in_messages() -> None:

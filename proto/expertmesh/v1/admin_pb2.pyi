@@ -45,7 +45,7 @@ WORKER_STATE_FAILED: WorkerState
 WORKER_STATE_STOPPED: WorkerState
 
 class Worker(_message.Message):
-    __slots__ = ("id", "role", "pid", "node", "state", "device", "incarnation", "bytes_loaded", "bytes_total", "slots", "detail", "epoch")
+    __slots__ = ("id", "role", "pid", "node", "state", "device", "incarnation", "bytes_loaded", "bytes_total", "slots", "detail", "epoch", "bytes_kept", "kept_as")
     ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,8 @@ class Worker(_message.Message):
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BYTES_KEPT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_AS_FIELD_NUMBER: _ClassVar[int]
     id: str
     role: _identity_pb2.Role
     pid: int
@@ -70,7 +72,9 @@ class Worker(_message.Message):
     slots: int
     detail: str
     epoch: _identity_pb2.Epoch
-    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[_identity_pb2.Role, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., device: _Optional[str] = ..., incarnation: _Optional[int] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., slots: _Optional[int] = ..., detail: _Optional[str] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ...) -> None: ...
+    bytes_kept: int
+    kept_as: str
+    def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[_identity_pb2.Role, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., device: _Optional[str] = ..., incarnation: _Optional[int] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., slots: _Optional[int] = ..., detail: _Optional[str] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., bytes_kept: _Optional[int] = ..., kept_as: _Optional[str] = ...) -> None: ...
 
 class Pool(_message.Message):
     __slots__ = ("role", "workers_wanted", "workers_ready", "slots", "bytes_loaded")

@@ -42,7 +42,7 @@ class Register(_message.Message):
     def __init__(self, role: _Optional[_Union[_identity_pb2.Role, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., address: _Optional[str] = ..., slots_max: _Optional[int] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("state", "bytes_loaded", "bytes_total", "detail", "gauges")
+    __slots__ = ("state", "bytes_loaded", "bytes_total", "detail", "gauges", "bytes_kept", "kept_as")
     class GaugesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -55,12 +55,16 @@ class Heartbeat(_message.Message):
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     GAUGES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_KEPT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_AS_FIELD_NUMBER: _ClassVar[int]
     state: MemberState
     bytes_loaded: int
     bytes_total: int
     detail: str
     gauges: _containers.ScalarMap[str, float]
-    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., detail: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    bytes_kept: int
+    kept_as: str
+    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., detail: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ..., bytes_kept: _Optional[int] = ..., kept_as: _Optional[str] = ...) -> None: ...
 
 class EpochReport(_message.Message):
     __slots__ = ("epoch",)
