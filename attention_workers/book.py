@@ -20,6 +20,7 @@ from attention_workers.step import (
     StepResult,
     TokenDelta,
 )
+from attention_workers.token_counts import TokenCounts
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     is_paused: bool = False
     is_prompt_done: bool = False
+    counts: TokenCounts = field(default_factory=TokenCounts)  # of `tokens`, followed where penalties ask for them
 
     @property
     def order(self) -> tuple[int, int, AttemptId]:

@@ -29,6 +29,16 @@ class GenerateBody(BaseModel):
     temperature: float | None = Field(None, ge=0, le=1e6, description="a number of at least 0; 0 is greedy")
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
     top_k: int | None = Field(None, ge=-1, description="an integer of at least 0; 0 or -1 for all tokens")
+    min_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1; 0 for all tokens")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="a number from -2 to 2; 0 is none")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="a number from -2 to 2; 0 is none")
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="a number from 0.01 to 100; 1 is none"
+    )
+    logit_bias: dict[str, float] | None = Field(
+        None, description="an object of token ids, as strings, each with a number from -100 to 100"
+    )
+    min_tokens: int | None = Field(None, ge=0, description="an integer from 0 to max_tokens")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="an integer from -2^63 to 2^63 - 1")
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
         None, description="a string or a list of strings, none of them empty"
@@ -70,12 +80,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none"),
     "response_format": (None, {"type": "text"}),
     "structured_outputs": (None,),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),

@@ -31,6 +31,9 @@ class GatewayConfig(BaseModel):
     stop_token_ids_max: int = Field(default=64, ge=1, le=1024)
     """`stop_token_ids` per request, eos not counted."""
 
+    logit_bias_max: int = Field(default=1024, ge=0, le=2**16)
+    """Tokens in one request's `logit_bias`: its message grows with them, and every step adds each."""
+
     logprobs_max: int = Field(default=20, ge=0, le=64)
     """Alternatives shown per token."""
 

@@ -255,4 +255,5 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         siblings,
         request.priority,
         resume,
+        request.min_tokens,
     )

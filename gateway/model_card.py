@@ -45,6 +45,8 @@ def read_model_card(folder: Path, *, name: str, fingerprint: str, vocab_size: in
         temperature=_number(generation, "temperature", 1.0, 0.0, 1e6),
         top_p=_number(generation, "top_p", 1.0, 0.0, 1.0) or 1.0,
         top_k=min(int(_number(generation, "top_k", 0, 0, 2**31)), vocab_size),
+        min_p=_number(generation, "min_p", 0.0, 0.0, 1.0),
+        repetition_penalty=_number(generation, "repetition_penalty", 1.0, 0.01, 100.0),
     )
     return ModelCard(name, fingerprint, vocab_size, context, eos, defaults, tokens, load_template(folder))
 

@@ -23,18 +23,23 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """The text that is certainly before any stop string. After a match nothing more comes."""
+    def push(self, text: str, *, may_end: bool = True) -> str:
+        """The text that is certainly before any stop string. After a match nothing more comes.
+
+        A stop string that `text` completes does not count where `may_end` is false; one that begins there does.
+        """
         if self.matched is not None:
             return ""
         if not self._stops:
             return text
-        text = self._held + text
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            end, _, self.matched = min(found)
-            self._held = ""
-            return text[: end - len(self.matched)]
+        seen, text = len(self._held), self._held + text
+        if may_end:
+            begins = [(_at(text, stop, seen), stop) for stop in self._stops]
+            found = [(at + len(stop), -len(stop), stop) for at, stop in begins if at >= 0]
+            if found:
+                end, _, self.matched = min(found)
+                self._held = ""
+                return text[: end - len(self.matched)]
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -70,6 +75,7 @@ class ChoiceText:
     def __init__(self, choice: int, request: GenerateRequest, tokens: Tokens | None, eos: frozenset[int]) -> None:
         self._choice = choice
         self._stop_token_ids = request.stop_token_ids
+        self._min_tokens = request.min_tokens
         self._eos = eos
         self._detokeniser = IncrementalDetokeniser(tokens) if tokens is not None else None
         self._matcher = StopMatcher(request.stop)
@@ -78,14 +84,14 @@ class ChoiceText:
     def take(self, delta: TokenDelta) -> Piece:
         """The piece of this delta; it ends at the token that completes a stop string."""
         text, offsets = "", []
-        for token in delta.tokens:
+        for position, token in enumerate(delta.tokens, delta.position):
             offsets.append(self._chars)
-            text += self._push(token)
+            text += self._push(token, may_end=position >= self._min_tokens)
             if self._matcher.matched is not None:
                 break
         finish = delta.finish
         if finish is not None:
-            text += self._end()
+            text += self._end(may_end=delta.position + len(delta.tokens) > self._min_tokens)
         if self._matcher.matched is not None:
             finish = FinishReason.STOP
         count = len(offsets)
@@ -100,16 +106,16 @@ class ChoiceText:
             self._stop_reason(delta, finish),
         )
 
-    def _push(self, token: int) -> str:
+    def _push(self, token: int, *, may_end: bool) -> str:
         if self._detokeniser is None or token in self._stop_token_ids:
             return ""  # a stop token ends the text, it is not part of it
         decoded = self._detokeniser.push(token)
         self._chars += len(decoded)
-        return self._matcher.push(decoded)
+        return self._matcher.push(decoded, may_end=may_end)
 
-    def _end(self) -> str:
+    def _end(self, *, may_end: bool) -> str:
         rest = self._detokeniser.flush() if self._detokeniser is not None else ""
-        return self._matcher.push(rest) + self._matcher.flush()
+        return self._matcher.push(rest, may_end=may_end) + self._matcher.flush()
 
     def _stop_reason(self, delta: TokenDelta, finish: FinishReason | None) -> str | int | None:
         if self._matcher.matched is not None:
@@ -132,6 +138,11 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         last.finish,
         last.stop_reason,
     )
+
+
+def _at(text: str, stop: str, seen: int) -> int:
+    """Where the first `stop` begins that ends after the first `seen` characters; -1: nowhere."""
+    return text.find(stop, max(0, seen - len(stop) + 1))
 
 
 def _overlap(text: str, stop: str) -> int:

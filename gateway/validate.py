@@ -1,17 +1,20 @@
 """From a client's body to GenerateRequests: defaults, limits, tokens. All that is wrong with it ends here.
 
 Decisions a client can see:
-- what the client leaves open (temperature, top_p, top_k) comes from the checkpoint's generation_config.json;
+- what the client leaves open (temperature, top_p, top_k, min_p, repetition_penalty) comes from the checkpoint's
+  generation_config.json;
 - `max_tokens` left open is 16 for completions and what the context leaves for chat, and never more than that;
   given, it must fit: more than the context leaves is refused, not cut;
 - an unseeded request gets a random seed, each prompt of a list its own;
 - a temperature below 0.0001 is 0: dividing by less overflows float32, and the highest logit wins anyway;
+- `min_tokens` holds back stop strings as well as stop tokens, eos among them;
 - `model` left out is the served model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
 import uuid
 from dataclasses import dataclass
@@ -20,13 +23,14 @@ from typing import Any
 from gateway import template
 from gateway.bodies import ChatBody, CompletionBody, GenerateBody, accepted_for, read
 from gateway.config import GatewayConfig
-from gateway.errors import BadRequest, NotFound, TooLarge, invalid
+from gateway.errors import BadRequest, NotFound, TooLarge, invalid, shown
 from gateway.model_card import ModelCard
 from gateway.request import GenerateRequest, Sampling
 
 _TEMPERATURE_MIN = 1e-4
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _UINT64 = 2**64
+_BIAS_MAX = 100.0
 
 Prompt = tuple[int, ...]
 
@@ -184,6 +188,7 @@ class Validator:
                 stop_token_ids=stop_token_ids,
                 num_logprobs=num_logprobs,
                 priority=body.priority or 0,
+                min_tokens=self._min_tokens(body, limit, stop_token_ids),
             )
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         )
@@ -220,7 +225,38 @@ class Validator:
             temperature=temperature if temperature >= _TEMPERATURE_MIN else 0.0,
             top_p=defaults.top_p if body.top_p is None else body.top_p,
             top_k=defaults.top_k if body.top_k is None else min(max(body.top_k, 0), self._card.vocab_size),
+            min_p=defaults.min_p if body.min_p is None else body.min_p,
+            repetition_penalty=(
+                defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty
+            ),
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            logit_bias=self._logit_bias(body.logit_bias or {}),
         )
+
+    def _logit_bias(self, given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+        vocab_size, most = self._card.vocab_size, self._config.logit_bias_max
+        if len(given) > most:
+            raise BadRequest(
+                f"logit_bias has {len(given):,} entries; accepted: at most {most:,}", param="logit_bias"
+            )
+        for key, bias in given.items():
+            if not re.fullmatch(r"0|[1-9]\d{0,9}", key, re.ASCII) or int(key) >= vocab_size:
+                raise BadRequest(
+                    f"logit_bias has the key {shown(key)}; accepted: token ids from 0 to {vocab_size - 1}",
+                    param="logit_bias",
+                )
+            if not -_BIAS_MAX <= bias <= _BIAS_MAX:
+                raise invalid(f"logit_bias.{key}", bias, "a number from -100 to 100")
+        return tuple(sorted((int(key), bias) for key, bias in given.items() if bias))
+
+    def _min_tokens(self, body: GenerateBody, limit: int, stop_token_ids: frozenset[int]) -> int:
+        asked = body.min_tokens or 0
+        if asked > limit:
+            raise invalid("min_tokens", asked, f"an integer from 0 to {limit}, the most that may be generated")
+        if asked and len(stop_token_ids) >= self._card.vocab_size:
+            raise invalid("min_tokens", asked, "nothing, where every token is a stop token")
+        return asked
 
     def _stop(self, body: GenerateBody) -> tuple[str, ...]:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []

@@ -65,6 +65,18 @@ def test_what_is_given_is_taken(validator: Validator, card: ModelCard) -> None:
     call = validator.completion(body)
     (request,) = call.requests
     assert request.sampling == Sampling(0.0, 0.5, 0, 2**64 - 1)
+    body = {
+        "prompt": [3],
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 2,
+        "logit_bias": {"7": -1, "5": 2.5, "6": 0},
+        "min_tokens": 4,
+    }
+    (shaped,) = validator.completion(body).requests
+    expected = Sampling(0.7, 0.95, 40, 0, 0.1, 1.1, -0.5, 2.0, ((5, 2.5), (7, -1.0)))
+    assert (dataclasses.replace(shaped.sampling, seed=0), shaped.min_tokens) == (expected, 4)
     assert (request.stop, request.stop_token_ids, request.num_logprobs) == (("b", "a"), frozenset({9}), 0)
     assert (call.stream, call.include_usage, call.return_token_ids) == (True, True, True)
     assert (request.max_tokens, request.n, request.priority) == (63, 2, -3)
@@ -154,8 +166,20 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"response_format": {"type": "json_object"}},
         'response_format is an object.*accepted: null or {"type":"text"}',
     ),
-    ({"presence_penalty": 0.5}, "presence_penalty is 0.5, which is not supported here; accepted: null or 0"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"presence_penalty": 2.1}, "presence_penalty is 2.1; accepted: a number from -2 to 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty is -3"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0; accepted: a number from 0.01 to 100"),
+    ({"min_p": 1.1}, "min_p is 1.1; accepted: a number from 0 to 1"),
+    ({"logit_bias": {"5": 101}}, r"logit_bias\.5 is 101\.0; accepted: a number from -100 to 100"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias is an object; accepted: an object of token ids, as strings"),
+    ({"logit_bias": {"05": 1}}, 'logit_bias has the key "05"; accepted: token ids from 0 to'),
+    ({"logit_bias": {"5000": 1}}, 'logit_bias has the key "5000"'),
+    ({"logit_bias": {"x" * 999: 1}}, r'logit_bias has the key "xxx.*999 characters'),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias has 1,025 entries; accepted: at most 1,024"),
+    ({"min_tokens": -1}, "min_tokens is -1; accepted: an integer from 0 to max_tokens"),
+    ({"min_tokens": 17}, "min_tokens is 17; accepted: an integer from 0 to 16"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9; accepted: an integer from 0 to 8"),
+    ({"allowed_token_ids": [1]}, "allowed_token_ids is a list of 1 items, which is not supported here"),
     ({"best_of": 2}, "best_of is 2"),
     ({"echo": True}, "echo is true"),
     ({"suffix": "x"}, "suffix"),
@@ -212,6 +236,7 @@ def test_neutral_values_pass_and_unknown_fields_are_named(validator: Validator) 
     neutral = {
         "presence_penalty": 0.0,
         "logit_bias": {},
+        "min_tokens": 0,
         "echo": False,
         "best_of": 1,
         "tools": None,
@@ -276,6 +301,13 @@ FIELDS = st.sampled_from(
         "temperature",
         "top_p",
         "top_k",
+        "min_p",
+        "presence_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "min_tokens",
+        "tool_choice",
+        "parallel_tool_calls",
         "seed",
         "stop",
         "stream",
