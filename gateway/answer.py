@@ -33,7 +33,12 @@ _log = logging.getLogger(__name__)
 
 
 class Dialect(Protocol):
-    """How one API writes a call's answer. Streamed: opening, chunks of each piece, closing if usage is wanted."""
+    """How one API writes a call's answer. Streamed: opening, chunks of each piece, closing if usage is wanted.
+
+    `marked`: tokens whose places in the text it wants to know.
+    """
+
+    marked: frozenset[int]
 
     def opening(self) -> Iterable[dict[str, Any]]: ...
 
@@ -56,8 +61,9 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
             raise NotReady(state.not_ready, retry_after_s=state.config.retry_after_s)
         call = await _call(state, request, plan)
         generation = await unless_hung_up(request.receive, state.ledger.open(call.requests))
-        running = Running(state, call, generation, meter)
-        told = _Answer(running, call, speak(call, state.card), meter)
+        dialect = speak(call, state.card)
+        running = Running(state, call, generation, meter, dialect.marked)
+        told = _Answer(running, call, dialect, meter)
         headers = {"x-expertmesh-ignored-fields": listed(call.ignored)} if call.ignored else {}
         if call.stream:
             return EventStream(told.events(), headers, state.config.client_stall_s_max, told.end)

@@ -7,6 +7,7 @@ named in a response header; known ones whose meaning is not served are refused b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -70,6 +71,10 @@ class ChatBody(GenerateBody):
     max_completion_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = Field(None, ge=0, description="an integer of at least 0, with logprobs: true")
+    tools: Any = Field(None, description="a list of tools, each an object with type and function")
+    tool_choice: Any = Field(None, description='"none", or with tools "auto"')
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
+    include_reasoning: bool | None = Field(None, description="true or false")
 
 
 # Known fields that change the answer and are not served yet: each with the values that change nothing.
@@ -118,19 +123,24 @@ def parse(raw: bytes, content_type: str) -> dict[str, Any]:
 def read(body: dict[str, Any], kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
     """The typed body and the names of the fields nobody will look at. Raises BadRequest naming a field."""
     for field, accepted in _NEUTRAL.items():
-        if field in body and body[field] not in accepted:
-            neutral = " or ".join(orjson.dumps(value).decode() for value in accepted)
-            raise BadRequest(
-                f"{field} is {shown(body[field])}, which is not supported here; accepted: {neutral}",
-                param=field,
-                code="unsupported_parameter",
-            )
+        if field in body and field not in kind.model_fields and body[field] not in accepted:
+            raise unsupported(field, body[field], accepted)
     try:
         typed = kind.model_validate(body)
     except ValidationError as error:
         raise _refusal(error, kind, body) from None
     unknown = (name for name in body if name not in kind.model_fields and name not in _NEUTRAL)
     return typed, tuple(unknown)
+
+
+def unsupported(field: str, value: Any, accepted: Sequence[Any]) -> BadRequest:
+    """The sentence for a value that has a meaning, but not here."""
+    served = " or ".join(orjson.dumps(one).decode() for one in accepted)
+    return BadRequest(
+        f"{field} is {shown(value)}, which is not supported here; accepted: {served}",
+        param=field,
+        code="unsupported_parameter",
+    )
 
 
 def _refusal(error: ValidationError, kind: type[GenerateBody], body: dict[str, Any]) -> BadRequest:

@@ -31,6 +31,9 @@ class GatewayConfig(BaseModel):
     stop_token_ids_max: int = Field(default=64, ge=1, le=1024)
     """`stop_token_ids` per request, eos not counted."""
 
+    tools_max: int = Field(default=256, ge=1, le=4096)
+    """Tools in one chat call. Their text is part of the prompt, whose length bounds it too."""
+
     logit_bias_max: int = Field(default=1024, ge=0, le=2**16)
     """Tokens in one request's `logit_bias`: its message grows with them, and every step adds each."""
 

@@ -8,6 +8,7 @@ Decisions a client can see:
 - an unseeded request gets a random seed, each prompt of a list its own;
 - a temperature below 0.0001 is 0: dividing by less overflows float32, and the highest logit wins anyway;
 - `min_tokens` holds back stop strings as well as stop tokens, eos among them;
+- a tool_choice of "none" hides the tools from the model; `strict` of a tool is let through, and named as ignored;
 - `model` left out is the served model.
 """
 
@@ -17,15 +18,17 @@ import dataclasses
 import re
 import secrets
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gateway import template
-from gateway.bodies import ChatBody, CompletionBody, GenerateBody, accepted_for, read
+from gateway.bodies import ChatBody, CompletionBody, GenerateBody, accepted_for, read, unsupported
 from gateway.config import GatewayConfig
 from gateway.errors import BadRequest, NotFound, TooLarge, invalid, shown
 from gateway.model_card import ModelCard
 from gateway.request import GenerateRequest, Sampling
+from gateway.tools import Tool, read_tools, shown_to_template
 
 _TEMPERATURE_MIN = 1e-4
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -46,6 +49,9 @@ class Call:
     return_token_ids: bool
     tokens_as_ids: bool
     ignored: tuple[str, ...]  # names of fields nobody looked at
+    tools: tuple[Tool, ...] = ()  # those the model may call
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -85,11 +91,18 @@ class Validator:
         top = body.top_logprobs or 0
         if top > self._config.logprobs_max:
             raise invalid("top_logprobs", top, f"an integer from 0 to {self._config.logprobs_max}")
-        prompt = self._chat_prompt(body.messages)
+        tools, ignored = self._tools(body, ignored)
+        prompt = self._chat_prompt(body.messages, tools)
         name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = self._room(prompt, "messages", name, asked, self._model_len_max)
-        return self._call("chatcmpl", body, ignored, [prompt], [limit], top if body.logprobs else None)
+        call = self._call("chatcmpl", body, ignored, [prompt], [limit], top if body.logprobs else None)
+        return dataclasses.replace(
+            call,
+            tools=tools,
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            include_reasoning=body.include_reasoning is not False,
+        )
 
     def tokenised(self, raw: dict[str, Any]) -> dict[str, Any]:
         """`tokens` of a body's `prompt`, a string, or else of its `messages`; and `max_model_len`."""
@@ -144,7 +157,7 @@ class Validator:
             raise invalid(param, ids, "a list of at least one token id, or a string")
         return self._token_ids(ids, param)
 
-    def _chat_prompt(self, messages: Any) -> Prompt:
+    def _chat_prompt(self, messages: Any, tools: Sequence[Tool] = ()) -> Prompt:
         if not isinstance(messages, list):
             raise invalid("messages", messages, accepted_for(ChatBody, "messages"))
         if self._card.template is None or self._card.tokens is None:
@@ -155,7 +168,28 @@ class Validator:
                 param="messages",
                 code="no_tokenizer",
             )
-        return self._encoded(self._card.template.render(template.normalise(messages)), "messages")
+        text = self._card.template.render(template.normalise(messages), shown_to_template(tools))
+        return self._encoded(text, "messages")
+
+    def _tools(self, body: ChatBody, ignored: tuple[str, ...]) -> tuple[tuple[Tool, ...], tuple[str, ...]]:
+        """Those the model is shown and may call, and what of the body nobody looks at."""
+        choice = body.tool_choice
+        if body.tools is None:
+            if choice not in (None, "none"):
+                raise invalid("tool_choice", choice, 'null or "none", unless tools are given')
+            return (), ignored
+        tools = read_tools(body.tools, self._config.tools_max)
+        if choice not in (None, "none", "auto"):
+            raise unsupported("tool_choice", choice, (None, "none", "auto"))
+        if self._card.tags is None:
+            raise BadRequest(
+                "tools cannot be called: this checkpoint's tokenizer has no <minimax:tool_call>; accepted: null",
+                param="tools",
+                code="unsupported_parameter",
+            )
+        if any(tool.is_strict for tool in tools):
+            ignored += ("tools.strict",)
+        return tools if choice != "none" else (), ignored
 
     # --- parameters ----------------------------------------------------------------------------
 

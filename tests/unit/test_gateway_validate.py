@@ -19,8 +19,20 @@ from gateway.request import Sampling
 from gateway.validate import Validator
 from tests.unit.gateway_world import PROPERTY, card_of, write_checkpoint
 
-CONFIG = GatewayConfig(n_max=8, prompts_max=3)
+CONFIG = GatewayConfig(n_max=8, prompts_max=3, tools_max=2)
 CHAT = [{"role": "user", "content": "Hi"}]
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A schema with one property, so many alternatives deep."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"anyOf": [schema]}
+    return {"properties": {"x": schema}}
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +222,24 @@ def test_a_wrong_field_is_refused_in_a_sentence(
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21; accepted: an integer from 0 to 20"),
         ({"logprobs": 1}, "logprobs is 1; accepted: true or false"),
         ({"max_completion_tokens": 0}, "max_completion_tokens is 0"),
+        ({"tools": []}, "tools is a list of 0 items; accepted: a list of 1 to 2 tools"),
+        ({"tools": [tool("f"), tool("g"), tool("h")]}, "tools is a list of 3 items"),
+        ({"tools": {"f": 1}}, "tools is an object"),
+        ({"tools": ["f"]}, r'tools\[0\] is "f"; accepted: an object with type and function'),
+        ({"tools": [{"type": "custom"}]}, r'tools\[0\].type is "custom"; accepted: "function"'),
+        ({"tools": [{"type": "function"}]}, r"tools\[0\].function is null"),
+        ({"tools": [tool('a"b')]}, r"tools\[0\].function.name is"),
+        ({"tools": [tool("")]}, r'tools\[0\].function.name is ""; accepted: 1 to 128 characters'),
+        ({"tools": [tool("f"), tool("f")]}, r'tools\[1\].function.name is "f"; accepted: a name that no other'),
+        ({"tools": [tool("f", parameters=[])]}, r"tools\[0\].function.parameters is a list of 0 items"),
+        (
+            {"tools": [tool("f", parameters=nested(65))]},
+            "nested too deep; accepted: at most 64 levels",
+        ),
+        ({"tool_choice": "auto"}, 'tool_choice is "auto"; accepted: null or "none", unless tools are given'),
+        ({"tools": [tool("f")], "tool_choice": "required"}, 'tool_choice is "required", which is not supported'),
+        ({"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice is"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls is 1; accepted: true or false"),
     ],
 )
 def test_a_wrong_chat_field_is_refused_in_a_sentence(
@@ -217,6 +247,26 @@ def test_a_wrong_chat_field_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(BadRequest, match=sentence):
         validator.chat({"messages": CHAT, **change})
+
+
+def test_tools_are_shown_to_the_template_unless_the_choice_is_none(tmp_path: Path, card: ModelCard) -> None:
+    """As the client described them; a schema's kinds go to the parser, `strict` is named as ignored."""
+    source = "{% for tool in tools or [] %}{{ tool.function | tojson }}{% endfor %}!"
+    shown = Validator(card_of(write_checkpoint(tmp_path, source)), CONFIG, 512)
+    assert card.tokens is not None
+    described = tool("f", description="ü", parameters={"properties": {"x": {"type": "integer"}}}, strict=True)
+    for choice, text in ((None, json.dumps(described["function"], ensure_ascii=False) + "!"), ("none", "!")):
+        call = shown.chat({"messages": CHAT, "tools": [described], "tool_choice": choice})
+        assert card.tokens.decode(list(call.requests[0].prompt)) == text
+        assert [(one.name, one.kinds) for one in call.tools] == ([] if choice else [("f", {"x": {"integer"}})])
+        assert call.ignored == ("tools.strict",)
+    assert shown.chat({"messages": CHAT, "tools": None, "tool_choice": "none"}).tools == ()
+
+
+def test_a_tokenizer_without_tags_refuses_tools_by_name(card: ModelCard) -> None:
+    bare = Validator(dataclasses.replace(card, tags=None), CONFIG, 64)
+    with pytest.raises(BadRequest, match="tokenizer has no <minimax:tool_call>; accepted: null"):
+        bare.chat({"messages": CHAT, "tools": [tool("f")]})
 
 
 def test_chat_logprobs(validator: Validator) -> None:
