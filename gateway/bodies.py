@@ -19,12 +19,15 @@ _INT64 = 2**63
 _INT32 = 2**31
 
 
-class GenerateBody(BaseModel):
-    """What both dialects of the OpenAI API share, and the extensions that other engines have too."""
-
+class Body(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
     model: str | None = Field(None, description="the name of the served model, see /v1/models")
+
+
+class GenerateBody(Body):
+    """What both dialects of the OpenAI API share, and the extensions that other engines have too."""
+
     max_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
     n: int | None = Field(None, ge=1, description="an integer of at least 1")
     temperature: float | None = Field(None, ge=0, le=1e6, description="a number of at least 0; 0 is greedy")
@@ -77,6 +80,20 @@ class ChatBody(GenerateBody):
     include_reasoning: bool | None = Field(None, description="true or false")
 
 
+class TokenizeBody(Body):
+    """As vLLM's, for a prompt or for messages."""
+
+    prompt: str | None = Field(None, description="a string, unless messages are given")
+    messages: Any = Field(None, description="a list of messages, unless a prompt is given")
+    tools: Any = Field(None, description="a list of tools, with messages")
+    add_special_tokens: bool | None = Field(None, description="true or false")
+    return_token_strs: bool | None = Field(None, description="true or false")
+
+
+class DetokenizeBody(Body):
+    tokens: list[int] | None = Field(None, description="a list of token ids")
+
+
 # Known fields that change the answer and are not served yet: each with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": (None,),
@@ -103,10 +120,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (None,),
 }
 
-Body = TypeVar("Body", bound=GenerateBody)
+Kind = TypeVar("Kind", bound=Body)
 
 
-def parse(raw: bytes, content_type: str) -> dict[str, Any]:
+def parse(raw: bytes | bytearray, content_type: str) -> dict[str, Any]:
     """The JSON object of a request body. Raises NotJson (415) or BadRequest (400)."""
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type and media_type != "application/json" and not media_type.endswith("+json"):
@@ -120,7 +137,7 @@ def parse(raw: bytes, content_type: str) -> dict[str, Any]:
     return body
 
 
-def read(body: dict[str, Any], kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
+def read(body: dict[str, Any], kind: type[Kind]) -> tuple[Kind, tuple[str, ...]]:
     """The typed body and the names of the fields nobody will look at. Raises BadRequest naming a field."""
     for field, accepted in _NEUTRAL.items():
         if field in body and field not in kind.model_fields and body[field] not in accepted:
@@ -143,13 +160,13 @@ def unsupported(field: str, value: Any, accepted: Sequence[Any]) -> BadRequest:
     )
 
 
-def _refusal(error: ValidationError, kind: type[GenerateBody], body: dict[str, Any]) -> BadRequest:
+def _refusal(error: ValidationError, kind: type[Body], body: dict[str, Any]) -> BadRequest:
     """The first thing that is wrong, by the field's own description."""
     first = error.errors(include_url=False, include_context=False)[0]
     field = str(first["loc"][0])
     return invalid(field, body.get(field), accepted_for(kind, field))
 
 
-def accepted_for(kind: type[GenerateBody], field: str) -> str:
+def accepted_for(kind: type[Body], field: str) -> str:
     """What a field accepts, in words."""
     return str(kind.model_fields[field].description)

@@ -18,24 +18,21 @@ import dataclasses
 import re
 import secrets
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway import template
-from gateway.bodies import ChatBody, CompletionBody, GenerateBody, accepted_for, read, unsupported
+from gateway.bodies import ChatBody, CompletionBody, GenerateBody, read
 from gateway.config import GatewayConfig
-from gateway.errors import BadRequest, NotFound, TooLarge, invalid, shown
+from gateway.errors import BadRequest, TooLarge, invalid, shown
 from gateway.model_card import ModelCard
+from gateway.prompts import Prompt, Prompts, check_model, token_ids
 from gateway.request import GenerateRequest, Sampling
-from gateway.tools import Tool, read_tools, shown_to_template
+from gateway.tools import Tool
 
 _TEMPERATURE_MIN = 1e-4
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _UINT64 = 2**64
 _BIAS_MAX = 100.0
-
-Prompt = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,13 +68,14 @@ class Validator:
         self._card = card
         self._config = config
         self._model_len_max = model_len_max
+        self._prompts = Prompts(card, config)
 
     def completion(self, raw: dict[str, Any]) -> Call:
         body, ignored = read(raw, CompletionBody)
-        self._check_model(body)
+        check_model(body, self._card)
         if body.logprobs is not None and body.logprobs > self._config.logprobs_max:
             raise invalid("logprobs", body.logprobs, f"an integer from 0 to {self._config.logprobs_max}")
-        prompts = self._prompts(body.prompt)
+        prompts = self._prompts.of_completion(body.prompt)
         limits = [
             self._room(prompt, "prompt", "max_tokens", body.max_tokens, _COMPLETION_TOKENS) for prompt in prompts
         ]
@@ -85,14 +83,16 @@ class Validator:
 
     def chat(self, raw: dict[str, Any]) -> Call:
         body, ignored = read(raw, ChatBody)
-        self._check_model(body)
+        check_model(body, self._card)
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs", body.top_logprobs, "nothing, unless logprobs is true")
         top = body.top_logprobs or 0
         if top > self._config.logprobs_max:
             raise invalid("top_logprobs", top, f"an integer from 0 to {self._config.logprobs_max}")
-        tools, ignored = self._tools(body, ignored)
-        prompt = self._chat_prompt(body.messages, tools)
+        tools = self._prompts.tools(body.tools, body.tool_choice)
+        if any(tool.is_strict for tool in tools):
+            ignored += ("tools.strict",)
+        prompt = self._prompts.of_chat(body.messages, tools)
         name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = self._room(prompt, "messages", name, asked, self._model_len_max)
@@ -105,91 +105,12 @@ class Validator:
         )
 
     def tokenised(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """`tokens` of a body's `prompt`, a string, or else of its `messages`; and `max_model_len`."""
-        self._check_name(raw.get("model"))
-        if "messages" in raw:
-            tokens = self._chat_prompt(raw["messages"])
-        elif isinstance(raw.get("prompt"), str):
-            tokens = self._encoded(raw["prompt"], "prompt")
-        else:
-            raise invalid("prompt", raw.get("prompt"), "a string, or messages in its place")
-        return {"tokens": tokens, "max_model_len": self._model_len_max}
+        """The answer of /tokenize."""
+        return self._prompts.tokenised(raw, self._model_len_max)
 
     def detokenised(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """The text of a body's `tokens` as `prompt`, special tokens by name."""
-        self._check_name(raw.get("model"))
-        ids = self._token_ids(raw["tokens"], "tokens")
-        if self._card.tokens is None:
-            raise BadRequest("this checkpoint has no tokenizer.json: its tokens have no text", code="no_tokenizer")
-        return {"prompt": b"".join(map(self._card.tokens.spelling_of, ids)).decode(errors="replace")}
-
-    # --- prompts -------------------------------------------------------------------------------
-
-    def _prompts(self, prompt: Any) -> list[Prompt]:
-        """A string, a list of strings, a list of token ids, or a list of such lists."""
-        if isinstance(prompt, str):
-            return [self._encoded(prompt, "prompt")]
-        if not isinstance(prompt, list) or not prompt:
-            raise invalid("prompt", prompt, accepted_for(CompletionBody, "prompt"))
-        if not isinstance(prompt[0], str | list):
-            return [self._checked(prompt, "prompt")]
-        if len(prompt) > self._config.prompts_max:
-            raise invalid("prompt", prompt, f"at most {self._config.prompts_max} prompts in one call")
-        return [
-            self._encoded(one, f"prompt[{i}]") if isinstance(one, str) else self._checked(one, f"prompt[{i}]")
-            for i, one in enumerate(prompt)
-        ]
-
-    def _encoded(self, text: str, param: str) -> Prompt:
-        tokens = self._card.tokens
-        if tokens is None:
-            raise BadRequest(
-                f"{param} is text, but this checkpoint has no tokenizer.json; accepted: a list of token ids",
-                param=param,
-                code="no_tokenizer",
-            )
-        if not text:
-            raise invalid(param, text, "at least one character")
-        return tuple(tokens.encode(text))
-
-    def _checked(self, ids: Any, param: str) -> Prompt:
-        if not isinstance(ids, list) or not ids:
-            raise invalid(param, ids, "a list of at least one token id, or a string")
-        return self._token_ids(ids, param)
-
-    def _chat_prompt(self, messages: Any, tools: Sequence[Tool] = ()) -> Prompt:
-        if not isinstance(messages, list):
-            raise invalid("messages", messages, accepted_for(ChatBody, "messages"))
-        if self._card.template is None or self._card.tokens is None:
-            missing = "tokenizer.json" if self._card.tokens is None else "chat template"
-            raise BadRequest(
-                f"messages cannot be read: this checkpoint has no {missing}; accepted: /v1/completions with "
-                "token ids",
-                param="messages",
-                code="no_tokenizer",
-            )
-        text = self._card.template.render(template.normalise(messages), shown_to_template(tools))
-        return self._encoded(text, "messages")
-
-    def _tools(self, body: ChatBody, ignored: tuple[str, ...]) -> tuple[tuple[Tool, ...], tuple[str, ...]]:
-        """Those the model is shown and may call, and what of the body nobody looks at."""
-        choice = body.tool_choice
-        if body.tools is None:
-            if choice not in (None, "none"):
-                raise invalid("tool_choice", choice, 'null or "none", unless tools are given')
-            return (), ignored
-        tools = read_tools(body.tools, self._config.tools_max)
-        if choice not in (None, "none", "auto"):
-            raise unsupported("tool_choice", choice, (None, "none", "auto"))
-        if self._card.tags is None:
-            raise BadRequest(
-                "tools cannot be called: this checkpoint's tokenizer has no <minimax:tool_call>; accepted: null",
-                param="tools",
-                code="unsupported_parameter",
-            )
-        if any(tool.is_strict for tool in tools):
-            ignored += ("tools.strict",)
-        return tools if choice != "none" else (), ignored
+        """The answer of /detokenize."""
+        return self._prompts.detokenised(raw)
 
     # --- parameters ----------------------------------------------------------------------------
 
@@ -235,13 +156,6 @@ class Validator:
             bool(body.return_tokens_as_token_ids),
             ignored,
         )
-
-    def _check_model(self, body: GenerateBody) -> None:
-        self._check_name(body.model)
-
-    def _check_name(self, name: str | None) -> None:
-        if name not in (None, self._card.name):
-            raise unknown_model(name, self._card)
 
     def _include_usage(self, body: GenerateBody) -> bool:
         options = body.stream_options or {}
@@ -295,12 +209,8 @@ class Validator:
     def _stop(self, body: GenerateBody) -> tuple[str, ...]:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         config = self._config
-        if stop and self._card.tokens is None:
-            raise BadRequest(
-                "stop needs text, but this checkpoint has no tokenizer.json; accepted: stop_token_ids",
-                param="stop",
-                code="no_tokenizer",
-            )
+        if stop:
+            self._prompts.tokenizer("stop", "stop_token_ids")
         if len(stop) > config.stop_strings_max:
             raise invalid("stop", stop, f"at most {config.stop_strings_max} strings")
         for number, one in enumerate(stop):
@@ -312,15 +222,8 @@ class Validator:
         ids = body.stop_token_ids or []
         if len(ids) > self._config.stop_token_ids_max:
             raise invalid("stop_token_ids", ids, f"at most {self._config.stop_token_ids_max} token ids")
-        own = frozenset(self._token_ids(ids, "stop_token_ids"))
+        own = frozenset(token_ids(ids, "stop_token_ids", self._card))
         return own if body.ignore_eos else own | self._card.eos
-
-    def _token_ids(self, values: list[Any], param: str) -> tuple[int, ...]:
-        vocab_size = self._card.vocab_size
-        for number, value in enumerate(values):
-            if type(value) is not int or not 0 <= value < vocab_size:
-                raise invalid(f"{param}[{number}]", value, f"a token id from 0 to {vocab_size - 1}")
-        return tuple(values)
 
     def _room(self, prompt: Prompt, param: str, limit_param: str, asked: int | None, default: int) -> int:
         """How many tokens each sequence may generate."""
@@ -338,9 +241,3 @@ class Validator:
                 param=limit_param,
             )
         return min(default, room) if asked is None else asked
-
-
-def unknown_model(name: str | None, card: ModelCard) -> NotFound:
-    """The same answer from every endpoint."""
-    error = invalid("model", name, card.name)
-    return NotFound(error.message, param="model", code="model_not_found")

@@ -259,7 +259,7 @@ def test_tools_are_shown_to_the_template_unless_the_choice_is_none(tmp_path: Pat
         call = shown.chat({"messages": CHAT, "tools": [described], "tool_choice": choice})
         assert card.tokens.decode(list(call.requests[0].prompt)) == text
         assert [(one.name, one.kinds) for one in call.tools] == ([] if choice else [("f", {"x": {"integer"}})])
-        assert call.ignored == ("tools.strict",)
+        assert call.ignored == (() if choice else ("tools.strict",))
     assert shown.chat({"messages": CHAT, "tools": None, "tool_choice": "none"}).tools == ()
 
 
@@ -301,7 +301,7 @@ def test_neutral_values_pass_and_unknown_fields_are_named(validator: Validator) 
 def test_a_checkpoint_without_a_tokenizer_refuses_text_by_name(card: ModelCard) -> None:
     bare = Validator(dataclasses.replace(card, tokens=None, template=None), CONFIG, 64)
     assert bare.completion({"prompt": [1, 2]}).requests[0].prompt == (1, 2)
-    with pytest.raises(BadRequest, match=r"prompt is text, but this checkpoint has no tokenizer.json"):
+    with pytest.raises(BadRequest, match=r"prompt needs text, but this checkpoint has no tokenizer.json"):
         bare.completion({"prompt": "hello"})
     with pytest.raises(BadRequest, match=r"stop needs text, but this checkpoint has no tokenizer.json"):
         bare.completion({"prompt": [1], "stop": "x"})
