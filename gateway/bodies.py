@@ -39,7 +39,7 @@ class GenerateBody(Body):
     repetition_penalty: float | None = Field(
         None, ge=0.01, le=100, description="a number from 0.01 to 100; 1 is none"
     )
-    logit_bias: dict[str, float] | None = Field(
+    logit_bias: Any = Field(
         None, description="an object of token ids, as strings, each with a number from -100 to 100"
     )
     min_tokens: int | None = Field(None, ge=0, description="an integer from 0 to max_tokens")
@@ -91,7 +91,7 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    tokens: list[int] | None = Field(None, description="a list of token ids")
+    tokens: Annotated[list[int], Field(fail_fast=True)] | None = Field(None, description="a list of token ids")
 
 
 # Known fields that change the answer and are not served yet: each with the values that change nothing.

@@ -25,23 +25,27 @@ class Intake:
 
         Raises BodyTooLarge and Overloaded, by a declared length before anything is read; TooSlow; ClientGone.
         """
+        body = bytearray()
+        try:
+            await self._fill(body, request)
+            yield body
+        finally:
+            self.num_bytes -= len(body)
+
+    async def _fill(self, body: bytearray, request: Request) -> None:
         declared = request.headers.get("content-length", "")
         announced = int(declared) if declared.isascii() and declared.isdigit() else 0
         self._check(announced, announced)
-        body = bytearray()
         try:
             async with asyncio.timeout(self._config.client_stall_s_max):
                 async for chunk in request.stream():
                     self._check(len(body) + len(chunk), len(chunk))
                     body += chunk
                     self.num_bytes += len(chunk)
-            yield body
         except TimeoutError:
             raise TooSlow(f"the body did not arrive within {self._config.client_stall_s_max:g} s") from None
         except ClientDisconnect:
             raise ClientGone("the client hung up before its request was complete") from None
-        finally:
-            self.num_bytes -= len(body)
 
     def _check(self, size: int, more: int) -> None:
         """A body of `size` bytes, of which `more` are not counted yet."""

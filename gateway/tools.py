@@ -30,9 +30,11 @@ def read_tools(tools: Any, tools_max: int) -> tuple[Tool, ...]:
     if not isinstance(tools, list) or not 1 <= len(tools) <= tools_max:
         raise invalid("tools", tools, f"a list of 1 to {tools_max} tools")
     read = tuple(_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools))
+    names: set[str] = set()
     for number, tool in enumerate(read):
-        if any(other.name == tool.name for other in read[:number]):
+        if tool.name in names:
             raise invalid(f"tools[{number}].function.name", tool.name, "a name that no other tool has")
+        names.add(tool.name)
     return read
 
 

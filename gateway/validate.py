@@ -21,7 +21,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.bodies import ChatBody, CompletionBody, GenerateBody, read
+from gateway.bodies import ChatBody, CompletionBody, GenerateBody, accepted_for, read
 from gateway.config import GatewayConfig
 from gateway.errors import BadRequest, TooLarge, invalid, shown
 from gateway.model_card import ModelCard
@@ -179,10 +179,14 @@ class Validator:
             ),
             frequency_penalty=body.frequency_penalty or 0.0,
             presence_penalty=body.presence_penalty or 0.0,
-            logit_bias=self._logit_bias(body.logit_bias or {}),
+            logit_bias=self._logit_bias(body.logit_bias),
         )
 
-    def _logit_bias(self, given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    def _logit_bias(self, given: Any) -> tuple[tuple[int, float], ...]:
+        if given is None:
+            return ()
+        if not isinstance(given, dict):
+            raise invalid("logit_bias", given, accepted_for(GenerateBody, "logit_bias"))
         vocab_size, most = self._card.vocab_size, self._config.logit_bias_max
         if len(given) > most:
             raise BadRequest(
@@ -194,9 +198,9 @@ class Validator:
                     f"logit_bias has the key {shown(key)}; accepted: token ids from 0 to {vocab_size - 1}",
                     param="logit_bias",
                 )
-            if not -_BIAS_MAX <= bias <= _BIAS_MAX:
+            if type(bias) not in (int, float) or not -_BIAS_MAX <= bias <= _BIAS_MAX:
                 raise invalid(f"logit_bias.{key}", bias, "a number from -100 to 100")
-        return tuple(sorted((int(key), bias) for key, bias in given.items() if bias))
+        return tuple(sorted((int(key), float(bias)) for key, bias in given.items() if bias))
 
     def _min_tokens(self, body: GenerateBody, limit: int, stop_token_ids: frozenset[int]) -> int:
         asked = body.min_tokens or 0
