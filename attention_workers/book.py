@@ -10,7 +10,7 @@ its window sees, and gives back after each step what has left it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attention_workers.kv_blocks import BlockTable, KvBlocks
 from attention_workers.step import (
@@ -23,6 +23,7 @@ from attention_workers.step import (
     StepResult,
     TokenDelta,
 )
+from attention_workers.token_counts import TokenCounts
 from model.layer_types import FULL, SLIDING, LayerType
 
 
@@ -37,6 +38,7 @@ class Sequence:
     computed: int = 0
     is_paused: bool = False
     is_prompt_done: bool = False
+    counts: TokenCounts = field(default_factory=TokenCounts)  # of `tokens`, followed where penalties ask for them
 
     @property
     def order(self) -> tuple[int, int, AttemptId]:

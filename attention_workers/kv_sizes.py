@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from attention_workers.kv_blocks import blocks_overlapped
+from model.errors import NotEnoughMemory
 from model.layer_types import FULL, SLIDING, LayerType
-from model.memory import NotEnoughMemory
 
 CHUNK_TOKENS = 256
 """Prompt tokens of one step that the sliding space has room for beyond the sequences' windows, for a quarter of

@@ -1,34 +1,64 @@
-"""Logits to a token: a function of (logits, parameters, seed, position), with no state between calls.
+"""Logits to a token: a function of (logits, parameters, the sequence's tokens, seed, position), without a state.
 
 Each row is computed alone, in float64 and in one order, so that neither the batch nor a replay shows.
 The uniform number comes from Philox keyed by the sequence's seed, counted by position.
+
+The order is vLLM's (its `v1.sample.sampler`), where order matters: stop tokens before `min_tokens` are ruled out,
+`logit_bias` is added; repetition, then frequency, then presence penalties; temperature; `min_p`, `top_k`, `top_p`.
+Greedy sampling ends before the temperature. Logprobs are the model's own, from before all of this.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from attention_workers.step import Logprobs, Sampling
+from attention_workers.token_counts import TokenCounts
 from model import exact
 
 _PREFIX = 512
 """Likeliest tokens looked at first for top_p: the whole vocabulary is sorted only when they fall short."""
 
 
+def shaped(logits: Tensor, params: Sampling, ruled_out: Collection[int], counts: TokenCounts) -> Tensor:
+    """logits [V] float32 as biases and penalties leave them: [V] float64, or themselves where there are none.
+
+    `ruled_out` must leave a token. Penalties are as OpenAI (frequency, presence) and CTRL (repetition) have them.
+    """
+    if not (ruled_out or params.logit_bias or params.penalises):
+        return logits
+    x = logits.numpy().astype(np.float64)
+    x[list(ruled_out)] = -np.inf
+    for token, bias in params.logit_bias:
+        x[token] += bias
+    if params.penalises:
+        ids, generated = counts.ids, counts.generated
+        penalised = x[ids]
+        strength = params.repetition_penalty
+        penalised = np.where(penalised > 0, penalised / strength, penalised * strength)
+        penalised -= params.frequency_penalty * generated
+        x[ids] = penalised - params.presence_penalty * (generated > 0)
+    return torch.from_numpy(x)
+
+
 def sample(logits: Tensor, position: int, params: Sampling) -> int:
-    """logits [V] float32; `position` counts generated tokens from 0."""
+    """logits [V], shaped; `position` counts generated tokens from 0."""
     if params.temperature == 0.0:
         return int(torch.argmax(logits))  # the first of equals
-    if params.top_k == 0 and params.top_p >= 1.0:
+    if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
         ids = np.arange(len(logits))
         weights = _weights(logits.numpy(), float(logits.max()), params.temperature)
     else:
         ids, weights = _nucleus(logits, params)
     cumulative = np.cumsum(weights)
     drawn = uniform(params.seed, position) * cumulative[-1]
-    return int(ids[min(int(np.searchsorted(cumulative, drawn, side="right")), len(ids) - 1)])
+    last = int(np.searchsorted(cumulative, cumulative[-1]))  # the last with any weight
+    return int(ids[min(int(np.searchsorted(cumulative, drawn, side="right")), last)])
 
 
 def uniform(seed: int, position: int) -> float:
@@ -45,21 +75,25 @@ def _weights(logits: np.ndarray, highest: float, temperature: float) -> np.ndarr
 
 
 def _nucleus(logits: Tensor, params: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and weights left by top_k and then top_p, likeliest first, ties to the lower id."""
+    """Token ids and weights left by min_p, top_k and then top_p, likeliest first, ties to the lower id."""
     vocabulary = len(logits)
     highest = float(logits.max())
-    count = min(params.top_k or _PREFIX, vocabulary)
+    is_cut = bool(params.top_k or params.min_p)
+    count = min(params.top_k or (vocabulary if is_cut else _PREFIX), vocabulary)
+    if params.min_p:
+        x = (logits.numpy().astype(np.float64) - highest) / params.temperature
+        count = min(count, int((x >= math.log(params.min_p)).sum()))
     ids, values = likeliest(logits, count)
     weights = _weights(values, highest, params.temperature)
     if params.top_p < 1.0:
-        # The mass is of what top_k left; without top_k, of the whole vocabulary.
+        # The mass is of what the cuts before left; without any, of the whole vocabulary.
         mass = (
             float(weights.sum())
-            if params.top_k
+            if is_cut
             else float(np.cumsum(_weights(logits.numpy(), highest, params.temperature))[-1])
         )
         target = params.top_p * mass
-        if not params.top_k and np.cumsum(weights)[-1] < target and count < vocabulary:
+        if not is_cut and np.cumsum(weights)[-1] < target and count < vocabulary:
             ids, values = likeliest(logits, vocabulary)
             weights = _weights(values, highest, params.temperature)
         kept = int(np.searchsorted(np.cumsum(weights), target)) + 1

@@ -29,7 +29,7 @@ from model.checkpoint import Checkpoint, attention_tensor_names
 from model.errors import ModelError
 from model.exact import NumericsError
 from model.layer_types import FULL, SLIDING
-from model.memory import NotEnoughMemory, available_bytes, bytes_in_memory, choose, require
+from model.memory import available_bytes, bytes_in_memory, choose, require
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.errors import ExpertsUnavailable, RouterError
@@ -44,7 +44,7 @@ _INBOX_MAX = 4096
 _KV_BYTES_DEFAULT_MAX = 4 << 30
 _IDLE_WAIT_S = 1.0
 _RETRY_WAIT_S = 0.02
-PERMANENT = (ModelError, NotEnoughMemory, NumericsError, RouterError)
+PERMANENT = (ModelError, NumericsError, RouterError)
 
 
 class AttentionService:

@@ -28,6 +28,15 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     seed: int = 0
+    min_p: float = 0.0  # of the likeliest token's probability; 0: all
+    repetition_penalty: float = 1.0  # over prompt and generated tokens; 1: none
+    frequency_penalty: float = 0.0  # this and the next over generated tokens; 0: none
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit), each token once
+
+    @property
+    def penalises(self) -> bool:
+        return bool(self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Start:
     num_logprobs: int | None  # None: none; 0: the sampled token's; n: and the n likeliest
     priority: int = 0  # lower runs earlier
     arrival: int = 0  # orders equals
+    min_tokens: int = 0  # generated tokens before which no stop token is sampled
 
 
 @dataclass(frozen=True)

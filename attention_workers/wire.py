@@ -40,12 +40,27 @@ def start(message: step_pb2.Start) -> Start:
         message.gateway_address,
         tuple(message.prompt),
         tuple(message.accepted),
-        Sampling(spec.sampling.temperature, spec.sampling.top_p, spec.sampling.top_k, spec.sampling.seed),
+        sampling(spec.sampling),
         frozenset(spec.stop_token_ids),
         spec.max_tokens,
         spec.num_logprobs if spec.HasField("num_logprobs") else None,
         message.priority,
         message.arrival,
+        spec.min_tokens,
+    )
+
+
+def sampling(message: step_pb2.Sampling) -> Sampling:
+    return Sampling(
+        message.temperature,
+        message.top_p,
+        message.top_k,
+        message.seed,
+        message.min_p,
+        message.repetition_penalty or 1.0,
+        message.frequency_penalty,
+        message.presence_penalty,
+        tuple((bias.token, bias.bias) for bias in message.logit_bias),
     )
 
 

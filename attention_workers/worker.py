@@ -56,10 +56,7 @@ class AttentionWorker:
                 sequences.remove(sequence)
                 self.book.fail(sequence, "the model's logits are not finite", result)
             logits = logits[sound]
-        tokens = [
-            sampler.sample(row, s.num_generated, s.start.sampling)
-            for s, row in zip(sequences, logits, strict=True)
-        ]
+        tokens = [_next_token(s, row) for s, row in zip(sequences, logits, strict=True)]
         found = sampler.logprobs(logits, tokens, [s.start.num_logprobs for s in sequences])
         for sequence, token, logprob in zip(sequences, tokens, found, strict=True):
             delta = TokenDelta(
@@ -67,3 +64,13 @@ class AttentionWorker:
             )
             self.book.sampled(sequence, token, delta, result)
             self.tokens += 1
+
+
+def _next_token(sequence: Sequence, logits: Tensor) -> int:
+    """logits [V]: those of the sequence's last token."""
+    start, position = sequence.start, sequence.num_generated
+    if start.sampling.penalises:
+        sequence.counts.follow(sequence.tokens, len(start.prompt))
+    ruled_out = start.stop_token_ids if position < start.min_tokens else ()
+    shaped = sampler.shaped(logits, start.sampling, ruled_out, sequence.counts)
+    return sampler.sample(shaped, position, start.sampling)

@@ -20,7 +20,7 @@ from expert_workers.worker import ExpertWorker
 from model.checkpoint import Checkpoint
 from model.errors import ModelError
 from model.exact import NumericsError
-from model.memory import NotEnoughMemory, choose, require
+from model.memory import choose, require
 from router.config import RouterConfig
 from router.errors import RouterError
 from router.membership import Failed, Health, HealthState, MemberEvent, Prepared
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _ORDERS_MAX = 64
 _TURN_WAIT_S = 0.5
-PERMANENT = (ModelError, NotEnoughMemory, NumericsError, RouterError)
+PERMANENT = (ModelError, NumericsError, RouterError)
 
 
 class ExpertService:

@@ -1,25 +1,24 @@
 """One generating call from HTTP request to HTTP response, whatever its dialect.
 
-Everything that can be refused is refused before the response begins: body, fields, admission. After that an
-error is the stream's last event but one. However a call ends, what it had open is cancelled.
+Everything that can be refused is refused before the response begins: for load before the body is read, then for
+its body, its fields, or by the scheduler. After that an error is the stream's last event but one. However a call
+ends, what it had open is cancelled.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import orjson
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway import bodies
-from gateway.config import GatewayConfig
-from gateway.errors import BodyTooLarge, ClientGone, NotReady, Refusal, TooSlow
+from gateway.errors import ClientGone, Refusal
 from gateway.metrics import Meter
 from gateway.model_card import ModelCard
 from gateway.openai_types import Usage
@@ -33,7 +32,12 @@ _log = logging.getLogger(__name__)
 
 
 class Dialect(Protocol):
-    """How one API writes a call's answer. Streamed: opening, chunks of each piece, closing if usage is wanted."""
+    """How one API writes a call's answer. Streamed: opening, chunks of each piece, closing if usage is wanted.
+
+    `marked`: tokens whose places in the text it wants to know.
+    """
+
+    marked: frozenset[int]
 
     def opening(self) -> Iterable[dict[str, Any]]: ...
 
@@ -44,7 +48,9 @@ class Dialect(Protocol):
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]: ...
 
 
+Read = TypeVar("Read")
 Plan = Callable[[Validator, dict[str, Any]], Call]
+Work = Callable[[Validator, dict[str, Any]], dict[str, Any]]
 Speak = Callable[[Call, ModelCard], Dialect]
 
 
@@ -52,12 +58,12 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
     """`plan` validates a body, `speak` writes the answer. Raises Refusal before the response begins."""
     meter = Meter(state.metrics, endpoint)
     try:
-        if state.is_draining:
-            raise NotReady(state.not_ready, retry_after_s=state.config.retry_after_s)
-        call = await _call(state, request, plan)
+        state.check_open()
+        call = await _read(state, request, plan)
         generation = await unless_hung_up(request.receive, state.ledger.open(call.requests))
-        running = Running(state, call, generation, meter)
-        told = _Answer(running, call, speak(call, state.card), meter)
+        dialect = speak(call, state.card)
+        running = Running(state, call, generation, meter, dialect.marked)
+        told = _Answer(running, call, dialect, meter)
         headers = {"x-expertmesh-ignored-fields": listed(call.ignored)} if call.ignored else {}
         if call.stream:
             return EventStream(told.events(), headers, state.config.client_stall_s_max, told.end)
@@ -72,31 +78,24 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
         raise
 
 
-async def _call(state: GatewayState, request: Request, plan: Plan) -> Call:
-    raw = await read_body(request, state.config)
-    validator = Validator(state.card, state.config, state.model_len_max)
-    content_type = request.headers.get("content-type", "")
-    return await beside(len(raw), lambda: plan(validator, bodies.parse(raw, content_type)))
-
-
-async def read_body(request: Request, config: GatewayConfig) -> bytes:
-    """The whole body, within bounds of size and time. Raises BodyTooLarge, TooSlow, ClientGone."""
-    too_large = BodyTooLarge(f"the body is too large; accepted: at most {config.body_bytes_max:,} bytes")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > config.body_bytes_max:
-        raise too_large
-    body = bytearray()
+async def answer_at_once(state: GatewayState, request: Request, endpoint: str, work: Work) -> Response:
+    """For what takes no worker: `work` makes the answer of a body."""
+    meter = Meter(state.metrics, endpoint)
     try:
-        async with asyncio.timeout(config.client_stall_s_max):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > config.body_bytes_max:
-                    raise too_large
-    except TimeoutError:
-        raise TooSlow(f"the body did not arrive within {config.client_stall_s_max:g} s") from None
-    except ClientDisconnect:
-        raise ClientGone("the client hung up before its request was complete") from None
-    return bytes(body)
+        payload = await _read(state, request, work)
+        meter.end("ok")
+        return Response(orjson.dumps(payload), media_type="application/json")
+    except BaseException as error:
+        meter.end(outcome(error))
+        raise
+
+
+async def _read(state: GatewayState, request: Request, work: Callable[[Validator, dict[str, Any]], Read]) -> Read:
+    """What `work` makes of a request's body; large ones are worked on in a thread."""
+    content_type = request.headers.get("content-type", "")
+    validator = Validator(state.card, state.config, state.model_len_max)
+    async with state.intake.body(request) as raw:
+        return await beside(len(raw), lambda: work(validator, bodies.parse(raw, content_type)))
 
 
 def listed(names: Sequence[str]) -> str:

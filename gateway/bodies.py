@@ -7,6 +7,7 @@ named in a response header; known ones whose meaning is not served are refused b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -18,17 +19,30 @@ _INT64 = 2**63
 _INT32 = 2**31
 
 
-class GenerateBody(BaseModel):
-    """What both dialects of the OpenAI API share, and the extensions that other engines have too."""
-
+class Body(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
     model: str | None = Field(None, description="the name of the served model, see /v1/models")
+
+
+class GenerateBody(Body):
+    """What both dialects of the OpenAI API share, and the extensions that other engines have too."""
+
     max_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
     n: int | None = Field(None, ge=1, description="an integer of at least 1")
     temperature: float | None = Field(None, ge=0, le=1e6, description="a number of at least 0; 0 is greedy")
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
     top_k: int | None = Field(None, ge=-1, description="an integer of at least 0; 0 or -1 for all tokens")
+    min_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1; 0 for all tokens")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="a number from -2 to 2; 0 is none")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="a number from -2 to 2; 0 is none")
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="a number from 0.01 to 100; 1 is none"
+    )
+    logit_bias: Any = Field(
+        None, description="an object of token ids, as strings, each with a number from -100 to 100"
+    )
+    min_tokens: int | None = Field(None, ge=0, description="an integer from 0 to max_tokens")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="an integer from -2^63 to 2^63 - 1")
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
         None, description="a string or a list of strings, none of them empty"
@@ -60,6 +74,24 @@ class ChatBody(GenerateBody):
     max_completion_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = Field(None, ge=0, description="an integer of at least 0, with logprobs: true")
+    tools: Any = Field(None, description="a list of tools, each an object with type and function")
+    tool_choice: Any = Field(None, description='"none", or with tools "auto"')
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
+    include_reasoning: bool | None = Field(None, description="true or false")
+
+
+class TokenizeBody(Body):
+    """As vLLM's, for a prompt or for messages."""
+
+    prompt: str | None = Field(None, description="a string, unless messages are given")
+    messages: Any = Field(None, description="a list of messages, unless a prompt is given")
+    tools: Any = Field(None, description="a list of tools, with messages")
+    add_special_tokens: bool | None = Field(None, description="true or false")
+    return_token_strs: bool | None = Field(None, description="true or false")
+
+
+class DetokenizeBody(Body):
+    tokens: Annotated[list[int], Field(fail_fast=True)] | None = Field(None, description="a list of token ids")
 
 
 # Known fields that change the answer and are not served yet: each with the values that change nothing.
@@ -70,12 +102,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none"),
     "response_format": (None, {"type": "text"}),
     "structured_outputs": (None,),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -94,10 +120,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (None,),
 }
 
-Body = TypeVar("Body", bound=GenerateBody)
+Kind = TypeVar("Kind", bound=Body)
 
 
-def parse(raw: bytes, content_type: str) -> dict[str, Any]:
+def parse(raw: bytes | bytearray, content_type: str) -> dict[str, Any]:
     """The JSON object of a request body. Raises NotJson (415) or BadRequest (400)."""
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type and media_type != "application/json" and not media_type.endswith("+json"):
@@ -111,16 +137,11 @@ def parse(raw: bytes, content_type: str) -> dict[str, Any]:
     return body
 
 
-def read(body: dict[str, Any], kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
+def read(body: dict[str, Any], kind: type[Kind]) -> tuple[Kind, tuple[str, ...]]:
     """The typed body and the names of the fields nobody will look at. Raises BadRequest naming a field."""
     for field, accepted in _NEUTRAL.items():
-        if field in body and body[field] not in accepted:
-            neutral = " or ".join(orjson.dumps(value).decode() for value in accepted)
-            raise BadRequest(
-                f"{field} is {shown(body[field])}, which is not supported here; accepted: {neutral}",
-                param=field,
-                code="unsupported_parameter",
-            )
+        if field in body and field not in kind.model_fields and body[field] not in accepted:
+            raise unsupported(field, body[field], accepted)
     try:
         typed = kind.model_validate(body)
     except ValidationError as error:
@@ -129,13 +150,23 @@ def read(body: dict[str, Any], kind: type[Body]) -> tuple[Body, tuple[str, ...]]
     return typed, tuple(unknown)
 
 
-def _refusal(error: ValidationError, kind: type[GenerateBody], body: dict[str, Any]) -> BadRequest:
+def unsupported(field: str, value: Any, accepted: Sequence[Any]) -> BadRequest:
+    """The sentence for a value that has a meaning, but not here."""
+    served = " or ".join(orjson.dumps(one).decode() for one in accepted)
+    return BadRequest(
+        f"{field} is {shown(value)}, which is not supported here; accepted: {served}",
+        param=field,
+        code="unsupported_parameter",
+    )
+
+
+def _refusal(error: ValidationError, kind: type[Body], body: dict[str, Any]) -> BadRequest:
     """The first thing that is wrong, by the field's own description."""
     first = error.errors(include_url=False, include_context=False)[0]
     field = str(first["loc"][0])
     return invalid(field, body.get(field), accepted_for(kind, field))
 
 
-def accepted_for(kind: type[GenerateBody], field: str) -> str:
+def accepted_for(kind: type[Body], field: str) -> str:
     """What a field accepts, in words."""
     return str(kind.model_fields[field].description)

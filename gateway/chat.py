@@ -1,14 +1,18 @@
-"""The dialect of /v1/chat/completions: messages in, the assistant's next one out, as it was generated."""
+"""The dialect of /v1/chat/completions: messages in, the assistant's next one out: thought, content, tool calls."""
 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gateway import openai_types
 from gateway.model_card import ModelCard
 from gateway.openai_types import Usage
+from gateway.parsers.calls import CallDelta, Parsed
+from gateway.parsers.minimax_m2 import AnswerParser
+from gateway.request import FinishReason
 from gateway.text import Piece
 from gateway.validate import Call
 
@@ -18,28 +22,61 @@ class ChatDialect:
         self._call = call
         self._card = card
         self._created = int(time.time())
+        self._choices = [_Choice(call, card) for _ in range(call.requests[0].n)]
+        self.marked = card.tags.ids if card.tags is not None else frozenset[int]()
 
     def opening(self) -> Iterable[dict[str, Any]]:
         """The role of each choice, before any of its content."""
-        for choice in range(self._call.requests[0].n):
+        for choice in range(len(self._choices)):
             delta = {"role": "assistant", "content": ""}
             chunk = self._chunk([{"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}])
             yield {**chunk, **self._prompt_token_ids()} if choice == 0 else chunk
 
     def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
-        if piece.text or piece.finish is not None or (piece.tokens and self._shows_tokens):
-            delta = {"content": piece.text} if piece.text else {}
+        delta = self._delta(self._choices[piece.choice].take(piece))
+        if delta or piece.finish is not None or (piece.tokens and self._shows_tokens):
             yield self._chunk([self._choice(piece, {"delta": delta})])
 
     def closing(self, usage: Usage) -> dict[str, Any]:
-        return {**self._chunk([]), "usage": usage.body()}
+        return {**self._chunk([]), "usage": self._usage(usage)}
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         choices = [
-            self._choice(piece, {"message": {"role": "assistant", "content": piece.text, "refusal": None}})
+            self._choice(piece, {"message": self._message(self._choices[piece.choice].take(piece))})
             for piece in pieces
         ]
-        return {**self._envelope("chat.completion", choices), "usage": usage.body(), **self._prompt_token_ids()}
+        answer = self._envelope("chat.completion", choices)
+        return {**answer, "usage": self._usage(usage), **self._prompt_token_ids()}
+
+    # --- what was said -------------------------------------------------------------------------
+
+    def _delta(self, parsed: Parsed) -> dict[str, Any]:
+        """Only what there is."""
+        delta = self._reasoning(parsed)
+        if parsed.content:
+            delta["content"] = parsed.content
+        if parsed.calls:
+            delta["tool_calls"] = [{"index": call.index, **_call(call)} for call in parsed.calls]
+        return delta
+
+    def _message(self, parsed: Parsed) -> dict[str, Any]:
+        content = None if parsed.calls and not parsed.content else parsed.content
+        message = {"role": "assistant", "content": content, "refusal": None, **self._reasoning(parsed)}
+        return {**message, "tool_calls": [_call(call) for call in parsed.calls]} if parsed.calls else message
+
+    def _reasoning(self, parsed: Parsed) -> dict[str, Any]:
+        """Under both names that clients look for."""
+        if not parsed.reasoning or not self._call.include_reasoning:
+            return {}
+        return {"reasoning": parsed.reasoning, "reasoning_content": parsed.reasoning}
+
+    def _usage(self, usage: Usage) -> dict[str, Any]:
+        if self._card.tags is None:
+            return usage.body()
+        tokens = sum(choice.num_reasoning_tokens for choice in self._choices)
+        return {**usage.body(), "completion_tokens_details": {"reasoning_tokens": tokens}}
+
+    # --- around it -----------------------------------------------------------------------------
 
     @property
     def _shows_tokens(self) -> bool:
@@ -49,11 +86,12 @@ class ChatDialect:
         logprobs = None
         if self._call.requests[0].num_logprobs is not None:
             logprobs = openai_types.chat_logprobs(piece, self._card, as_ids=self._call.tokens_as_ids)
+        has_called = piece.finish is FinishReason.STOP and self._choices[piece.choice].num_calls > 0
         choice = {
             "index": piece.choice,
             **content,
             "logprobs": logprobs,
-            "finish_reason": openai_types.finish_reason(piece),
+            "finish_reason": "tool_calls" if has_called else openai_types.finish_reason(piece),
             "stop_reason": piece.stop_reason,
         }
         return {**choice, "token_ids": list(piece.tokens)} if self._call.return_token_ids else choice
@@ -69,3 +107,48 @@ class ChatDialect:
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return openai_types.envelope(kind, self._call.id, self._card, self._created, choices)
+
+
+class _Choice:
+    """One choice as far as it has come. Without tags in the tokenizer all of it is content."""
+
+    def __init__(self, call: Call, card: ModelCard) -> None:
+        self._parser: AnswerParser | None = None
+        if card.tags is not None:
+            self._parser = AnswerParser(
+                card.tags,
+                {tool.name: tool.kinds for tool in call.tools},
+                in_thought=card.tags.leave_thought_open(call.requests[0].prompt),
+                calls_max=None if call.parallel_tool_calls else 1,
+            )
+        self._num_tokens = 0
+
+    @property
+    def num_calls(self) -> int:
+        return self._parser.num_calls if self._parser is not None else 0
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return self._parser.num_reasoning_tokens(self._num_tokens) if self._parser is not None else 0
+
+    def take(self, piece: Piece) -> Parsed:
+        if self._parser is None:
+            return Parsed(content=piece.text)
+        parsed, ends_by_token = (
+            Parsed(),
+            piece.finish is FinishReason.STOP and not isinstance(piece.stop_reason, str),
+        )
+        self._num_tokens += len(piece.tokens)
+        self._parser.take(piece.text, piece.marks, parsed)
+        if piece.finish is not None:
+            self._num_tokens -= ends_by_token  # a stop token is no thought
+            self._parser.end(parsed, is_cut=not ends_by_token)
+        return parsed
+
+
+def _call(call: CallDelta) -> dict[str, Any]:
+    """Id, type and name come once, with the first of a call."""
+    if call.name is None:
+        return {"function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}

@@ -14,6 +14,10 @@ from gateway.validate import Call
 
 
 class CompletionDialect:
+    """Text as it was generated, tags included."""
+
+    marked: frozenset[int] = frozenset()
+
     def __init__(self, call: Call, card: ModelCard) -> None:
         self._call = call
         self._card = card

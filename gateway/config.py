@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 
 class GatewayConfig(BaseModel):
@@ -31,6 +31,12 @@ class GatewayConfig(BaseModel):
     stop_token_ids_max: int = Field(default=64, ge=1, le=1024)
     """`stop_token_ids` per request, eos not counted."""
 
+    tools_max: int = Field(default=256, ge=1, le=4096)
+    """Tools in one chat call. Their text is part of the prompt, whose length bounds it too."""
+
+    logit_bias_max: int = Field(default=1024, ge=0, le=2**16)
+    """Tokens in one request's `logit_bias`: its message grows with them, and every step adds each."""
+
     logprobs_max: int = Field(default=20, ge=0, le=64)
     """Alternatives shown per token."""
 
@@ -38,6 +44,9 @@ class GatewayConfig(BaseModel):
 
     in_flight_max: int = Field(default=1024, ge=1, le=2**20)
     """Sequences open at once in this gateway; beyond: 429. Memory is this times a context of tokens."""
+
+    bodies_bytes_max: int = Field(default=256 * 2**20, ge=1024, le=2**36)
+    """Request bodies being read and parsed at once, together; beyond: 429. At least `body_bytes_max`."""
 
     attempts_max: int = Field(default=16, ge=1, le=1024)
     """Placements of one sequence, the first included, before its client is told that it failed."""
@@ -90,3 +99,10 @@ class GatewayConfig(BaseModel):
 
     status_timeout_s: float = Field(default=5.0, gt=0)
     """Longest wait for the controller's status document."""
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> GatewayConfig:
+        if self.bodies_bytes_max < self.body_bytes_max:
+            least = f"at least body_bytes_max, {self.body_bytes_max}"
+            raise ValueError(f"bodies_bytes_max is {self.bodies_bytes_max}; accepted: {least}")
+        return self

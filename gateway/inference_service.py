@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from expertmesh.v1 import inference_pb2, inference_pb2_grpc
 
 from gateway import inference_wire as wire
-from gateway.errors import AlreadyExists, ClientGone, DeadlinePassed, NotFound, NotReady, invalid
+from gateway.errors import AlreadyExists, ClientGone, DeadlinePassed, NotFound, invalid
 from gateway.grpc_errors import Context
 from gateway.metrics import Meter
+from gateway.prompts import unknown_model
 from gateway.running import Running, beside, outcome
 from gateway.state import GatewayState
-from gateway.validate import Validator, unknown_model
+from gateway.validate import Validator
 
 NAME = "expertmesh.v1.InferenceService"
 
@@ -90,8 +91,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         meter = Meter(state.metrics, endpoint)
         try:
             async with self._named(request.request_id, context) as name:
-                if state.is_draining:
-                    raise NotReady(state.not_ready, retry_after_s=state.config.retry_after_s)
+                state.check_open()
                 call = await beside(request.ByteSize(), lambda: wire.call_of(request, self._validator))
                 generation = await state.ledger.open(call.requests)
                 running = Running(state, call, generation, meter)

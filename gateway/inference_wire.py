@@ -6,7 +6,7 @@ judges both; the options have REST's names for that reason.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from expertmesh.v1 import inference_pb2
@@ -72,9 +72,16 @@ def _messages(chat: inference_pb2.Conversation) -> list[dict[str, Any]]:
     return [{"role": message.role, "content": message.content, **_present(message)} for message in chat.messages]
 
 
+def _plain(value: Any, is_repeated: bool) -> Any:
+    """As JSON has it: an object's keys are strings."""
+    if isinstance(value, Mapping):
+        return {str(key): one for key, one in value.items()}
+    return list(value) if is_repeated else value
+
+
 def _present(message: Message) -> dict[str, Any]:
     """The fields that were set, by name; zero too where a field is optional."""
-    return {field.name: list(value) if field.is_repeated else value for field, value in message.ListFields()}
+    return {field.name: _plain(value, field.is_repeated) for field, value in message.ListFields()}
 
 
 def chunk(name: str, piece: Piece, position: int) -> inference_pb2.GenerateStreamResponse:

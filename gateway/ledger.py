@@ -110,13 +110,7 @@ class Ledger:
         Raises what the scheduler answered (Overloaded, NotReady, TooLarge), or Overloaded beyond
         `in_flight_max`.
         """
-        wanted = sum(request.n for request in requests)
-        if self.num_open + wanted > self._config.in_flight_max:
-            raise Overloaded(
-                f"{self.num_open} sequences are open and {wanted} more were asked for; this gateway holds at "
-                f"most {self._config.in_flight_max}",
-                retry_after_s=self._config.retry_after_s,
-            )
+        self.check_room(sum(request.n for request in requests))
         generation = Generation(self, self._config.silence_s_max)
         for request in requests:
             for index in range(request.n):
@@ -129,6 +123,15 @@ class Ledger:
             generation.close()
             raise
         return generation
+
+    def check_room(self, wanted: int) -> None:
+        """Raises Overloaded where so many further sequences are beyond `in_flight_max`."""
+        if self.num_open + wanted > self._config.in_flight_max:
+            raise Overloaded(
+                f"{self.num_open} sequences are open and {wanted} more were asked for; this gateway holds at "
+                f"most {self._config.in_flight_max}",
+                retry_after_s=self._config.retry_after_s,
+            )
 
     # --- what the port tells -------------------------------------------------------------------
 
@@ -255,4 +258,5 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         siblings,
         request.priority,
         resume,
+        request.min_tokens,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.errors import CheckpointUnreadable
+from gateway.parsers.tags import Tags, find_tags
 from gateway.request import Sampling
 from gateway.template import ChatTemplate, load_template, read_json, spelled
 from gateway.tokens import EOS, Tokens, load_tokens
@@ -25,6 +26,7 @@ class ModelCard:
     defaults: Sampling = field(default_factory=Sampling)
     tokens: Tokens | None = None
     template: ChatTemplate | None = None
+    tags: Tags | None = None  # None: answers are not divided into thought, content and calls
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -45,8 +47,11 @@ def read_model_card(folder: Path, *, name: str, fingerprint: str, vocab_size: in
         temperature=_number(generation, "temperature", 1.0, 0.0, 1e6),
         top_p=_number(generation, "top_p", 1.0, 0.0, 1.0) or 1.0,
         top_k=min(int(_number(generation, "top_k", 0, 0, 2**31)), vocab_size),
+        min_p=_number(generation, "min_p", 0.0, 0.0, 1.0),
+        repetition_penalty=_number(generation, "repetition_penalty", 1.0, 0.01, 100.0),
     )
-    return ModelCard(name, fingerprint, vocab_size, context, eos, defaults, tokens, load_template(folder))
+    tags = find_tags(tokens.id_of) if tokens is not None else None
+    return ModelCard(name, fingerprint, vocab_size, context, eos, defaults, tokens, load_template(folder), tags)
 
 
 def _ids(config: dict[str, Any], file: str, vocab_size: int) -> frozenset[int]:

@@ -42,6 +42,7 @@ class Submission:
     siblings: tuple[Sibling, ...]
     priority: int = 0
     resume: bool = False  # further attempts, or a claim after a gap: never refused for load
+    min_tokens: int = 0
 
 
 class Receiver(Protocol):

@@ -17,12 +17,21 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0: the highest logit. top_p 1, top_k 0: all tokens. seed: unsigned 64 bits."""
+    """temperature 0: the highest logit. top_p 1, top_k 0, min_p 0: all tokens. seed: unsigned 64 bits.
+
+    Repetition is penalised over prompt and generated tokens (1: not), frequency and presence over generated ones
+    (0: not). `logit_bias`: (token, added to its logit), each token once.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class GenerateRequest:
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None  # None: none; 0: the sampled token's; k: and the k likeliest
     priority: int = 0  # lower runs earlier
+    min_tokens: int = 0  # generated tokens before which neither a stop token nor a stop string ends a sequence
 
 
 @dataclass(frozen=True)

@@ -28,19 +28,29 @@ async def beside(size_bytes: int, work: Callable[[], Result]) -> Result:
 
 
 class Running:
-    def __init__(self, state: GatewayState, call: Call, generation: Generation, meter: Meter) -> None:
+    def __init__(
+        self,
+        state: GatewayState,
+        call: Call,
+        generation: Generation,
+        meter: Meter,
+        marked: frozenset[int] = frozenset(),
+    ) -> None:
+        """`marked`: tokens whose places in the text are wanted."""
         self.usage = Usage(call.num_prompt_tokens)
         self._card = state.card
         self._call = call
         self._generation = generation
         self._meter = meter
+        self._marked = marked
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Text and tokens as they come; a stop string ends its choice at the worker, too."""
         card, texts = self._card, dict[int, ChoiceText]()
         async for choice, delta in self._generation:
             if choice not in texts:
-                texts[choice] = ChoiceText(choice, self._call.request_of(choice), card.tokens, card.eos)
+                request = self._call.request_of(choice)
+                texts[choice] = ChoiceText(choice, request, card.tokens, card.eos, self._marked)
             piece = texts[choice].take(delta)
             if piece.finish is not None and delta.finish is None:
                 self._generation.finish(choice, delta.position + len(piece.tokens) - 1)

@@ -16,14 +16,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import openai_types
-from gateway.answer import answer
-from gateway.bodies import ChatBody, CompletionBody, GenerateBody
+from gateway.answer import answer, answer_at_once
+from gateway.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gateway.chat import ChatDialect
 from gateway.completions import CompletionDialect
 from gateway.errors import BadRequest, NotFound, NotReady, Refusal
 from gateway.keys import Keeper
+from gateway.prompts import unknown_model
 from gateway.state import GatewayState
-from gateway.validate import Validator, unknown_model
+from gateway.validate import Validator
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def create_app(state: GatewayState) -> FastAPI:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     _add_generating(app, state)
+    _add_tokenising(app, state)
     _add_models(app, state)
     _add_operating(app, state)
     return app
@@ -50,6 +52,16 @@ def _add_generating(app: FastAPI, state: GatewayState) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
         return await answer(state, request, "chat", Validator.chat, ChatDialect)
+
+
+def _add_tokenising(app: FastAPI, state: GatewayState) -> None:
+    @app.post("/tokenize", openapi_extra=_documented(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        return await answer_at_once(state, request, "tokenize", Validator.tokenised)
+
+    @app.post("/detokenize", openapi_extra=_documented(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        return await answer_at_once(state, request, "detokenize", Validator.detokenised)
 
 
 def _add_models(app: FastAPI, state: GatewayState) -> None:
@@ -148,7 +160,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return JSONResponse(refusal.body(), status_code=error.status_code, headers=error.headers)
 
 
-def _documented(body: type[GenerateBody]) -> dict[str, Any]:
+def _documented(body: type[Body]) -> dict[str, Any]:
     """The body's schema for /openapi.json; validation is ours, so that errors are."""
     content = {"application/json": {"schema": body.model_json_schema()}}
     return {"requestBody": {"required": True, "content": content}}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from gateway.config import GatewayConfig
 from gateway.errors import NotReady
+from gateway.intake import Intake
 from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.model_card import ModelCard
@@ -29,6 +30,10 @@ class GatewayState:
     status: Callable[[], Awaitable[dict[str, Any]]]
     version: str
     is_draining: bool = False
+    intake: Intake = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.intake = Intake(self.config)
 
     @property
     def not_ready(self) -> str:
@@ -39,6 +44,15 @@ class GatewayState:
     def model_len_max(self) -> int:
         """Longest prompt and answer together, in tokens: the checkpoint's, or less where workers hold less."""
         return min(self.card.context, self.port.model_len_max or self.card.context)
+
+    def check_open(self) -> None:
+        """Raises NotReady or Overloaded where a call is hopeless before its body is read.
+
+        A scheduler that is only away for a while is waited for, within `submit_timeout_s`, once workers are known.
+        """
+        if self.is_draining or (self.port.not_ready and not self.port.model_len_max):
+            raise NotReady(self.not_ready, retry_after_s=self.config.retry_after_s)
+        self.ledger.check_room(1)
 
     async def asked(self, question: Awaitable[Answer]) -> Answer:
         """The controller's answer. Raises NotReady if it takes too long, and what `question` raises."""

@@ -45,14 +45,14 @@ class ChatTemplate:
             raise CheckpointUnreadable("chat template", str(error)) from error
         self._special_tokens = special_tokens
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> str:
         """The prompt that asks for the next assistant turn. `messages` are normalised.
 
         Raises BadRequest (messages) with the template's own words where it refuses them.
         """
         try:
             return self._template.render(
-                messages=list(messages), tools=None, add_generation_prompt=True, **self._special_tokens
+                messages=list(messages), tools=tools, add_generation_prompt=True, **self._special_tokens
             )
         except Exception as error:  # a template is foreign code: whatever it raises is about these messages
             raise BadRequest(
@@ -134,7 +134,8 @@ def _tool_call(call: Any, at: str) -> Message:
     arguments = function.get("arguments") or "{}"
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+        json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         raise invalid(f"{at}.function.arguments", arguments, "a JSON object, or a string that holds one")

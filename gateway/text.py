@@ -5,9 +5,13 @@ Pure: the same tokens give the same text however they are sliced into deltas.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+from gateway.parsers.overlap import overlap
+from gateway.parsers.tags import Mark
 from gateway.request import FinishReason, GenerateRequest, TokenDelta
 from gateway.tokens import IncrementalDetokeniser, Tokens
 
@@ -23,19 +27,24 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """The text that is certainly before any stop string. After a match nothing more comes."""
+    def push(self, text: str, *, may_end: bool = True) -> str:
+        """The text that is certainly before any stop string. After a match nothing more comes.
+
+        A stop string that `text` completes does not count where `may_end` is false; one that begins there does.
+        """
         if self.matched is not None:
             return ""
         if not self._stops:
             return text
-        text = self._held + text
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            end, _, self.matched = min(found)
-            self._held = ""
-            return text[: end - len(self.matched)]
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        seen, text = len(self._held), self._held + text
+        if may_end:
+            begins = [(_at(text, stop, seen), stop) for stop in self._stops]
+            found = [(at + len(stop), -len(stop), stop) for at, stop in begins if at >= 0]
+            if found:
+                end, _, self.matched = min(found)
+                self._held = ""
+                return text[: end - len(self.matched)]
+        keep = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -51,7 +60,7 @@ class Piece:
 
     `offsets` are the positions in the choice's text at which each token's text begins. The last piece of a
     choice has `finish` (STOP or LENGTH), and `stop_reason`: the stop string, or the id of a stop token that is
-    not eos.
+    not eos. `marks` are the tags within `text`; a tag is in it whole, or cut off by a stop string and no mark.
     """
 
     choice: int
@@ -62,32 +71,48 @@ class Piece:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
+    marks: tuple[Mark, ...] = ()
 
 
 class ChoiceText:
     """One choice, from its first delta to its end. Without a tokenizer there is no text, only tokens."""
 
-    def __init__(self, choice: int, request: GenerateRequest, tokens: Tokens | None, eos: frozenset[int]) -> None:
+    def __init__(
+        self,
+        choice: int,
+        request: GenerateRequest,
+        tokens: Tokens | None,
+        eos: frozenset[int],
+        marked: frozenset[int] = frozenset(),
+    ) -> None:
+        """`marked`: tokens whose places in the text are wanted."""
         self._choice = choice
         self._stop_token_ids = request.stop_token_ids
+        self._min_tokens = request.min_tokens
         self._eos = eos
+        self._tokens = tokens
         self._detokeniser = IncrementalDetokeniser(tokens) if tokens is not None else None
         self._matcher = StopMatcher(request.stop)
         self._chars = 0  # decoded so far
+        self._marked = marked
+        self._marks: deque[Mark] = deque()  # not given out yet, places in the whole text
+        self._given = 0  # characters given out
+        self._kept = ""  # a tag of which a part is held back
 
     def take(self, delta: TokenDelta) -> Piece:
         """The piece of this delta; it ends at the token that completes a stop string."""
         text, offsets = "", []
-        for token in delta.tokens:
+        for position, token in enumerate(delta.tokens, delta.position):
             offsets.append(self._chars)
-            text += self._push(token)
+            text += self._push(token, position)
             if self._matcher.matched is not None:
                 break
         finish = delta.finish
         if finish is not None:
-            text += self._end()
+            text += self._end(may_end=delta.position + len(delta.tokens) > self._min_tokens)
         if self._matcher.matched is not None:
             finish = FinishReason.STOP
+        text, marks = self._marked_text(text, is_last=finish is not None)
         count = len(offsets)
         return Piece(
             self._choice,
@@ -98,18 +123,34 @@ class ChoiceText:
             delta.top_logprobs[:count],
             finish,
             self._stop_reason(delta, finish),
+            marks,
         )
 
-    def _push(self, token: int) -> str:
-        if self._detokeniser is None or token in self._stop_token_ids:
+    def _push(self, token: int, position: int) -> str:
+        if self._tokens is None or self._detokeniser is None or token in self._stop_token_ids:
             return ""  # a stop token ends the text, it is not part of it
         decoded = self._detokeniser.push(token)
         self._chars += len(decoded)
-        return self._matcher.push(decoded)
+        if token in self._marked:
+            begin = self._chars - len(self._tokens.bytes_of(token).decode())
+            self._marks.append(Mark(begin, self._chars, token, position))
+        return self._matcher.push(decoded, may_end=position >= self._min_tokens)
 
-    def _end(self) -> str:
+    def _marked_text(self, text: str, *, is_last: bool) -> tuple[str, tuple[Mark, ...]]:
+        """What may be given out of `text`, so that a tag comes whole, and the tags in it."""
+        text, begin, marks = self._kept + text, self._given, []
+        end = begin + len(text)
+        while self._marks and self._marks[0].start < end:
+            if self._marks[0].end > end:
+                end = end if is_last else self._marks[0].start
+                break
+            marks.append(self._marks.popleft().moved(-begin))
+        self._given, self._kept = end, text[end - begin :]
+        return text[: end - begin], tuple(marks)
+
+    def _end(self, *, may_end: bool) -> str:
         rest = self._detokeniser.flush() if self._detokeniser is not None else ""
-        return self._matcher.push(rest) + self._matcher.flush()
+        return self._matcher.push(rest, may_end=may_end) + self._matcher.flush()
 
     def _stop_reason(self, delta: TokenDelta, finish: FinishReason | None) -> str | int | None:
         if self._matcher.matched is not None:
@@ -121,7 +162,7 @@ class ChoiceText:
 
 def joined(pieces: Sequence[Piece]) -> Piece:
     """All pieces of one choice as one."""
-    last = pieces[-1]
+    last, begins = pieces[-1], accumulate((len(p.text) for p in pieces), initial=0)
     return Piece(
         last.choice,
         "".join(p.text for p in pieces),
@@ -131,12 +172,10 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         tuple(x for p in pieces for x in p.top_logprobs),
         last.finish,
         last.stop_reason,
+        tuple(mark.moved(begin) for p, begin in zip(pieces, begins, strict=False) for mark in p.marks),
     )
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+def _at(text: str, stop: str, seen: int) -> int:
+    """Where the first `stop` begins that ends after the first `seen` characters; -1: nowhere."""
+    return text.find(stop, max(0, seen - len(stop) + 1))

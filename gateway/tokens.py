@@ -27,15 +27,24 @@ class Tokens:
         self._special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         self._bytes: dict[int, bytes] = {}  # filled as tokens are seen; bounded by the vocabulary
 
-    def encode(self, text: str) -> list[int]:
-        """Nothing is added: templates write the special tokens themselves."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Nothing is added: templates write the special tokens themselves. `add_special`: what the tokenizer
+        would add of its own accord."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
         return ids
 
     def decode(self, tokens: list[int]) -> str:
         """The text of a finished sequence."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+    def spelled(self, tokens: list[int]) -> str:
+        """The text with special tokens by name; bytes that are no text are U+FFFD."""
+        return b"".join(map(self.spelling_of, tokens)).decode(errors="replace")
+
+    def name_of(self, token: int) -> str:
+        """As the vocabulary writes it; empty for ids the tokenizer does not know."""
+        return self._tokenizer.id_to_token(token) or ""
 
     def id_of(self, token: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(token)

@@ -1,34 +1,38 @@
 """From a client's body to GenerateRequests: defaults, limits, tokens. All that is wrong with it ends here.
 
 Decisions a client can see:
-- what the client leaves open (temperature, top_p, top_k) comes from the checkpoint's generation_config.json;
+- what the client leaves open (temperature, top_p, top_k, min_p, repetition_penalty) comes from the checkpoint's
+  generation_config.json;
 - `max_tokens` left open is 16 for completions and what the context leaves for chat, and never more than that;
   given, it must fit: more than the context leaves is refused, not cut;
 - an unseeded request gets a random seed, each prompt of a list its own;
 - a temperature below 0.0001 is 0: dividing by less overflows float32, and the highest logit wins anyway;
+- `min_tokens` holds back stop strings as well as stop tokens, eos among them;
+- a tool_choice of "none" hides the tools from the model; `strict` of a tool is let through, and named as ignored;
 - `model` left out is the served model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from gateway import template
 from gateway.bodies import ChatBody, CompletionBody, GenerateBody, accepted_for, read
 from gateway.config import GatewayConfig
-from gateway.errors import BadRequest, NotFound, TooLarge, invalid
+from gateway.errors import BadRequest, TooLarge, invalid, shown
 from gateway.model_card import ModelCard
+from gateway.prompts import Prompt, Prompts, check_model, token_ids
 from gateway.request import GenerateRequest, Sampling
+from gateway.tools import Tool
 
 _TEMPERATURE_MIN = 1e-4
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _UINT64 = 2**64
-
-Prompt = tuple[int, ...]
+_BIAS_MAX = 100.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class Call:
     return_token_ids: bool
     tokens_as_ids: bool
     ignored: tuple[str, ...]  # names of fields nobody looked at
+    tools: tuple[Tool, ...] = ()  # those the model may call
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -61,13 +68,14 @@ class Validator:
         self._card = card
         self._config = config
         self._model_len_max = model_len_max
+        self._prompts = Prompts(card, config)
 
     def completion(self, raw: dict[str, Any]) -> Call:
         body, ignored = read(raw, CompletionBody)
-        self._check_model(body)
+        check_model(body, self._card)
         if body.logprobs is not None and body.logprobs > self._config.logprobs_max:
             raise invalid("logprobs", body.logprobs, f"an integer from 0 to {self._config.logprobs_max}")
-        prompts = self._prompts(body.prompt)
+        prompts = self._prompts.of_completion(body.prompt)
         limits = [
             self._room(prompt, "prompt", "max_tokens", body.max_tokens, _COMPLETION_TOKENS) for prompt in prompts
         ]
@@ -75,83 +83,34 @@ class Validator:
 
     def chat(self, raw: dict[str, Any]) -> Call:
         body, ignored = read(raw, ChatBody)
-        self._check_model(body)
+        check_model(body, self._card)
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs", body.top_logprobs, "nothing, unless logprobs is true")
         top = body.top_logprobs or 0
         if top > self._config.logprobs_max:
             raise invalid("top_logprobs", top, f"an integer from 0 to {self._config.logprobs_max}")
-        prompt = self._chat_prompt(body.messages)
+        tools = self._prompts.tools(body.tools, body.tool_choice)
+        if any(tool.is_strict for tool in tools):
+            ignored += ("tools.strict",)
+        prompt = self._prompts.of_chat(body.messages, tools)
         name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = self._room(prompt, "messages", name, asked, self._model_len_max)
-        return self._call("chatcmpl", body, ignored, [prompt], [limit], top if body.logprobs else None)
+        call = self._call("chatcmpl", body, ignored, [prompt], [limit], top if body.logprobs else None)
+        return dataclasses.replace(
+            call,
+            tools=tools,
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            include_reasoning=body.include_reasoning is not False,
+        )
 
     def tokenised(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """`tokens` of a body's `prompt`, a string, or else of its `messages`; and `max_model_len`."""
-        self._check_name(raw.get("model"))
-        if "messages" in raw:
-            tokens = self._chat_prompt(raw["messages"])
-        elif isinstance(raw.get("prompt"), str):
-            tokens = self._encoded(raw["prompt"], "prompt")
-        else:
-            raise invalid("prompt", raw.get("prompt"), "a string, or messages in its place")
-        return {"tokens": tokens, "max_model_len": self._model_len_max}
+        """The answer of /tokenize."""
+        return self._prompts.tokenised(raw, self._model_len_max)
 
     def detokenised(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """The text of a body's `tokens` as `prompt`, special tokens by name."""
-        self._check_name(raw.get("model"))
-        ids = self._token_ids(raw["tokens"], "tokens")
-        if self._card.tokens is None:
-            raise BadRequest("this checkpoint has no tokenizer.json: its tokens have no text", code="no_tokenizer")
-        return {"prompt": b"".join(map(self._card.tokens.spelling_of, ids)).decode(errors="replace")}
-
-    # --- prompts -------------------------------------------------------------------------------
-
-    def _prompts(self, prompt: Any) -> list[Prompt]:
-        """A string, a list of strings, a list of token ids, or a list of such lists."""
-        if isinstance(prompt, str):
-            return [self._encoded(prompt, "prompt")]
-        if not isinstance(prompt, list) or not prompt:
-            raise invalid("prompt", prompt, accepted_for(CompletionBody, "prompt"))
-        if not isinstance(prompt[0], str | list):
-            return [self._checked(prompt, "prompt")]
-        if len(prompt) > self._config.prompts_max:
-            raise invalid("prompt", prompt, f"at most {self._config.prompts_max} prompts in one call")
-        return [
-            self._encoded(one, f"prompt[{i}]") if isinstance(one, str) else self._checked(one, f"prompt[{i}]")
-            for i, one in enumerate(prompt)
-        ]
-
-    def _encoded(self, text: str, param: str) -> Prompt:
-        tokens = self._card.tokens
-        if tokens is None:
-            raise BadRequest(
-                f"{param} is text, but this checkpoint has no tokenizer.json; accepted: a list of token ids",
-                param=param,
-                code="no_tokenizer",
-            )
-        if not text:
-            raise invalid(param, text, "at least one character")
-        return tuple(tokens.encode(text))
-
-    def _checked(self, ids: Any, param: str) -> Prompt:
-        if not isinstance(ids, list) or not ids:
-            raise invalid(param, ids, "a list of at least one token id, or a string")
-        return self._token_ids(ids, param)
-
-    def _chat_prompt(self, messages: Any) -> Prompt:
-        if not isinstance(messages, list):
-            raise invalid("messages", messages, accepted_for(ChatBody, "messages"))
-        if self._card.template is None or self._card.tokens is None:
-            missing = "tokenizer.json" if self._card.tokens is None else "chat template"
-            raise BadRequest(
-                f"messages cannot be read: this checkpoint has no {missing}; accepted: /v1/completions with "
-                "token ids",
-                param="messages",
-                code="no_tokenizer",
-            )
-        return self._encoded(self._card.template.render(template.normalise(messages)), "messages")
+        """The answer of /detokenize."""
+        return self._prompts.detokenised(raw)
 
     # --- parameters ----------------------------------------------------------------------------
 
@@ -184,6 +143,7 @@ class Validator:
                 stop_token_ids=stop_token_ids,
                 num_logprobs=num_logprobs,
                 priority=body.priority or 0,
+                min_tokens=self._min_tokens(body, limit, stop_token_ids),
             )
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         )
@@ -196,13 +156,6 @@ class Validator:
             bool(body.return_tokens_as_token_ids),
             ignored,
         )
-
-    def _check_model(self, body: GenerateBody) -> None:
-        self._check_name(body.model)
-
-    def _check_name(self, name: str | None) -> None:
-        if name not in (None, self._card.name):
-            raise unknown_model(name, self._card)
 
     def _include_usage(self, body: GenerateBody) -> bool:
         options = body.stream_options or {}
@@ -220,17 +173,48 @@ class Validator:
             temperature=temperature if temperature >= _TEMPERATURE_MIN else 0.0,
             top_p=defaults.top_p if body.top_p is None else body.top_p,
             top_k=defaults.top_k if body.top_k is None else min(max(body.top_k, 0), self._card.vocab_size),
+            min_p=defaults.min_p if body.min_p is None else body.min_p,
+            repetition_penalty=(
+                defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty
+            ),
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            logit_bias=self._logit_bias(body.logit_bias),
         )
+
+    def _logit_bias(self, given: Any) -> tuple[tuple[int, float], ...]:
+        if given is None:
+            return ()
+        if not isinstance(given, dict):
+            raise invalid("logit_bias", given, accepted_for(GenerateBody, "logit_bias"))
+        vocab_size, most = self._card.vocab_size, self._config.logit_bias_max
+        if len(given) > most:
+            raise BadRequest(
+                f"logit_bias has {len(given):,} entries; accepted: at most {most:,}", param="logit_bias"
+            )
+        for key, bias in given.items():
+            if not re.fullmatch(r"0|[1-9]\d{0,9}", key, re.ASCII) or int(key) >= vocab_size:
+                raise BadRequest(
+                    f"logit_bias has the key {shown(key)}; accepted: token ids from 0 to {vocab_size - 1}",
+                    param="logit_bias",
+                )
+            if type(bias) not in (int, float) or not -_BIAS_MAX <= bias <= _BIAS_MAX:
+                raise invalid(f"logit_bias.{key}", bias, "a number from -100 to 100")
+        return tuple(sorted((int(key), float(bias)) for key, bias in given.items() if bias))
+
+    def _min_tokens(self, body: GenerateBody, limit: int, stop_token_ids: frozenset[int]) -> int:
+        asked = body.min_tokens or 0
+        if asked > limit:
+            raise invalid("min_tokens", asked, f"an integer from 0 to {limit}, the most that may be generated")
+        if asked and len(stop_token_ids) >= self._card.vocab_size:
+            raise invalid("min_tokens", asked, "nothing, where every token is a stop token")
+        return asked
 
     def _stop(self, body: GenerateBody) -> tuple[str, ...]:
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         config = self._config
-        if stop and self._card.tokens is None:
-            raise BadRequest(
-                "stop needs text, but this checkpoint has no tokenizer.json; accepted: stop_token_ids",
-                param="stop",
-                code="no_tokenizer",
-            )
+        if stop:
+            self._prompts.tokenizer("stop", "stop_token_ids")
         if len(stop) > config.stop_strings_max:
             raise invalid("stop", stop, f"at most {config.stop_strings_max} strings")
         for number, one in enumerate(stop):
@@ -242,15 +226,8 @@ class Validator:
         ids = body.stop_token_ids or []
         if len(ids) > self._config.stop_token_ids_max:
             raise invalid("stop_token_ids", ids, f"at most {self._config.stop_token_ids_max} token ids")
-        own = frozenset(self._token_ids(ids, "stop_token_ids"))
+        own = frozenset(token_ids(ids, "stop_token_ids", self._card))
         return own if body.ignore_eos else own | self._card.eos
-
-    def _token_ids(self, values: list[Any], param: str) -> tuple[int, ...]:
-        vocab_size = self._card.vocab_size
-        for number, value in enumerate(values):
-            if type(value) is not int or not 0 <= value < vocab_size:
-                raise invalid(f"{param}[{number}]", value, f"a token id from 0 to {vocab_size - 1}")
-        return tuple(values)
 
     def _room(self, prompt: Prompt, param: str, limit_param: str, asked: int | None, default: int) -> int:
         """How many tokens each sequence may generate."""
@@ -268,9 +245,3 @@ class Validator:
                 param=limit_param,
             )
         return min(default, room) if asked is None else asked
-
-
-def unknown_model(name: str | None, card: ModelCard) -> NotFound:
-    """The same answer from every endpoint."""
-    error = invalid("model", name, card.name)
-    return NotFound(error.message, param="model", code="model_not_found")

@@ -11,7 +11,7 @@ from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 from gateway.config import GatewayConfig
 from gateway.errors import MalformedMessage, NotReady, Overloaded, Refusal, TooLarge, presentable
 from gateway.port import CloseReason, Submission
-from gateway.request import FinishReason, TokenDelta
+from gateway.request import FinishReason, Sampling, TokenDelta
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,15 @@ def envelope(sender: Identity, term: int) -> schedule_pb2.GatewayMessage:
 
 def submit(submission: Submission, bytes_max: int) -> schedule_pb2.Submit:
     """In one message. Raises TooLarge."""
-    sampling = submission.sampling
     message = schedule_pb2.Submit(
         request_id=submission.request_id,
         prompt=submission.prompt,
         spec=step_pb2.SequenceSpec(
-            sampling=step_pb2.Sampling(
-                temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed
-            ),
+            sampling=_sampling(submission.sampling),
             stop_token_ids=sorted(submission.stop_token_ids),
             max_tokens=submission.max_tokens,
             num_logprobs=submission.num_logprobs,
+            min_tokens=submission.min_tokens,
         ),
         siblings=[
             schedule_pb2.Sibling(index=s.index, attempt=s.attempt, seed=s.seed, accepted=s.accepted)
@@ -91,6 +89,20 @@ def submits(submission: Submission, bytes_max: int) -> list[schedule_pb2.Submit]
         else:
             parts.append(alone)
     return parts
+
+
+def _sampling(sampling: Sampling) -> step_pb2.Sampling:
+    return step_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=[step_pb2.TokenBias(token=token, bias=bias) for token, bias in sampling.logit_bias],
+    )
 
 
 def finish(request_id: str, index: int, attempt: int, position: int) -> schedule_pb2.Finish:

@@ -29,6 +29,10 @@ class CheckpointError(ModelError):
         self.file, self.tensor, self.found, self.accepted = file, tensor, found, accepted
 
 
+class NotEnoughMemory(ModelError):
+    """What was wanted, how much it needs, how much there is."""
+
+
 def shorten(text: str) -> str:
     """What a file said may be long; a message need not be."""
     return text if len(text) <= VALUE_CHARS_MAX else text[: VALUE_CHARS_MAX - 1] + "…"

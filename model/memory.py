@@ -11,15 +11,12 @@ import psutil
 import torch
 
 from model.checkpoint import ROUTER_SUFFIXES, SCALE_SUFFIX, Checkpoint
+from model.errors import NotEnoughMemory
 from model.exact import bytes_kept
 from model.linear import Keep
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
-
-
-class NotEnoughMemory(Exception):
-    """What was wanted, how much it needs, how much there is."""
 
 
 def available_bytes() -> int:

@@ -1,5 +1,6 @@
 """Rule 2: the same tokens and logprobs, to the last bit, wherever and with whomever a sequence runs."""
 
+import dataclasses
 import random
 
 import pytest
@@ -110,6 +111,30 @@ def test_a_resume_continues_with_the_same_bits(checkpoint, dtype, alone):
         assert result.deltas["gw"][0].position == held
         assert tokens == alone.tokens[held:]
         assert logprobs == alone.logprobs[held:]
+
+
+def test_penalties_leave_no_trace_of_pauses_and_resumes(checkpoint):
+    """They are of the sequence's own tokens: whoever computes it, after whatever, counts the same."""
+    shaping = {"repetition_penalty": 1.2, "frequency_penalty": 0.4, "presence_penalty": -0.3, "min_p": 0.001}
+    sampling = dataclasses.replace(me().sampling, logit_bias=((30, 2.0), (44, -5.0)), **shaping)
+    plain, stops = me().sampling, frozenset(range(0, 512, 2))
+
+    def mine(**fields):
+        return dataclasses.replace(me(), sampling=sampling, stop_token_ids=stops, min_tokens=25, **fields)
+
+    with LocalCluster(checkpoint, dtype=torch.float32) as cluster:
+        alone = cluster.run([mine()])["me"]
+        assert cluster.run([dataclasses.replace(mine(), sampling=plain)])["me"].tokens != alone.tokens
+    assert not stops & set(alone.tokens[:25])
+    assert alone.tokens[-1] in stops
+    with LocalCluster(checkpoint, dtype=torch.float32, blocks=6, experts=2) as cluster:
+        crowd = [request(f"s{i}", PROMPT[: 20 + i], max_tokens=30, arrival=i - 2) for i in range(5)]
+        assert cluster.run([mine(), *crowd])["me"] == alone
+    with LocalCluster(checkpoint, dtype=torch.float32) as cluster:
+        result = cluster.order(0, [mine(accepted=tuple(alone.tokens[:9]))])
+        while cluster.workers[0].book.sequences:
+            cluster.workers[0].step(result)
+    assert [t for d in result.deltas["gw"] for t in d.tokens] == alone.tokens[9:]
 
 
 def test_random_mixtures_of_everything(checkpoint, dtype):

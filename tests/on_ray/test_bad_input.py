@@ -36,6 +36,16 @@ BAD = {
     "token id out of vocabulary": ({"prompt": [10**6]}, "prompt", ["1000000"]),
     "n too large": ({"n": 100_000}, "n", ["100000"]),
     "top_p zero": ({"top_p": 0}, "top_p", ["0"]),
+    "presence_penalty too strong": ({"presence_penalty": 3}, "presence_penalty", ["3", "from -2 to 2"]),
+    "repetition_penalty zero": ({"repetition_penalty": 0}, "repetition_penalty", ["0"]),
+    "min_p above 1": ({"min_p": 1.5}, "min_p", ["1.5"]),
+    "a bias on no token": ({"logit_bias": {"1000000": 1}}, "logit_bias", ["1000000"]),
+    "a bias beyond 100": ({"logit_bias": {"30": 101}}, "logit_bias", ["101"]),
+    "more min_tokens than max_tokens": ({"min_tokens": 3}, "min_tokens", ["3", "from 0 to 2"]),
+    "bad_words": ({"bad_words": ["x"]}, "bad_words", ["not supported"]),
+    "allowed_token_ids": ({"allowed_token_ids": [30]}, "allowed_token_ids", ["not supported"]),
+    "structured output": ({"response_format": {"type": "json_object"}}, "response_format", ["not supported"]),
+    "tools in a completion": ({"tools": [{"type": "function"}]}, "tools", ["not supported"]),
     "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options", []),
 }
 
@@ -50,6 +60,58 @@ def test_a_bad_field_is_named_and_the_server_goes_on(cluster, case):
     assert error["param"].startswith(param)
     assert all(words in error["message"] for words in said), error
     assert len(cluster.complete([30, 31], max_tokens=2, ignore_eos=True)["token_ids"]) == 2
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+BAD_CHAT = {
+    "no tools": ({"tools": []}, "tools"),
+    "a tool without a name": ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+    "a choice without tools": ({"tool_choice": "auto"}, "tool_choice"),
+    "a call that must be": ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    "a result without a call": ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHAT)
+def test_a_bad_chat_field_is_named_and_the_server_goes_on(cluster, case):
+    fields, param = BAD_CHAT[case]
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    answer = cluster.client.post("/v1/chat/completions", json=body | fields)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert cluster.post("/v1/chat/completions", body)["choices"]
+
+
+def test_a_bias_decides_what_a_worker_samples_and_stop_tokens_wait(cluster):
+    """The parameters reach the sampler: +100 wins, a penalty of what it gave moves on, min_tokens holds stops."""
+    options = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "logprobs": 1}
+    plain = cluster.complete([30, 31], **options)
+    biased = cluster.complete([30, 31], logit_bias={"77": 100}, **options)
+    assert biased["token_ids"] == [77] * 8
+    assert plain["token_ids"] != biased["token_ids"]
+    likeliest = next(iter(biased["logprobs"]["top_logprobs"][0].values()))
+    assert biased["logprobs"]["token_logprobs"][0] < likeliest  # the model's own, from before the bias
+    held = cluster.complete([30, 31], logit_bias={"77": 100}, stop_token_ids=[77], min_tokens=3, **options)
+    assert 77 not in held["token_ids"][:3]
+    assert held["token_ids"][3:] == [77]
+    assert held["finish_reason"] == "stop"
+    moved = cluster.complete([30, 31], frequency_penalty=2, logit_bias={"77": 100, "78": 99}, **options)
+    assert set(moved["token_ids"]) == {77, 78}
+
+
+def test_a_chat_with_tools_is_a_thought_until_the_model_ends_it(cluster):
+    """A random model never does: all of it is reasoning, by its name and in the usage."""
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL], "max_tokens": 6, "seed": 1}
+    answer = cluster.post("/v1/chat/completions", asked | {"ignore_eos": True})
+    message = answer["choices"][0]["message"]
+    assert message["content"] == ""
+    assert message["reasoning"] == message["reasoning_content"]
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 6
+    prompt = cluster.post("/tokenize", {key: asked[key] for key in ("messages", "tools")})
+    assert prompt["count"] == answer["usage"]["prompt_tokens"]
+    shown = cluster.post("/detokenize", {"tokens": prompt["tokens"]})["prompt"]
+    assert '<tool>{"name": "f"}</tool>' in shown
+    assert shown.endswith("]~b]ai\n<think>\n")
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,10 @@ def tokenizer_json() -> str:
     return str(tokenizer.to_str())
 
 
-def write_checkpoint(folder: Path, **generation: Any) -> Path:
+def write_checkpoint(folder: Path, template: str = TEMPLATE, **generation: Any) -> Path:
     """What the gateway reads of a checkpoint; `generation` is generation_config.json."""
     (folder / "tokenizer.json").write_text(tokenizer_json())
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "chat_template.jinja").write_text(template)
     (folder / "config.json").write_text(json.dumps({"eos_token_id": None}))
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
@@ -102,6 +102,7 @@ class EchoEngine:
         self.cancelled: list[str] = []
         self.finished: list[tuple[str, int, int, int]] = []
         self.num_refused = 0  # late tokens of lost workers that the ledger did not want
+        self.says: tuple[int, ...] | None = None  # instead of the prompt, then eos
         self.ledger: Ledger | None = None
         self.tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
 
@@ -151,6 +152,8 @@ class EchoEngine:
         if position == self.failure_at:
             return TokenDelta(*key, (), finish=FinishReason.FAILED, detail="no expert at /srv/x/y.bin\ntrace")
         token = said(submission.prompt, submission.sampling.temperature, sibling.seed, position, self.eos)
+        if self.says is not None:
+            token = (*self.says, self.eos)[position]
         finish = FinishReason.LENGTH if position + 1 == submission.max_tokens else None
         if token in submission.stop_token_ids:
             finish = FinishReason.STOP

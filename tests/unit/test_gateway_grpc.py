@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import grpc.aio
@@ -91,6 +92,23 @@ def test_options_have_rests_names_and_both_requests_the_same_fields() -> None:
     assert options <= ChatBody.model_fields.keys()
     unary, stream = (kind.DESCRIPTOR.fields for kind in (pb.GenerateRequest, pb.GenerateStreamRequest))
     assert [(f.name, f.number, f.type) for f in unary] == [(f.name, f.number, f.type) for f in stream]
+
+
+async def test_every_option_reaches_the_worker_as_rests_does(card: ModelCard) -> None:
+    asked = {
+        "min_p": 0.25, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.5,
+        "min_tokens": 2, "max_tokens": 4, "seed": 1,
+    }  # fmt: skip
+    async with facing(card) as face:
+        app = httpx.ASGITransport(create_app(face.state))
+        async with httpx.AsyncClient(transport=app, base_url="http://gateway") as client:
+            body = {"prompt": [5, 6], "logit_bias": {"5": -100, "7": 2.5}, **asked}
+            (await client.post("/v1/completions", json=body)).raise_for_status()
+        options = pb.GenerateOptions(logit_bias={5: -100.0, 7: 2.5}, **asked)
+        await face.inference.Generate(pb.GenerateRequest(tokens=pb.TokenIds(ids=[5, 6]), options=options))
+        rest, ours = face.engine.submissions
+    assert dataclasses.replace(ours, request_id=rest.request_id) == rest
+    assert (ours.sampling.min_p, ours.min_tokens, dict(ours.sampling.logit_bias)) == (0.25, 2, {5: -100.0, 7: 2.5})
 
 
 async def test_a_conversation_is_rendered_and_its_logprobs_come(card: ModelCard) -> None:

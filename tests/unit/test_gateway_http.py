@@ -104,6 +104,27 @@ async def test_completion_logprobs_are_parallel_lists(card: ModelCard) -> None:
     assert plain["choices"][0]["logprobs"]["top_logprobs"] is None
 
 
+async def test_streamed_completion_logprobs_are_the_whole_ones(card: ModelCard) -> None:
+    """One entry per token, each at the place where its text begins, however its text is held back."""
+    assert card.tokens is not None
+    text = "aé🙂b STO p"
+    prompt = card.tokens.encode(text)
+    body = {"prompt": prompt, "logprobs": 1, "stop": "STOP"}
+    async with gateway(card) as (_, _, client):
+        whole = (await client.post("/v1/completions", json=body)).json()
+        lines = (await client.post("/v1/completions", json={**body, "stream": True})).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    expected = Completion.model_validate(whole, strict=True).choices[0].logprobs
+    assert expected is not None
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        parts = [part for chunk in chunks for part in chunk["choices"][0]["logprobs"][name]]
+        assert parts == getattr(expected, name)
+    assert whole["choices"][0]["text"] == text
+    places = [*(expected.text_offset or []), len(text)]
+    for token, begin, end in zip(expected.tokens or [], places, places[1:], strict=False):
+        assert begin == end or text[begin:end].endswith(token) or token.startswith("bytes:")
+
+
 async def test_a_chat_answer_is_openais(card: ModelCard) -> None:
     """What the template wrote was the prompt; the echo brings it back without its special tokens."""
     body = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 1, "max_tokens": 4}

@@ -80,6 +80,13 @@ def test_what_cannot_be_is_refused_by_place(messages: list[Any], param: str) -> 
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize("arguments", ["[" * 9999, '{"a": "\\ud800"}', '{"a": NaN}', {"a": float("inf")}])
+def test_arguments_that_no_prompt_can_hold_are_refused(arguments: Any) -> None:
+    """Nested without end, half a surrogate pair, no JSON number."""
+    with pytest.raises(BadRequest, match=r"arguments is .*accepted: a JSON object"):
+        normalise([{"role": "assistant", "tool_calls": [call(arguments)]}])
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,8 @@ def test_eos_is_found_by_name_where_no_config_has_it(tmp_path: Path) -> None:
 def test_generation_defaults_come_from_the_checkpoint(tmp_path: Path) -> None:
     card = card_of(write_checkpoint(tmp_path, temperature=0.5, top_p=0.95, top_k=40))
     assert card.defaults == Sampling(0.5, 0.95, 40)
+    card = card_of(write_checkpoint(tmp_path, min_p=0.1, repetition_penalty=1.05))
+    assert card.defaults == Sampling(min_p=0.1, repetition_penalty=1.05)
     with pytest.raises(CheckpointUnreadable, match=r"generation_config.json: top_p is 2"):
         card_of(write_checkpoint(tmp_path, top_p=2))
 
@@ -160,6 +163,28 @@ def test_a_stop_string_ends_at_the_token_that_completes_it() -> None:
     assert (piece.choice, piece.text, piece.tokens) == (3, "", (ids[4],))
     assert (piece.finish, piece.stop_reason) == (FinishReason.STOP, "XY")
     assert (piece.logprobs, piece.offsets) == ((-2.0,), (4,))
+
+
+@PROPERTY
+@given(TEXT.filter(bool), STOPS, st.integers(0, 30))
+def test_a_stop_string_counts_once_enough_tokens_have_come(text: str, stops: list[str], least: int) -> None:
+    """One that the first `min_tokens` tokens complete does not; one that they begin does."""
+    ids = [TOKENS.encode(char)[0] for char in text]
+    request = dataclasses.replace(request_of(tuple(stops)), min_tokens=least)
+    choice = ChoiceText(0, request, TOKENS, frozenset())
+    pieces = []
+    for position, token in enumerate(ids):
+        finish = FinishReason.LENGTH if position == len(ids) - 1 else None
+        pieces.append(choice.take(delta(position, [token], finish)))
+        if pieces[-1].finish:
+            break
+    ends = [end for end in range(least + 1, len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
+    whole = joined(pieces)
+    if not ends:
+        assert (whole.text, whole.stop_reason) == (text, None)
+    else:
+        matched = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+        assert (whole.text, whole.stop_reason) == (text[: ends[0] - len(matched)], matched)
 
 
 def test_a_stop_token_is_a_token_and_no_text() -> None:

@@ -19,8 +19,20 @@ from gateway.request import Sampling
 from gateway.validate import Validator
 from tests.unit.gateway_world import PROPERTY, card_of, write_checkpoint
 
-CONFIG = GatewayConfig(n_max=8, prompts_max=3)
+CONFIG = GatewayConfig(n_max=8, prompts_max=3, tools_max=2)
 CHAT = [{"role": "user", "content": "Hi"}]
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A schema with one property, so many alternatives deep."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"anyOf": [schema]}
+    return {"properties": {"x": schema}}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +77,18 @@ def test_what_is_given_is_taken(validator: Validator, card: ModelCard) -> None:
     call = validator.completion(body)
     (request,) = call.requests
     assert request.sampling == Sampling(0.0, 0.5, 0, 2**64 - 1)
+    body = {
+        "prompt": [3],
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 2,
+        "logit_bias": {"7": -1, "5": 2.5, "6": 0},
+        "min_tokens": 4,
+    }
+    (shaped,) = validator.completion(body).requests
+    expected = Sampling(0.7, 0.95, 40, 0, 0.1, 1.1, -0.5, 2.0, ((5, 2.5), (7, -1.0)))
+    assert (dataclasses.replace(shaped.sampling, seed=0), shaped.min_tokens) == (expected, 4)
     assert (request.stop, request.stop_token_ids, request.num_logprobs) == (("b", "a"), frozenset({9}), 0)
     assert (call.stream, call.include_usage, call.return_token_ids) == (True, True, True)
     assert (request.max_tokens, request.n, request.priority) == (63, 2, -3)
@@ -154,8 +178,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"response_format": {"type": "json_object"}},
         'response_format is an object.*accepted: null or {"type":"text"}',
     ),
-    ({"presence_penalty": 0.5}, "presence_penalty is 0.5, which is not supported here; accepted: null or 0"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"presence_penalty": 2.1}, "presence_penalty is 2.1; accepted: a number from -2 to 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty is -3"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0; accepted: a number from 0.01 to 100"),
+    ({"min_p": 1.1}, "min_p is 1.1; accepted: a number from 0 to 1"),
+    ({"logit_bias": {"5": 101}}, r"logit_bias\.5 is 101; accepted: a number from -100 to 100"),
+    ({"logit_bias": [5]}, "logit_bias is a list of 1 items; accepted: an object of token ids, as strings"),
+    ({"logit_bias": {"5": "1"}}, r'logit_bias\.5 is "1"'),
+    ({"logit_bias": {"5": True}}, r"logit_bias\.5 is true"),
+    ({"logit_bias": {"5": float("nan")}}, r"logit_bias\.5 is NaN"),
+    ({"logit_bias": {"05": 1}}, 'logit_bias has the key "05"; accepted: token ids from 0 to'),
+    ({"logit_bias": {"5000": 1}}, 'logit_bias has the key "5000"'),
+    ({"logit_bias": {"x" * 999: 1}}, r'logit_bias has the key "xxx.*999 characters'),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias has 1,025 entries; accepted: at most 1,024"),
+    ({"min_tokens": -1}, "min_tokens is -1; accepted: an integer from 0 to max_tokens"),
+    ({"min_tokens": 17}, "min_tokens is 17; accepted: an integer from 0 to 16"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9; accepted: an integer from 0 to 8"),
+    ({"allowed_token_ids": [1]}, "allowed_token_ids is a list of 1 items, which is not supported here"),
     ({"best_of": 2}, "best_of is 2"),
     ({"echo": True}, "echo is true"),
     ({"suffix": "x"}, "suffix"),
@@ -186,6 +225,24 @@ def test_a_wrong_field_is_refused_in_a_sentence(
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21; accepted: an integer from 0 to 20"),
         ({"logprobs": 1}, "logprobs is 1; accepted: true or false"),
         ({"max_completion_tokens": 0}, "max_completion_tokens is 0"),
+        ({"tools": []}, "tools is a list of 0 items; accepted: a list of 1 to 2 tools"),
+        ({"tools": [tool("f"), tool("g"), tool("h")]}, "tools is a list of 3 items"),
+        ({"tools": {"f": 1}}, "tools is an object"),
+        ({"tools": ["f"]}, r'tools\[0\] is "f"; accepted: an object with type and function'),
+        ({"tools": [{"type": "custom"}]}, r'tools\[0\].type is "custom"; accepted: "function"'),
+        ({"tools": [{"type": "function"}]}, r"tools\[0\].function is null"),
+        ({"tools": [tool('a"b')]}, r"tools\[0\].function.name is"),
+        ({"tools": [tool("")]}, r'tools\[0\].function.name is ""; accepted: 1 to 128 characters'),
+        ({"tools": [tool("f"), tool("f")]}, r'tools\[1\].function.name is "f"; accepted: a name that no other'),
+        ({"tools": [tool("f", parameters=[])]}, r"tools\[0\].function.parameters is a list of 0 items"),
+        (
+            {"tools": [tool("f", parameters=nested(65))]},
+            "nested too deep; accepted: at most 64 levels",
+        ),
+        ({"tool_choice": "auto"}, 'tool_choice is "auto"; accepted: null or "none", unless tools are given'),
+        ({"tools": [tool("f")], "tool_choice": "required"}, 'tool_choice is "required", which is not supported'),
+        ({"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice is"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls is 1; accepted: true or false"),
     ],
 )
 def test_a_wrong_chat_field_is_refused_in_a_sentence(
@@ -193,6 +250,26 @@ def test_a_wrong_chat_field_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(BadRequest, match=sentence):
         validator.chat({"messages": CHAT, **change})
+
+
+def test_tools_are_shown_to_the_template_unless_the_choice_is_none(tmp_path: Path, card: ModelCard) -> None:
+    """As the client described them; a schema's kinds go to the parser, `strict` is named as ignored."""
+    source = "{% for tool in tools or [] %}{{ tool.function | tojson }}{% endfor %}!"
+    shown = Validator(card_of(write_checkpoint(tmp_path, source)), CONFIG, 512)
+    assert card.tokens is not None
+    described = tool("f", description="ü", parameters={"properties": {"x": {"type": "integer"}}}, strict=True)
+    for choice, text in ((None, json.dumps(described["function"], ensure_ascii=False) + "!"), ("none", "!")):
+        call = shown.chat({"messages": CHAT, "tools": [described], "tool_choice": choice})
+        assert card.tokens.decode(list(call.requests[0].prompt)) == text
+        assert [(one.name, one.kinds) for one in call.tools] == ([] if choice else [("f", {"x": {"integer"}})])
+        assert call.ignored == (() if choice else ("tools.strict",))
+    assert shown.chat({"messages": CHAT, "tools": None, "tool_choice": "none"}).tools == ()
+
+
+def test_a_tokenizer_without_tags_refuses_tools_by_name(card: ModelCard) -> None:
+    bare = Validator(dataclasses.replace(card, tags=None), CONFIG, 64)
+    with pytest.raises(BadRequest, match="tokenizer has no <minimax:tool_call>; accepted: null"):
+        bare.chat({"messages": CHAT, "tools": [tool("f")]})
 
 
 def test_chat_logprobs(validator: Validator) -> None:
@@ -212,6 +289,7 @@ def test_neutral_values_pass_and_unknown_fields_are_named(validator: Validator) 
     neutral = {
         "presence_penalty": 0.0,
         "logit_bias": {},
+        "min_tokens": 0,
         "echo": False,
         "best_of": 1,
         "tools": None,
@@ -226,7 +304,7 @@ def test_neutral_values_pass_and_unknown_fields_are_named(validator: Validator) 
 def test_a_checkpoint_without_a_tokenizer_refuses_text_by_name(card: ModelCard) -> None:
     bare = Validator(dataclasses.replace(card, tokens=None, template=None), CONFIG, 64)
     assert bare.completion({"prompt": [1, 2]}).requests[0].prompt == (1, 2)
-    with pytest.raises(BadRequest, match=r"prompt is text, but this checkpoint has no tokenizer.json"):
+    with pytest.raises(BadRequest, match=r"prompt needs text, but this checkpoint has no tokenizer.json"):
         bare.completion({"prompt": "hello"})
     with pytest.raises(BadRequest, match=r"stop needs text, but this checkpoint has no tokenizer.json"):
         bare.completion({"prompt": [1], "stop": "x"})
@@ -276,6 +354,13 @@ FIELDS = st.sampled_from(
         "temperature",
         "top_p",
         "top_k",
+        "min_p",
+        "presence_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "min_tokens",
+        "tool_choice",
+        "parallel_tool_calls",
         "seed",
         "stop",
         "stream",

@@ -13,8 +13,8 @@ from attention_workers.step import FinishReason, StepResult
 from attention_workers.wire import hello_pb, report_pb
 from cluster.scheduler.wire import decode_worker
 from model.config import ModelConfig
+from model.errors import NotEnoughMemory
 from model.layer_types import FULL, SLIDING
-from model.memory import NotEnoughMemory
 from model.synthetic import Variant, config_json
 from router.placement import Member
 from tests.unit.test_book import plan, run_step, start

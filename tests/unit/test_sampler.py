@@ -1,4 +1,4 @@
-"""Promises of the sampler: a function of logits, parameters, seed and position, and of nothing else."""
+"""Promises of the sampler: a function of logits, parameters, tokens, seed and position, and of nothing else."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 
 from attention_workers import sampler
 from attention_workers.step import Sampling
+from attention_workers.token_counts import TokenCounts
 
 
 def logits(size=1000, seed=0):
@@ -40,15 +41,19 @@ def test_seed_and_position_do_not_trade_places():
         Sampling(top_k=20, seed=3),
         Sampling(top_p=0.7, seed=3),
         Sampling(top_k=50, top_p=0.5, seed=3),
+        Sampling(min_p=0.2, seed=3),
+        Sampling(min_p=0.05, top_p=0.6, temperature=1.5, seed=3),
+        Sampling(min_p=1e-6, top_k=7, seed=3),
     ],
-    ids=["plain", "top_k", "top_p", "both"],
+    ids=["plain", "top_k", "top_p", "both", "min_p", "min_p and top_p", "min_p and top_k"],
 )
 def test_frequencies_follow_the_distribution_that_the_cuts_leave(params):
     """Against a plain implementation of the same cuts."""
     row = logits(200)
-    probs = torch.softmax(row.double(), 0).numpy()
+    probs = torch.softmax(row.double() / params.temperature, 0).numpy()
     order = np.lexsort((np.arange(200), -row.numpy()))
     kept = order[: params.top_k or 200]
+    kept = kept[probs[kept] >= params.min_p * probs.max()]
     mass = np.cumsum(probs[kept]) / probs[kept].sum()
     kept = kept[: int(np.searchsorted(mass, params.top_p)) + 1]
     expected = np.zeros(200)
@@ -83,3 +88,70 @@ def test_logprobs_are_those_of_the_raw_distribution_and_do_not_depend_on_company
     assert found[4].sampled == pytest.approx(float(expected[5]), abs=1e-5)
     assert [t for t, _ in found[4].top] == expected.topk(3).indices.tolist()
     assert sampler.logprobs(rows[4:5], [5], [3]) == [found[4]]
+
+
+def counts_of(prompt, generated):
+    counts = TokenCounts()
+    counts.follow([*prompt, *generated], len(prompt))
+    return counts
+
+
+def penalised(row, params, prompt, generated):
+    """Token by token, as the words of the parameters say it."""
+    expected = [float(x) for x in row]
+    for token in {*prompt, *generated}:
+        x = expected[token]
+        x = x / params.repetition_penalty if x > 0 else x * params.repetition_penalty
+        count = generated.count(token)
+        expected[token] = x - params.frequency_penalty * count - params.presence_penalty * (count > 0)
+    return expected
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        Sampling(repetition_penalty=1.3),
+        Sampling(frequency_penalty=0.7),
+        Sampling(presence_penalty=-1.5),
+        Sampling(repetition_penalty=0.8, frequency_penalty=-0.3, presence_penalty=0.9),
+    ],
+    ids=["repetition", "frequency", "presence", "all"],
+)
+def test_penalties_are_what_their_names_say(params):
+    """Repetition over the prompt too; frequency and presence over what was generated."""
+    row, prompt, generated = logits(100), [1, 2, 3, 3, 60], [3, 4, 4, 4, 99]
+    shaped = sampler.shaped(row, params, (), counts_of(prompt, generated))
+    assert shaped.tolist() == pytest.approx(penalised(row, params, prompt, generated), abs=1e-12)
+
+
+def test_counts_do_not_depend_on_how_the_tokens_came():
+    """One at a time, or all at once after a resume: the same bits."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 300, 500).tolist()
+    bit_by_bit = TokenCounts()
+    for length in range(120, 501):
+        bit_by_bit.follow(tokens[:length], 100)
+    at_once = counts_of(tokens[:100], tokens[100:])
+    params = Sampling(repetition_penalty=1.1, frequency_penalty=0.1, presence_penalty=0.2)
+    shaped = [sampler.shaped(logits(300), params, (), counts) for counts in (bit_by_bit, at_once)]
+    assert torch.equal(*shaped)
+    assert dict(zip(at_once.ids.tolist(), at_once.generated.tolist(), strict=True)) == {
+        token: tokens[100:].count(token) for token in tokens
+    }
+
+
+def test_without_bias_or_penalty_logits_stay_as_they_are():
+    row = logits()
+    assert sampler.shaped(row, Sampling(), (), counts_of([1], [2])) is row
+
+
+@pytest.mark.parametrize("params", [Sampling(seed=4), Sampling(temperature=0.0), Sampling(top_k=900, top_p=0.999)])
+def test_a_token_ruled_out_is_never_sampled_and_a_bias_of_100_decides(params):
+    row = logits()
+    likeliest = row.argsort(descending=True)[:990].tolist()
+    shaped = sampler.shaped(row, params, likeliest, TokenCounts())
+    assert not {sampler.sample(shaped, p, params) for p in range(100)} & set(likeliest)
+    biased = Sampling(logit_bias=((17, 100.0), (3, 50.0)))
+    shaped = sampler.shaped(row, biased, (), TokenCounts())
+    assert {sampler.sample(shaped, p, params) for p in range(100)} == {17}
+    assert shaped[3] == row[3].double() + 50.0

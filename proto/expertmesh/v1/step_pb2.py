@@ -25,41 +25,43 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import identity_pb2 as expertmesh_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65xpertmesh/v1/step.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\"K\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\x91\x01\n\x0cSequenceSpec\x12)\n\x08sampling\x18\x01 \x01(\x0b\x32\x17.expertmesh.v1.Sampling\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\xb9\x01\n\x05Start\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x17\n\x0fgateway_address\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x03(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\r\x12)\n\x04spec\x18\x05 \x01(\x0b\x32\x1b.expertmesh.v1.SequenceSpec\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0f\n\x07\x61rrival\x18\x07 \x01(\x04\"\xf5\x01\n\x04Plan\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12&\n\x02to\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12$\n\x06starts\x18\x05 \x03(\x0b\x32\x14.expertmesh.v1.Start\x12%\n\x05stops\x18\x06 \x03(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x17\n\x0fstep_tokens_max\x18\x07 \x01(\r\x12\x18\n\x10\x63hunk_tokens_max\x18\x08 \x01(\r\x12\x12\n\nsend_state\x18\t \x01(\x08\"r\n\nCompletion\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12+\n\x06reason\x18\x02 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"t\n\x0fRunningSequence\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x13\n\x0bprompt_done\x18\x03 \x01(\x08\x12\x0f\n\x07\x61rrival\x18\x04 \x01(\x04\"8\n\x05State\x12/\n\x07running\x18\x01 \x03(\x0b\x32\x1e.expertmesh.v1.RunningSequence\"\x9d\x01\n\x0bWorkerHello\x12\x14\n\x0c\x62lock_tokens\x18\x01 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x02 \x01(\r\x12\x15\n\rsequences_max\x18\x03 \x01(\r\x12\x15\n\rmodel_len_max\x18\x04 \x01(\r\x12\x1c\n\x14sliding_blocks_total\x18\x05 \x01(\r\x12\x16\n\x0esliding_window\x18\x06 \x01(\r\"\xf8\x03\n\x0cWorkerReport\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x13\n\x0bplan_number\x18\x04 \x01(\x04\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x13\n\x0b\x62locks_free\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x12\n\nnum_paused\x18\t \x01(\r\x12,\n\x0cprompts_done\x18\n \x03(\x0b\x32\x16.expertmesh.v1.Attempt\x12+\n\x0bundelivered\x18\x0b \x03(\x0b\x32\x16.expertmesh.v1.Attempt\x12.\n\x0b\x63ompletions\x18\x0c \x03(\x0b\x32\x19.expertmesh.v1.Completion\x12#\n\x05state\x18\r \x01(\x0b\x32\x14.expertmesh.v1.State\x12)\n\x05hello\x18\x0e \x01(\x0b\x32\x1a.expertmesh.v1.WorkerHello\x12\x16\n\x0erefused_orders\x18\x0f \x01(\x04\x12\x17\n\x0f\x65xperts_missing\x18\x10 \x01(\x08\x12\x1b\n\x13sliding_blocks_free\x18\x11 \x01(\r\",\n\nTopLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xd7\x01\n\nTokenDelta\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprob\x12+\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\"\x88\x01\n\nTokenBatch\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12)\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.TokenDelta\x12\x0e\n\x06number\x18\x04 \x01(\x04\"C\n\x08TokenAck\x12\'\n\x07refused\x18\x01 \x03(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x0e\n\x06number\x18\x02 \x01(\x04*\x96\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x18\n\x14\x46INISH_REASON_FAILED\x10\x04\x32Q\n\x0cTokenService\x12\x41\n\x07\x44\x65liver\x12\x19.expertmesh.v1.TokenBatch\x1a\x17.expertmesh.v1.TokenAck(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65xpertmesh/v1/step.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\"(\n\tTokenBias\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\xd9\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_p\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12,\n\nlogit_bias\x18\t \x03(\x0b\x32\x18.expertmesh.v1.TokenBias\"\xa5\x01\n\x0cSequenceSpec\x12)\n\x08sampling\x18\x01 \x01(\x0b\x32\x17.expertmesh.v1.Sampling\x12\x16\n\x0estop_token_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x05 \x01(\rB\x0f\n\r_num_logprobs\"\xb9\x01\n\x05Start\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x17\n\x0fgateway_address\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x03(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\r\x12)\n\x04spec\x18\x05 \x01(\x0b\x32\x1b.expertmesh.v1.SequenceSpec\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x0f\n\x07\x61rrival\x18\x07 \x01(\x04\"\xf5\x01\n\x04Plan\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12&\n\x02to\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12$\n\x06starts\x18\x05 \x03(\x0b\x32\x14.expertmesh.v1.Start\x12%\n\x05stops\x18\x06 \x03(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x17\n\x0fstep_tokens_max\x18\x07 \x01(\r\x12\x18\n\x10\x63hunk_tokens_max\x18\x08 \x01(\r\x12\x12\n\nsend_state\x18\t \x01(\x08\"r\n\nCompletion\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12+\n\x06reason\x18\x02 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"t\n\x0fRunningSequence\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x13\n\x0bprompt_done\x18\x03 \x01(\x08\x12\x0f\n\x07\x61rrival\x18\x04 \x01(\x04\"8\n\x05State\x12/\n\x07running\x18\x01 \x03(\x0b\x32\x1e.expertmesh.v1.RunningSequence\"\x9d\x01\n\x0bWorkerHello\x12\x14\n\x0c\x62lock_tokens\x18\x01 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x02 \x01(\r\x12\x15\n\rsequences_max\x18\x03 \x01(\r\x12\x15\n\rmodel_len_max\x18\x04 \x01(\r\x12\x1c\n\x14sliding_blocks_total\x18\x05 \x01(\r\x12\x16\n\x0esliding_window\x18\x06 \x01(\r\"\xf8\x03\n\x0cWorkerReport\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x13\n\x0bplan_number\x18\x04 \x01(\x04\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x0e\n\x06tokens\x18\x06 \x01(\x04\x12\x13\n\x0b\x62locks_free\x18\x07 \x01(\r\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x12\n\nnum_paused\x18\t \x01(\r\x12,\n\x0cprompts_done\x18\n \x03(\x0b\x32\x16.expertmesh.v1.Attempt\x12+\n\x0bundelivered\x18\x0b \x03(\x0b\x32\x16.expertmesh.v1.Attempt\x12.\n\x0b\x63ompletions\x18\x0c \x03(\x0b\x32\x19.expertmesh.v1.Completion\x12#\n\x05state\x18\r \x01(\x0b\x32\x14.expertmesh.v1.State\x12)\n\x05hello\x18\x0e \x01(\x0b\x32\x1a.expertmesh.v1.WorkerHello\x12\x16\n\x0erefused_orders\x18\x0f \x01(\x04\x12\x17\n\x0f\x65xperts_missing\x18\x10 \x01(\x08\x12\x1b\n\x13sliding_blocks_free\x18\x11 \x01(\r\",\n\nTopLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xd7\x01\n\nTokenDelta\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12/\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprob\x12+\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\"\x88\x01\n\nTokenBatch\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12)\n\x06\x64\x65ltas\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.TokenDelta\x12\x0e\n\x06number\x18\x04 \x01(\x04\"C\n\x08TokenAck\x12\'\n\x07refused\x18\x01 \x03(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x0e\n\x06number\x18\x02 \x01(\x04*\x96\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x18\n\x14\x46INISH_REASON_FAILED\x10\x04\x32Q\n\x0cTokenService\x12\x41\n\x07\x44\x65liver\x12\x19.expertmesh.v1.TokenBatch\x1a\x17.expertmesh.v1.TokenAck(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.step_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2166
-  _globals['_FINISHREASON']._serialized_end=2316
-  _globals['_SAMPLING']._serialized_start=73
-  _globals['_SAMPLING']._serialized_end=148
-  _globals['_SEQUENCESPEC']._serialized_start=151
-  _globals['_SEQUENCESPEC']._serialized_end=296
-  _globals['_START']._serialized_start=299
-  _globals['_START']._serialized_end=484
-  _globals['_PLAN']._serialized_start=487
-  _globals['_PLAN']._serialized_end=732
-  _globals['_COMPLETION']._serialized_start=734
-  _globals['_COMPLETION']._serialized_end=848
-  _globals['_RUNNINGSEQUENCE']._serialized_start=850
-  _globals['_RUNNINGSEQUENCE']._serialized_end=966
-  _globals['_STATE']._serialized_start=968
-  _globals['_STATE']._serialized_end=1024
-  _globals['_WORKERHELLO']._serialized_start=1027
-  _globals['_WORKERHELLO']._serialized_end=1184
-  _globals['_WORKERREPORT']._serialized_start=1187
-  _globals['_WORKERREPORT']._serialized_end=1691
-  _globals['_TOPLOGPROB']._serialized_start=1693
-  _globals['_TOPLOGPROB']._serialized_end=1737
-  _globals['_TOKENDELTA']._serialized_start=1740
-  _globals['_TOKENDELTA']._serialized_end=1955
-  _globals['_TOKENBATCH']._serialized_start=1958
-  _globals['_TOKENBATCH']._serialized_end=2094
-  _globals['_TOKENACK']._serialized_start=2096
-  _globals['_TOKENACK']._serialized_end=2163
-  _globals['_TOKENSERVICE']._serialized_start=2318
-  _globals['_TOKENSERVICE']._serialized_end=2399
+  _globals['_FINISHREASON']._serialized_start=2371
+  _globals['_FINISHREASON']._serialized_end=2521
+  _globals['_TOKENBIAS']._serialized_start=73
+  _globals['_TOKENBIAS']._serialized_end=113
+  _globals['_SAMPLING']._serialized_start=116
+  _globals['_SAMPLING']._serialized_end=333
+  _globals['_SEQUENCESPEC']._serialized_start=336
+  _globals['_SEQUENCESPEC']._serialized_end=501
+  _globals['_START']._serialized_start=504
+  _globals['_START']._serialized_end=689
+  _globals['_PLAN']._serialized_start=692
+  _globals['_PLAN']._serialized_end=937
+  _globals['_COMPLETION']._serialized_start=939
+  _globals['_COMPLETION']._serialized_end=1053
+  _globals['_RUNNINGSEQUENCE']._serialized_start=1055
+  _globals['_RUNNINGSEQUENCE']._serialized_end=1171
+  _globals['_STATE']._serialized_start=1173
+  _globals['_STATE']._serialized_end=1229
+  _globals['_WORKERHELLO']._serialized_start=1232
+  _globals['_WORKERHELLO']._serialized_end=1389
+  _globals['_WORKERREPORT']._serialized_start=1392
+  _globals['_WORKERREPORT']._serialized_end=1896
+  _globals['_TOPLOGPROB']._serialized_start=1898
+  _globals['_TOPLOGPROB']._serialized_end=1942
+  _globals['_TOKENDELTA']._serialized_start=1945
+  _globals['_TOKENDELTA']._serialized_end=2160
+  _globals['_TOKENBATCH']._serialized_start=2163
+  _globals['_TOKENBATCH']._serialized_end=2299
+  _globals['_TOKENACK']._serialized_start=2301
+  _globals['_TOKENACK']._serialized_end=2368
+  _globals['_TOKENSERVICE']._serialized_start=2523
+  _globals['_TOKENSERVICE']._serialized_end=2604
 # @@protoc_insertion_point(module_scope)
