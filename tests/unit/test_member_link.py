@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -98,7 +99,10 @@ def serve_one_epoch(cluster: Cluster, join: object) -> tuple[Process, Process]:
 def test_epoch_is_prepared_published_adopted_over_the_wire(cluster: Cluster, join: object) -> None:
     """From registration to the first epoch, and all of it in the status document."""
     serve_one_epoch(cluster, join)
-    told = document(cluster)
+    told, deadline_s = document(cluster), time.monotonic() + WAIT_S
+    while not all(worker["bytes_loaded"] for worker in told["workers"]):
+        assert time.monotonic() < deadline_s, "the heartbeats behind the reports never came"
+        told = document(cluster)
     assert [(w["id"], w["state"], w["bytes_loaded"]) for w in told["workers"]] == [
         ("attention-0", "ready", 5), ("expert-0", "ready", 5),
     ]  # fmt: skip
