@@ -1,4 +1,4 @@
-"""An attention worker as a process runs it: one compute thread, one thread for its streams. No Ray.
+"""An attention worker as a process runs it: a compute thread, one for streams, one for handshakes. No Ray.
 
 The compute thread owns the worker; everything else reaches it through a bounded inbox, drained between steps.
 It goes on with its standing orders whatever happens to the scheduler.
@@ -21,6 +21,7 @@ from attention_workers.book import Book, OrderRefused
 from attention_workers.config import AttentionConfig
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.kv_sizes import size_spaces
+from attention_workers.preparing import Preparing
 from attention_workers.step import Plan, StepResult
 from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
 from attention_workers.worker import AttentionWorker
@@ -47,6 +48,13 @@ _RETRY_WAIT_S = 0.02
 PERMANENT = (ModelError, NumericsError, RouterError)
 
 
+class PlacementPrepared:
+    """There are links to adopt."""
+
+
+_Item = Plan | PlacementPrepared | GatewayGone | AttemptsRefused | None
+
+
 class AttentionService:
     def __init__(
         self,
@@ -63,7 +71,7 @@ class AttentionService:
         self._model_path, self._token, self._config, self._router = model_path, token, config, router
         self._transport = transport
         self._on_event = on_event
-        self._inbox: queue.Queue[Plan | Placement | GatewayGone | AttemptsRefused | None] = queue.Queue(_INBOX_MAX)
+        self._inbox: queue.Queue[_Item] = queue.Queue(_INBOX_MAX)
         self._stopping = threading.Event()
         self._state, self._detail = HealthState.STARTING, ""
         self._bytes_loaded = self._bytes_total = 0
@@ -72,6 +80,7 @@ class AttentionService:
         self._turns = 0
         self._missing_since_s: float | None = None  # experts, as far as the last step found
         self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell, self._fail)
+        self._preparing = Preparing(self._prepare, lambda: self._tell(PlacementPrepared()), self._fail)
         self._compute = threading.Thread(target=self._run, name="attention-compute", daemon=True)
 
     # --- from outside ------------------------------------------------------------------------
@@ -80,12 +89,13 @@ class AttentionService:
         self._compute.start()
 
     def publish(self, placement: Placement) -> None:
-        """Use this placement from the next step on. Emits Adopted once links are up or marked lost."""
-        self._inbox.put_nowait(placement)
+        """Use this placement once its links are up or marked lost, from the next step on. Emits Adopted then."""
+        self._preparing.offer(placement)
 
     def health(self) -> Health:
         counts, worker = self._streams.latest.counts, self._worker
         gauges: dict[str, float] = {}
+        links: dict[str, str] = {}
         if worker is not None:
             gauges = {
                 "kv_blocks_total": worker.book.spaces[FULL].total,
@@ -100,8 +110,9 @@ class AttentionService:
                 "orders_refused_total": counts.refused_orders,
                 **worker.dispatcher.counters(),
             }
+            links = {member.id: kind for member, kind in worker.dispatcher.transports().items()}
         kept = (worker.model.bytes_kept, worker.model.kept_as) if worker is not None else (0, "")
-        return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept)
+        return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept, links)
 
     def turns(self) -> dict[str, int]:
         """What grows while the threads turn, from the first placement on."""
@@ -112,6 +123,10 @@ class AttentionService:
         self._stopping.set()
         self._tell(None)  # wakes an idle worker
         self._compute.join(grace_s)
+        if self._worker is not None:
+            self._preparing.close(grace_s)
+            if not self._compute.is_alive():
+                self._worker.dispatcher.close()
         self._streams.close(grace_s)
 
     # --- compute thread ----------------------------------------------------------------------
@@ -133,8 +148,6 @@ class AttentionService:
             # The other net: a worker that has lost its loop must be seen as failed and replaced.
             log.exception("attention worker %s", self.member)
             self._fail(f"{type(error).__name__}: {error}")
-        finally:
-            worker.dispatcher.close()
 
     def _fail(self, why: str) -> None:
         self._state, self._detail = HealthState.FAILED, why
@@ -181,7 +194,13 @@ class AttentionService:
         dispatcher = Dispatcher(end, self.member, router, lambda peer: self._on_event(PeerLost(peer)))
         self._worker = AttentionWorker(model, book, dispatcher, config.microbatches)
         self._detail = "waiting for experts"
+        self._preparing.start()
         return self._worker
+
+    def _prepare(self, placement: Placement) -> None:
+        """On the preparing thread."""
+        assert self._worker is not None
+        self._worker.dispatcher.prepare(placement)
 
     def _progress(self, done: int, total: int) -> None:
         self._bytes_loaded, self._bytes_total = done, total
@@ -255,12 +274,13 @@ class AttentionService:
                 worker.book.apply(item, result)
             except OrderRefused as refusal:
                 log.warning("%s: %s", self.member, refusal)
-        elif isinstance(item, Placement):
-            worker.dispatcher.adopt(item)
-            self._state = HealthState.READY
-            self._detail = self._detail if self._missing_since_s is not None else ""
-            self._on_event(Adopted(item.epoch))
-            self._streams.open(worker.book)
+        elif isinstance(item, PlacementPrepared):
+            epoch = worker.dispatcher.adopt()
+            if epoch is not None:
+                self._state = HealthState.READY
+                self._detail = self._detail if self._missing_since_s is not None else ""
+                self._on_event(Adopted(epoch))
+                self._streams.open(worker.book)
         elif isinstance(item, GatewayGone):
             gone = [*worker.book.drop(item.address, result), *item.undelivered]
             result.completions = [c for c in result.completions if c.attempt not in gone]
@@ -281,8 +301,8 @@ class AttentionService:
         if is_news or result.deltas:
             self._streams.hand_over(result)
 
-    def _tell(self, item: Plan | GatewayGone | AttemptsRefused | None) -> None:
-        """From the streams' thread. Never waits: so many unread messages mean that the compute thread hangs."""
+    def _tell(self, item: _Item) -> None:
+        """From other threads. Never waits: so many unread messages mean that the compute thread hangs."""
         try:
             self._inbox.put_nowait(item)
         except queue.Full:

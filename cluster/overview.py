@@ -78,6 +78,7 @@ def _worker(controller: Controller, worker: Worker, now_s: float) -> dict[str, A
         "epoch": {"term": worker.epoch.term, "number": worker.epoch.number} if worker.epoch else None,
         "silent_s": round(now_s - worker.heard_s, 1) if register else None,
         "gauges": dict(worker.health.gauges),
+        "links": dict(worker.health.links),
     }
 
 

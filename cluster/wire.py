@@ -160,6 +160,7 @@ def _heartbeat(body: Health) -> control_pb2.Heartbeat:
     return control_pb2.Heartbeat(
         state=_STATES[HealthState(body.state)], bytes_loaded=body.bytes_loaded, bytes_total=body.bytes_total,
         detail=body.detail, gauges=dict(body.gauges), bytes_kept=body.bytes_kept, kept_as=body.kept_as,
+        links=dict(body.links),
     )  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def _decode_heartbeat(body: control_pb2.Heartbeat) -> Health:
         raise Malformed(f"heartbeat: state {body.state}; accepted: {sorted(_STATES_BACK)}")
     return Health(
         _STATES_BACK[body.state], body.bytes_loaded, body.bytes_total, body.detail, dict(body.gauges),
-        body.bytes_kept, body.kept_as,
+        body.bytes_kept, body.kept_as, dict(body.links),
     )  # fmt: skip
 
 

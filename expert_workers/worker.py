@@ -40,7 +40,7 @@ class ExpertWorker:
         if not batch:
             return
         rows = torch.cat([p.rows[p.route_rows.long()] for p in batch])  # [r, H]
-        out = grouped(held, rows, torch.cat([p.route_experts for p in batch]))
+        out = grouped(held, rows, torch.cat([p.route_experts for p in batch]), self.end.pulse)
         self.rows += len(rows)
         self.batches += 1
         for parcel, part in zip(batch, out.split([len(p.route_rows) for p in batch]), strict=True):

@@ -5,6 +5,8 @@ Legend: H hidden · F expert hidden · r routes, each one row for one expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,13 @@ class Expert:
         return self.down(hidden.to(rows.dtype))
 
 
-def grouped(experts: dict[int, Expert], rows: Tensor, expert_ids: Tensor) -> Tensor:
+def grouped(
+    experts: dict[int, Expert], rows: Tensor, expert_ids: Tensor, between: Callable[[], None] = lambda: None
+) -> Tensor:
     """Row i through expert expert_ids[i]: rows [r, H], expert_ids [r] -> [r, H].
 
-    Every id must be a key of `experts`. The loop over experts present is the oracle of faster kernels.
+    Every id must be a key of `experts`. `between`: called after each expert, for who must not fall silent. The
+    loop over experts present is the oracle of faster kernels.
     """
     out = torch.empty_like(rows)
     order = torch.argsort(expert_ids, stable=True)
@@ -53,4 +58,5 @@ def grouped(experts: dict[int, Expert], rows: Tensor, expert_ids: Tensor) -> Ten
         mine = order[at : at + count]
         out[mine] = experts[expert_id](rows[mine])
         at += count
+        between()
     return out

@@ -11,11 +11,15 @@ PAGE_BYTES = 4096
 @dataclass(frozen=True)
 class RouterConfig:
     combine_timeout_s: float = 2.0
-    """Longest wait for the replies of one dispatch. A peer silent for so long counts as lost: shorter finds
-    a hung worker sooner, but must exceed the slowest honest batch."""
+    """A peer that owes a reply and is silent for so long counts as lost: shorter finds a hung worker sooner.
+    A worker at work is never silent for so long: it pulses between experts, four times in this."""
+
+    combine_total_s: float = 60.0
+    """Longest wait for the replies of one dispatch, whoever pulses. Must exceed the slowest honest batch."""
 
     connect_timeout_s: float = 2.0
-    """Longest wait for all handshakes of one placement together, and of one stranger at an expert's door."""
+    """Longest wait for all handshakes of one placement together, and of one stranger at an expert's door.
+    Nobody's step waits for them."""
 
     replans_max: int = 4
     """How many times the rows of one dispatch may be planned again after losses and refusals."""
@@ -36,6 +40,10 @@ class RouterConfig:
     experts_per_row_max: int = 16
     """Most experts one row may go to (the model's top-k)."""
 
+    keepalive_s: float = 5.0
+    """Between hosts, an idle link is asked for a sign of life so often (a second at least); silent for as long
+    again, it is lost."""
+
     peers_max: int = 64
     """Most attention workers linked, and as many greeting, at one expert worker."""
 
@@ -45,6 +53,11 @@ class RouterConfig:
             least = 0 if field.name in ("replans_max", "overload_pause_s") else 1e-3
             if value < least:
                 raise ValueError(f"{field.name}: {value}; must be at least {least:g}")
+        if self.combine_total_s < self.combine_timeout_s:
+            raise ValueError(
+                f"combine_total_s: {self.combine_total_s:g}; must be at least combine_timeout_s, "
+                f"{self.combine_timeout_s:g}"
+            )
         if self.link_bytes_max % PAGE_BYTES:
             raise ValueError(f"link_bytes_max: {self.link_bytes_max}; must be a multiple of {PAGE_BYTES}")
 

@@ -3,11 +3,12 @@
 A loss is a routing change: the rows of a lost or refusing worker are planned again on other replicas, at the
 same layer of the same step, and the sum has the same bits whoever computed it. A worker once lost stays lost
 until an epoch omits that incarnation. When nobody holds an expert, ExpertsUnavailable: how long to wait for a
-better placement is the caller's decision, not made here. One thread at a time.
+better placement is the caller's decision, not made here. One thread at a time; another may `prepare`.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from router.errors import ExpertsUnavailable, ParcelMalformed, PlacementError
 from router.merge import empty_ranks, merge, place
 from router.placement import EpochId, Member, Placement
 from router.plan import DispatchPlan, plan
-from router.transport.base import AttentionEnd, Parcel, Peer, Refusal, RefusalReason, Reply, Ticket
+from router.transport.base import AttentionEnd, Parcel, Peer, Prepared, Refusal, RefusalReason, Reply, Ticket
 
 _LOSSES = frozenset({RefusalReason.PEER_LOST, RefusalReason.DEADLINE})
 _NOT_HERE = frozenset({RefusalReason.STALE_EPOCH, RefusalReason.NOT_RESIDENT, RefusalReason.WRONG_INCARNATION})
@@ -52,6 +53,9 @@ class Dispatcher:
         self._on_lost = on_lost
         self._placement: Placement | None = None
         self._lost: frozenset[Member] = frozenset()
+        self._newest: EpochId | None = None  # prepared
+        self._prepared: tuple[Placement, Prepared] | None = None
+        self._adopting = threading.Lock()  # of the field above, and of what the end knows of its peers
         self._tickets = 0
         self._counts: Counter[str] = Counter()
 
@@ -74,20 +78,38 @@ class Dispatcher:
         """Ever growing: parcels, rows, routes, replans, lost, refused_<reason>."""
         return dict(self._counts)
 
-    def adopt(self, placement: Placement) -> None:
-        """Use it from now on. Between steps only: nothing may be pending.
+    def prepare(self, placement: Placement) -> None:
+        """Shake hands with its new workers, in another thread than the dispatcher's: one, always the same.
 
-        Returns once every link is up or its worker lost. Raises PlacementError if it is older than the one
-        in use.
+        Returns once every link is up or has failed, at most `connect_timeout_s` later; `adopt` then uses it. A
+        placement that was prepared and not adopted yet is overtaken: its links are closed. Raises
+        PlacementError if it is older than the newest prepared.
         """
-        if self._placement is not None and placement.epoch < self._placement.epoch:
-            raise PlacementError(f"epoch: {placement.epoch}; must be at least {self._placement.epoch}")
-        self._lost &= {worker.member for worker in placement.workers}
-        self._placement = placement
+        if self._newest is not None and placement.epoch < self._newest:
+            raise PlacementError(f"epoch: {placement.epoch}; must be at least {self._newest}")
+        self._newest = placement.epoch
+        self._drop_prepared()
         peers = [
             Peer(worker.member, worker.address) for worker in placement.workers if worker.member not in self._lost
         ]
-        self._lose(self._end.connect(peers, self._config.connect_timeout_s))
+        links = self._end.prepare(peers, self._config.connect_timeout_s)
+        with self._adopting:
+            self._prepared = placement, links
+
+    def adopt(self) -> EpochId | None:
+        """Use from now on what was prepared. Between steps only: nothing may be pending. Does not wait.
+
+        Returns its epoch; None if nothing (new) was prepared.
+        """
+        with self._adopting:
+            if self._prepared is None:
+                return None
+            (placement, links), self._prepared = self._prepared, None
+            failed = self._end.adopt(links)
+        self._lost &= {worker.member for worker in placement.workers}
+        self._placement = placement
+        self._lose(failed)
+        return placement.epoch
 
     def dispatch(self, layer: int, rows: Tensor, routes: Routes) -> Pending:
         """rows [T, H] of the link's dtype, unchanged until combined. Does not wait.
@@ -103,7 +125,8 @@ class Dispatcher:
     def combine(self, pending: Pending) -> Tensor:
         """[T, H] float32: the weighted sum of the experts' rows. Once for each pending.
 
-        Waits at most `combine_timeout_s` for each of at most 1 + `replans_max` plans. Raises
+        Waits for at most 1 + `replans_max` plans, for each until everybody has answered or was silent for
+        `combine_timeout_s`, `combine_total_s` at most. Raises
         ExpertsUnavailable or ParcelMalformed; then nothing of the pending is in flight.
         """
         weights = pending.routes.weights  # [T, K]
@@ -125,9 +148,20 @@ class Dispatcher:
         if pending.ticket is not None:
             self._end.release(pending.ticket)
 
+    def transports(self) -> dict[Member, str]:
+        """Who is linked, and by which transport. From any thread."""
+        return self._end.transports()
+
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent. Nobody may be preparing."""
+        self._drop_prepared()
         self._end.close()
+
+    def _drop_prepared(self) -> None:
+        with self._adopting:
+            prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared[1].close()
 
     def _send(
         self, layer: int, rows: Tensor, routes: Routes, planned: DispatchPlan, avoided: frozenset[Member]

@@ -34,6 +34,7 @@ class Health:
     gauges: Mapping[str, float] = field(default_factory=dict)  # for status and metrics, no history
     bytes_kept: int = 0  # of weights in memory; bytes_loaded counts them as stored
     kept_as: str = ""  # their dtypes in memory: "bfloat16", "fp8", "bfloat16 and fp8"
+    links: Mapping[str, str] = field(default_factory=dict)  # attention: expert worker to the link's transport
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 Two verbs per end. An attention worker dispatches parcels and combines their replies; an expert worker
 receives parcels and replies. Every transport passes the one conformance suite in `tests/contracts`.
 
-One thread at a time uses an end; only `ExpertEnd.wake` may be called from another. Waits are kept to the
-millisecond above. Which epochs and experts are refused is the expert worker's business, not the transport's.
+One thread at a time uses an end; from another thread only `AttentionEnd.prepare` and `ExpertEnd.wake` may be
+called. Waits are kept to the millisecond above. Which epochs and experts are refused is the expert worker's
+business, not the transport's.
 
 Legend: n rows of one parcel · r routes of one parcel (a row goes to one or more experts) · H hidden.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -89,12 +90,38 @@ class Ticket:
     parcels: tuple[Parcel, ...]
 
 
+class Link(Protocol):
+    def close(self) -> None:
+        """Idempotent. To the peer it is our death."""
+
+
+@dataclass
+class Prepared:
+    """Links that stand but are not used yet: adopted once, or else closed."""
+
+    peers: tuple[Peer, ...]  # all that were asked for
+    links: dict[Peer, Any]  # the new ones; each a Link of the end that prepared it
+    failed: dict[Member, str]  # who could not be linked, and why
+
+    def close(self) -> None:
+        """Idempotent, and nothing to do once adopted."""
+        while self.links:
+            self.links.popitem()[1].close()
+
+
 class AttentionEnd(Protocol):
-    def connect(self, peers: Sequence[Peer], timeout_s: float) -> dict[Member, str]:
-        """Make these the peers: new ones are linked, absent ones closed, present ones kept.
+    def prepare(self, peers: Sequence[Peer], timeout_s: float) -> Prepared:
+        """Shake hands with those of `peers` that are not linked yet. Links in use notice nothing.
+
+        All handshakes share `timeout_s`; nobody else is waited for. At most one thread prepares, and what it
+        has prepared is adopted or closed before it prepares again.
+        """
+
+    def adopt(self, prepared: Prepared) -> dict[Member, str]:
+        """Make its peers the peers: new links are used, those of absent peers closed, others kept. At once.
 
         Returns the peers that are not linked, with the reason; the others are usable. A link that has
-        broken is not made again: loss is final per incarnation. All handshakes share `timeout_s`.
+        broken is not made again: loss is final per incarnation.
         """
 
     def dispatch(self, parcels: Sequence[Parcel]) -> Ticket:
@@ -105,7 +132,11 @@ class AttentionEnd(Protocol):
         """
 
     def combine(self, ticket: Ticket, timeout_s: float) -> list[Reply | Refusal]:
-        """One outcome per parcel, in order. Never waits beyond `timeout_s`.
+        """One outcome per parcel, in order.
+
+        A peer that owes an outcome and is silent for `timeout_s` is given up: neither an answer nor a pulse
+        came. All together never wait beyond `combine_total_s`. After a halt of our own everyone is given the
+        time again.
 
         Reply rows may be views of the link's memory: valid until `release(ticket)`.
         """
@@ -114,7 +145,10 @@ class AttentionEnd(Protocol):
         """The replies of this ticket are no longer read; combined or not. Idempotent."""
 
     def lost(self) -> frozenset[Member]:
-        """Peers whose link has broken since they were connected."""
+        """Peers whose link has broken since they were adopted."""
+
+    def transports(self) -> dict[Member, str]:
+        """What kind of link serves each peer that is linked. From any thread."""
 
     def close(self) -> None:
         """Idempotent. Leaves no thread, descriptor or segment."""
@@ -136,6 +170,12 @@ class ExpertEnd(Protocol):
 
     def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None:
         """Answer without rows. `detail` is cut to what a frame may carry."""
+
+    def pulse(self) -> None:
+        """Tell the peers whose parcels wait or are held that this worker is at work, and see to the door.
+
+        Cheap: does something at most every quarter of `combine_timeout_s`. To be called within long work.
+        """
 
     def wake(self) -> None:
         """Make a `receive` that waits in another thread, or else the next one, return None at once.

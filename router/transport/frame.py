@@ -8,6 +8,7 @@ waits nor sends. Legend: n rows and r routes of one parcel · H hidden.
     parcel   header · rows [n, H] · pad to 8 · route_rows [r] int32 · route_experts [r] int32
     reply    header · rows [r, H]
     refusal  header · detail, UTF-8
+    pulse    header: no answer, but a sign of life
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from router.config import RouterConfig
 from router.errors import FrameError
+from router.placement import Member
 from router.transport.base import LinkIdentity, Parcel, Refusal, RefusalReason, Reply
 
 VERSION = 1
-PARCEL, REPLY, REFUSAL = 1, 2, 3
+PARCEL, REPLY, REFUSAL, PULSE = 1, 2, 3, 4
 DETAIL_BYTES_MAX = 512
 _VIEWS_MAX = 256
 
@@ -135,12 +137,7 @@ def write_parcel(region: Region, offset: int, parcel: Parcel, index: int, limits
     """The caller has room for `parcel_bytes` at `offset`, and found nothing malformed."""
     num_rows, num_routes = parcel.rows.shape[0], parcel.route_rows.shape[0]
     routes_at = _routes_at(num_rows, limits)
-    epoch = parcel.epoch
-    _HEADER.pack_into(
-        region.view, offset, limits.prefix, PARCEL, 0, index, parcel.layer, parcel.ticket,
-        parcel.sender.incarnation, parcel.to.incarnation, epoch.term, epoch.number, num_rows, num_routes,
-        routes_at + 8 * num_routes,
-    )  # fmt: skip
+    _HEADER.pack_into(region.view, offset, *_parcel_header(parcel, index, limits))
     payload = region.address + offset + HEADER_BYTES
     _copy(payload, parcel.rows, num_rows * limits.row_bytes)
     _copy(payload + routes_at, parcel.route_rows, 4 * num_routes)
@@ -152,9 +149,8 @@ def write_reply(
 ) -> None:
     """rows: [r, H]. The caller has room for `reply_bytes` at `offset`."""
     num_routes = rows.shape[0]
-    payload_bytes = num_routes * limits.row_bytes
-    _write_answer_header(region, offset, REPLY, 0, parcel, index, num_routes, payload_bytes, limits)
-    _copy(region.address + offset + HEADER_BYTES, rows, payload_bytes)
+    _HEADER.pack_into(region.view, offset, *_reply_header(parcel, index, num_routes, limits))
+    _copy(region.address + offset + HEADER_BYTES, rows, num_routes * limits.row_bytes)
 
 
 def encode_detail(detail: str) -> bytes:
@@ -167,9 +163,35 @@ def write_refusal(
     limits: FrameLimits,
 ) -> None:  # fmt: skip
     """detail: from `encode_detail`. The caller has room for it and a header at `offset`."""
-    _write_answer_header(region, offset, REFUSAL, reason, parcel, index, 0, len(detail), limits)
+    _HEADER.pack_into(region.view, offset, *_refusal_header(parcel, index, reason, detail, limits))
     start = offset + HEADER_BYTES
     region.view[start : start + len(detail)] = detail
+
+
+def parcel_message(parcel: Parcel, index: int, limits: FrameLimits) -> bytes:
+    """The frame as a message of its own, for transports that send those. Nothing was found malformed."""
+    rows, gap = _bytes_of(parcel.rows), bytes(-parcel.rows.shape[0] * limits.row_bytes % 8)
+    header = _HEADER.pack(*_parcel_header(parcel, index, limits))
+    return b"".join((header, rows, gap, _bytes_of(parcel.route_rows), _bytes_of(parcel.route_experts)))
+
+
+def reply_message(parcel: Parcel, index: int, rows: Tensor, limits: FrameLimits) -> bytes:
+    """rows: [r, H]."""
+    return b"".join((_HEADER.pack(*_reply_header(parcel, index, rows.shape[0], limits)), _bytes_of(rows)))
+
+
+def refusal_message(
+    parcel: Parcel, index: int, reason: RefusalReason, detail: bytes, limits: FrameLimits
+) -> bytes:
+    """detail: from `encode_detail`."""
+    return _HEADER.pack(*_refusal_header(parcel, index, reason, detail, limits)) + detail
+
+
+def pulse_message(sender: Member, to: Member, limits: FrameLimits) -> bytes:
+    """Always the same between two lives: it is known by comparing, and never decoded."""
+    return _HEADER.pack(
+        limits.prefix, PULSE, 0, 0, 0, 0, sender.incarnation, to.incarnation, 0, 0, 0, 0, 0
+    )  # fmt: skip
 
 
 def read_header(region: Region, offset: int, available: int, limits: FrameLimits) -> Header:
@@ -230,15 +252,37 @@ def _explained(prefix: bytes) -> str:
     return f"{magic!r}, version {version}, dtype {dtype}, hidden {hidden}, fingerprint {fingerprint!r}"
 
 
-def _write_answer_header(
-    region: Region, offset: int, kind: int, reason: int, parcel: Parcel, index: int, num_routes: int,
-    payload_bytes: int, limits: FrameLimits,
-) -> None:  # fmt: skip
-    _HEADER.pack_into(
-        region.view, offset, limits.prefix, kind, reason, index, parcel.layer, parcel.ticket,
-        parcel.to.incarnation, parcel.sender.incarnation, parcel.epoch.term, parcel.epoch.number,
-        0, num_routes, payload_bytes,
+def _parcel_header(parcel: Parcel, index: int, limits: FrameLimits) -> Header:
+    num_rows, num_routes = parcel.rows.shape[0], parcel.route_rows.shape[0]
+    return Header(
+        limits.prefix, PARCEL, 0, index, parcel.layer, parcel.ticket, parcel.sender.incarnation,
+        parcel.to.incarnation, parcel.epoch.term, parcel.epoch.number, num_rows, num_routes,
+        _routes_at(num_rows, limits) + 8 * num_routes,
     )  # fmt: skip
+
+
+def _reply_header(parcel: Parcel, index: int, num_routes: int, limits: FrameLimits) -> Header:
+    return _answer_header(REPLY, 0, parcel, index, num_routes, num_routes * limits.row_bytes, limits)
+
+
+def _refusal_header(
+    parcel: Parcel, index: int, reason: RefusalReason, detail: bytes, limits: FrameLimits
+) -> Header:
+    return _answer_header(REFUSAL, reason, parcel, index, 0, len(detail), limits)
+
+
+def _answer_header(
+    kind: int, reason: int, parcel: Parcel, index: int, num_routes: int, payload_bytes: int, limits: FrameLimits
+) -> Header:
+    return Header(
+        limits.prefix, kind, reason, index, parcel.layer, parcel.ticket, parcel.to.incarnation,
+        parcel.sender.incarnation, parcel.epoch.term, parcel.epoch.number, 0, num_routes, payload_bytes,
+    )  # fmt: skip
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Its elements in row order, in place where it is contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _copy(address: int, tensor: Tensor, nbytes: int) -> None:

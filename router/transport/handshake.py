@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from router.config import RouterConfig
+from router.errors import LinkRefused
 from router.placement import Member
 from router.transport.base import LinkIdentity
 from router.transport.frame import VERSION
@@ -23,7 +24,7 @@ class Hello:
     token: str = field(repr=False)
     hidden: int
     dtype: str
-    ring_bytes: int  # shm: of each direction; else 0
+    ring_bytes: int  # the link's bound of each direction; shm: the ring's size; else 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ def why_refused(own: LinkIdentity, greeting: Hello, linked: Collection[Member], 
     if len(linked) >= config.peers_max and not newest:
         return f"peers: {len(linked)} attention workers are linked; at most {config.peers_max}"
     return ""
+
+
+def refuse_unless_welcome(welcome: Welcome, expected: Member) -> None:
+    """The attention end's judgement. Raises LinkRefused with the peer's reason."""
+    if welcome.refused:
+        raise LinkRefused(welcome.refused)
+    if welcome.sender != expected:
+        raise LinkRefused(f"incarnation: {welcome.sender} answers; must be {expected}")
 
 
 def superseded(sender: Member, linked: Collection[Member]) -> list[Member]:

@@ -8,6 +8,7 @@ Closing an expert end is its death to its peers: PEER_LOST at once.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from router.config import RouterConfig
 from router.errors import EndClosed
 from router.placement import Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, Parcel, Peer, Refusal, RefusalReason, Reply, Ticket
+from router.transport.base import LinkIdentity, Parcel, Peer, Prepared, Refusal, RefusalReason, Reply, Ticket
 from router.transport.handshake import hello, superseded, why_refused
+from router.transport.patience import PULSES, Patience
 from router.transport.tickets import Outcome, TicketBook
 
 
@@ -43,10 +45,12 @@ class _Link:
     unanswered: dict[tuple[int, int], LocalParcel] = field(default_factory=dict)  # by (ticket, index)
     waiting: deque[LocalParcel] = field(default_factory=deque)  # sent, not yet received
     lost: str = ""  # why
+    heard_s: float = 0.0  # when the last answer or pulse came
 
     def settle(self, parcel: LocalParcel, outcome: Outcome) -> None:
         if self.unanswered.pop((parcel.ticket, parcel.index), None) is not None:
             self.book.settle(parcel.ticket, parcel.index, outcome)
+            self.heard_s = time.monotonic()
             self.answered.notify_all()
         elif not self.lost:
             raise ValueError(f"parcel {parcel.index} of ticket {parcel.ticket}: answered already")
@@ -56,6 +60,15 @@ class _Link:
             self.settle(parcel, Refusal(RefusalReason.PEER_LOST, why))
         self.lost = self.lost or why
         self.waiting.clear()
+
+    def leave(self, why: str) -> None:
+        self.lose(why)
+        self.expert.forget(self)
+
+    def close(self) -> None:
+        """Prepared, and not wanted after all. Takes the hub's lock."""
+        with self.answered:
+            self.leave("not adopted")
 
 
 @dataclass(frozen=True)
@@ -75,32 +88,40 @@ class LocalAttentionEnd:
         self._links: dict[Peer, _Link] = {}
         self._closed = False
 
-    def connect(self, peers: Sequence[Peer], timeout_s: float) -> dict[Member, str]:  # noqa: ARG002
+    def prepare(self, peers: Sequence[Peer], timeout_s: float) -> Prepared:  # noqa: ARG002
         with self._hub.lock:
             self._refuse_closed()
-            for peer in self._links.keys() - set(peers):
-                self._drop(peer, "no longer a peer")
-            failed = {}
+            prepared = Prepared(tuple(peers), {}, {})
             for peer in peers:
-                refused = self._links[peer].lost if peer in self._links else self._link(peer)
-                if refused:
-                    failed[peer.member] = refused
-            return failed
+                if peer not in self._links:
+                    self._link(peer, prepared)
+            return prepared
 
-    def _link(self, peer: Peer) -> str:
+    def _link(self, peer: Peer, prepared: Prepared) -> None:
         expert = self._hub.expert_ends.get(peer.address)
         if expert is None:
-            return f"address: nobody listens at {peer.address!r}"
+            prepared.failed[peer.member] = f"address: nobody listens at {peer.address!r}"
+            return
         link = _Link(self._identity.member, peer, self._book, self._answered, expert)
         refused = expert.accept(link, self._identity)
-        if not refused:
-            self._links[peer] = link
-        return refused
+        if refused:
+            prepared.failed[peer.member] = refused
+        else:
+            prepared.links[peer] = link
+
+    def adopt(self, prepared: Prepared) -> dict[Member, str]:
+        with self._hub.lock:
+            self._refuse_closed()
+            for peer in self._links.keys() - set(prepared.peers):
+                self._drop(peer, "no longer a peer")
+            while prepared.links:
+                peer, link = prepared.links.popitem()
+                self._links[peer] = link
+            lost = {peer.member: link.lost for peer, link in self._links.items() if link.lost}
+            return prepared.failed | lost
 
     def _drop(self, peer: Peer, why: str) -> None:
-        link = self._links.pop(peer)
-        link.lose(why)
-        link.expert.forget(link)
+        self._links.pop(peer).leave(why)
 
     def dispatch(self, parcels: Sequence[Parcel]) -> Ticket:
         with self._hub.lock:
@@ -131,9 +152,21 @@ class LocalAttentionEnd:
         return None
 
     def combine(self, ticket: Ticket, timeout_s: float) -> list[Outcome]:
+        patience = Patience(timeout_s, self._config.combine_total_s, time.monotonic())
         with self._hub.lock:
-            self._answered.wait_for(lambda: self._book.settled(ticket), timeout_s)
-            return self._book.collect(ticket, timeout_s)
+            while owing := self._book.owing(ticket):
+                heard_s = {peer.member: link.heard_s for peer, link in self._links.items()}
+                patience.look(time.monotonic())
+                left_s = timeout_s
+                for index, parcel in owing:
+                    own_s = patience.left_s(heard_s[parcel.to])
+                    if own_s <= 0:
+                        self._book.settle(ticket.number, index, patience.late())
+                    else:
+                        left_s = min(left_s, own_s)
+                if self._book.owing(ticket):
+                    self._answered.wait(patience.nap_s(left_s))
+            return self._book.collect(ticket)
 
     def release(self, ticket: Ticket) -> None:
         with self._hub.lock:
@@ -142,6 +175,10 @@ class LocalAttentionEnd:
     def lost(self) -> frozenset[Member]:
         with self._hub.lock:
             return frozenset(peer.member for peer, link in self._links.items() if link.lost)
+
+    def transports(self) -> dict[Member, str]:
+        with self._hub.lock:
+            return {peer.member: "local" for peer, link in self._links.items() if not link.lost}
 
     def close(self) -> None:
         with self._hub.lock:
@@ -163,6 +200,7 @@ class LocalExpertEnd:
         self._config = config
         self._limits = frame.limits_of(identity, config)
         self._links: deque[_Link] = deque()  # whose turn it is
+        self._pulse_due_s = 0.0
         self._woken = False
         self._closed = False
         with hub.lock:
@@ -211,6 +249,16 @@ class LocalExpertEnd:
             raise TypeError(f"parcel: {type(parcel).__name__}; must be one that receive returned")
         with self._hub.lock:
             parcel.link.settle(parcel, outcome)
+
+    def pulse(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self._pulse_due_s:
+            return
+        self._pulse_due_s = now_s + self._config.combine_timeout_s / PULSES
+        with self._hub.lock:
+            for link in self._links:
+                if link.unanswered:
+                    link.heard_s = now_s
 
     def wake(self) -> None:
         with self._hub.lock:

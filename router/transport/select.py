@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from router.config import RouterConfig
+from router.transport.attention_end import LinkedAttentionEnd
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity
+from router.transport.expert_end import LinkedExpertEnd
+from router.transport.grpc_dialer import GrpcDialer
+from router.transport.grpc_door import GrpcDoor
 from router.transport.local import LocalAttentionEnd, LocalExpertEnd, LocalHub
-from router.transport.shm_attention import ShmAttentionEnd
-from router.transport.shm_expert import ShmExpertEnd
+from router.transport.shm_door import ShmDoor
+from router.transport.shm_handshake import ShmDialer
 
-KINDS = ("local", "shm")
+KINDS = ("local", "auto", "shm", "grpc")
+"""auto: each expert worker listens in both ways, and each pair uses shm if that reaches, else grpc."""
+
+_LOOPBACK = "127.0.0.1"
 
 
 def attention_end(
@@ -17,18 +24,33 @@ def attention_end(
     """`hub`: for "local" alone, shared by all ends that may meet."""
     if kind == "local":
         return LocalAttentionEnd(_required(hub), identity, config)
+    if kind == "auto":
+        return LinkedAttentionEnd(identity, config, (ShmDialer(identity, config), GrpcDialer(identity, config)))
     if kind == "shm":
-        return ShmAttentionEnd(identity, config)
-    raise ValueError(f"transport: {kind!r}; must be one of {', '.join(KINDS)}")
+        return LinkedAttentionEnd(identity, config, (ShmDialer(identity, config),))
+    if kind == "grpc":
+        return LinkedAttentionEnd(identity, config, (GrpcDialer(identity, config),))
+    raise _unknown(kind)
 
 
-def expert_end(kind: str, identity: LinkIdentity, config: RouterConfig, hub: LocalHub | None = None) -> ExpertEnd:
-    """`hub`: for "local" alone, shared by all ends that may meet."""
+def expert_end(
+    kind: str, identity: LinkIdentity, config: RouterConfig, hub: LocalHub | None = None, host: str = _LOOPBACK
+) -> ExpertEnd:
+    """`hub`: as above. `host`: what grpc listens on and its address says; other hosts must reach it there."""
     if kind == "local":
         return LocalExpertEnd(_required(hub), identity, config)
+    if kind == "auto":
+        doors = (ShmDoor(identity, config), GrpcDoor(identity, config, host))
+        return LinkedExpertEnd(identity, config, doors)
     if kind == "shm":
-        return ShmExpertEnd(identity, config)
-    raise ValueError(f"transport: {kind!r}; must be one of {', '.join(KINDS)}")
+        return LinkedExpertEnd(identity, config, (ShmDoor(identity, config),))
+    if kind == "grpc":
+        return LinkedExpertEnd(identity, config, (GrpcDoor(identity, config, host),))
+    raise _unknown(kind)
+
+
+def _unknown(kind: str) -> ValueError:
+    return ValueError(f"transport: {kind!r}; must be one of {', '.join(KINDS)}")
 
 
 def _required(hub: LocalHub | None) -> LocalHub:

@@ -17,8 +17,8 @@ from router.config import RouterConfig
 from router.errors import LinkRefused
 from router.placement import Member
 from router.transport.base import LinkIdentity, Peer
-from router.transport.handshake import Welcome, hello, why_refused
-from router.transport.shm_link import ExpertLink, Wiring
+from router.transport.handshake import Welcome, hello, refuse_unless_welcome, why_refused
+from router.transport.shm_link import ShmAttentionLink, ShmExpertLink, Wiring
 from router.transport.shm_ring import create_segment, map_segment
 from router.transport.wire import (
     HELLO_BYTES_MAX,
@@ -41,46 +41,72 @@ def listen(identity: LinkIdentity, config: RouterConfig) -> tuple[socket.socket,
     return listener, SCHEME + name
 
 
-def greet(peer: Peer, identity: LinkIdentity, config: RouterConfig) -> Wiring:
-    """Say hello; the answer is read by `welcomed` once the socket has one. Raises LinkRefused."""
-    if not peer.address.startswith(SCHEME):
-        raise LinkRefused(f"address: {peer.address!r}; must start with {SCHEME!r}")
+class ShmDialer:
+    """Reaches experts on this host; elsewhere nobody listens at such a name."""
+
+    scheme = SCHEME
+
+    def __init__(self, identity: LinkIdentity, config: RouterConfig) -> None:
+        self._identity, self._config = identity, config
+
+    def greet(self, peer: Peer, address: str) -> ShmGreeting:
+        wiring = _say_hello(peer, address, self._identity, self._config)
+        return ShmGreeting(peer, self._identity, self._config, wiring)
+
+
+class ShmGreeting:
+    def __init__(self, peer: Peer, identity: LinkIdentity, config: RouterConfig, wiring: Wiring) -> None:
+        self._peer, self._identity, self._config = peer, identity, config
+        self.wiring = wiring
+
+    def fileno(self) -> int:
+        return self.wiring.sock.fileno()
+
+    def welcomed(self) -> ShmAttentionLink:
+        try:
+            _read_welcome(self.wiring.sock, self._peer)
+        except LinkRefused:
+            self.wiring.close()
+            raise
+        return ShmAttentionLink(self._peer, self._identity, self._config, self.wiring)
+
+    def close(self) -> None:
+        self.wiring.close()
+
+
+def _say_hello(peer: Peer, address: str, identity: LinkIdentity, config: RouterConfig) -> Wiring:
     sock = _new_socket()
     descriptors: list[int] = []
     try:
-        sock.connect("\0" + peer.address.removeprefix(SCHEME))
+        sock.connect("\0" + address.removeprefix(SCHEME))
         _refuse_other_user(sock)
         segment_fd = create_segment(config.link_bytes_max)
         descriptors += [segment_fd]
         descriptors += [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
         greeting = hello_to_bytes(hello(identity, peer.member, config.link_bytes_max))
-        socket.send_fds(sock, [greeting], descriptors)
         segment = map_segment(segment_fd, config.link_bytes_max)
+        socket.send_fds(sock, [greeting], descriptors)
     except (OSError, LinkRefused) as error:
         _discard(sock, descriptors)
-        raise _refused(peer.address, error) from error
+        raise _refused(address, error) from error
     os.close(segment_fd)
     return Wiring(sock, descriptors[1], descriptors[2], segment)
 
 
-def welcomed(sock: socket.socket, peer: Peer) -> None:
+def _read_welcome(sock: socket.socket, peer: Peer) -> None:
     """Read the answer that has arrived. Raises LinkRefused with the peer's reason."""
     try:
         data = sock.recv(HELLO_BYTES_MAX)
     except OSError as error:
-        raise _refused(peer.address, error) from error
+        raise _refused("welcome", error) from error
     if not data:
         raise LinkRefused("closed before it answered")
-    welcome = welcome_from_bytes(data)
-    if welcome.refused:
-        raise LinkRefused(welcome.refused)
-    if welcome.sender != peer.member:
-        raise LinkRefused(f"incarnation: {welcome.sender} answers; must be {peer.member}")
+    refuse_unless_welcome(welcome_from_bytes(data), peer.member)
 
 
 def answer(
     sock: socket.socket, identity: LinkIdentity, linked: Collection[Member], config: RouterConfig
-) -> ExpertLink:
+) -> ShmExpertLink:
     """Judge the hello that has arrived. Raises LinkRefused, having told the peer and closed its socket."""
     descriptors: list[int] = []
     try:
@@ -104,7 +130,7 @@ def answer(
         raise refusal from error
     os.close(descriptors[0])
     wiring = Wiring(sock, descriptors[1], descriptors[2], segment)
-    return ExpertLink(greeting.sender, identity, config, wiring)
+    return ShmExpertLink(greeting.sender, identity, config, wiring)
 
 
 def turn_away(sock: socket.socket, own: Member, why: str) -> None:

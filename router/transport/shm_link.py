@@ -1,27 +1,27 @@
-"""The two ends of one shared-memory link: frames in rings, bells to wake the other side, capacity.
+"""The two ends of one shared-memory link: frames in rings, bells to wake the other side.
 
 A link is the socket its handshake used (whose closing says that the peer is gone), a segment of two rings, and
-two eventfds: bells. A bell is only ever added to and watched for edges, never read. Capacity is kept by the
-attention end alone: it sends a parcel only if the reply will find room, so an expert end never waits for room.
-Nothing here blocks, and no peer is trusted: what cannot be raises TransportError, and the link is given up.
+two eventfds: bells. A bell is only ever added to and watched for edges, never read. A pulse is a count in the
+segment: it takes no room in a ring, and nobody has to take it out.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import time
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from router.config import RouterConfig
-from router.errors import FrameError, TransportError
-from router.placement import EpochId, Member
+from router.errors import TransportError
+from router.placement import Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, Parcel, Peer, Refusal, RefusalReason
-from router.transport.shm_ring import ENTRIES, RingReader, RingWriter, Segment, Span, aligned
-from router.transport.tickets import Outcome
+from router.transport.base import LinkIdentity, Parcel, Peer, RefusalReason
+from router.transport.link import AttentionLink, ExpertLink, Incoming, LinkedParcel, Span
+from router.transport.shm_ring import ENTRIES, RingReader, RingWriter, Segment, aligned
+from router.transport.watch import HUNG_UP, RUNG, Watch
 
 
 @dataclass(frozen=True)
@@ -39,138 +39,155 @@ class Wiring:
         os.close(self.replies_bell)
 
 
-class Answer(NamedTuple):
-    """One outcome off the ring; its span is freed when nobody reads it any more."""
+class _Wires:
+    """One side's hold on the wiring: hears of the peer's end, and lets go once."""
 
-    ticket: int
-    parcel_index: int
-    outcome: Outcome
-    span: Span
-
-
-class AttentionLink:
-    def __init__(self, peer: Peer, identity: LinkIdentity, config: RouterConfig, wiring: Wiring) -> None:
-        self.peer = peer
+    def __init__(self, wiring: Wiring, bell: int) -> None:
         self.wiring = wiring
-        self.unanswered: dict[tuple[int, int], int] = {}  # (ticket, index) -> routes
-        self._sender = identity.member
-        self._limits = frame.limits_of(identity, config)
-        self._parcels_max = config.parcels_in_flight_max
+        self.gone = ""  # why the peer is, once it is
+        self._bell = bell
+        self._watch: Watch | None = None
+        self._closed = False
+
+    def join(self, watch: Watch) -> None:
+        self._watch = watch
+        watch.add(self.wiring.sock.fileno(), HUNG_UP, self._hear)
+        watch.add(self._bell, RUNG)
+
+    def _hear(self) -> None:
+        """The socket became readable, on which the peer has nothing to say."""
+        try:
+            said = self.wiring.sock.recv(1)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.gone = f"the peer's socket: {error}"
+        else:
+            self.gone = "the peer speaks out of turn" if said else "the peer has closed its socket"
+
+    def refuse_gone(self) -> None:
+        if self.gone:
+            raise TransportError(self.gone)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._watch is not None:
+            self._watch.remove(self.wiring.sock.fileno())
+            self._watch.remove(self._bell)
+        self.wiring.close()
+
+
+class ShmAttentionLink(AttentionLink):
+    kind = "shm"
+
+    def __init__(self, peer: Peer, identity: LinkIdentity, config: RouterConfig, wiring: Wiring) -> None:
+        super().__init__(peer, identity, config)
+        self._wires = _Wires(wiring, wiring.replies_bell)
+        self._pulses = wiring.segment.pulses
+        self._pulses_seen = 0
         self._parcels = RingWriter(wiring.segment.parcels)
         self._parcels_region = frame.Region(wiring.segment.parcels.frames, self._limits)
-        self.replies = RingReader(wiring.segment.replies)
+        self._replies = RingReader(wiring.segment.replies)
         self._replies_region = frame.Region(wiring.segment.replies.frames, self._limits)
-        self._occupied_max = self._parcels.size // 2
-        self._promised_bytes = 0  # room kept for the replies of the unanswered
 
-    def send(self, parcel: Parcel, index: int) -> Refusal | None:
-        """None: sent. A refusal: nothing was."""
-        malformed = frame.why_malformed(parcel, self._limits)
-        if malformed:
-            return Refusal(RefusalReason.MALFORMED, malformed)
-        num_routes = parcel.route_rows.shape[0]
-        nbytes = frame.parcel_bytes(parcel.rows.shape[0], num_routes, self._limits)
-        promise = self._promise(num_routes)
-        if max(nbytes, promise) > self._occupied_max:
-            return Refusal(RefusalReason.MALFORMED, f"parcel of {nbytes} bytes, reply of {promise}: at most "
-                           f"{self._occupied_max}; raise link_bytes_max")  # fmt: skip
-        if len(self.unanswered) >= self._parcels_max:
-            return Refusal(RefusalReason.OVERLOADED, f"{len(self.unanswered)} parcels in flight")
-        if (
-            self._promised_bytes + self.replies.held_bytes + promise > self._occupied_max
-            or len(self.unanswered) + self.replies.held_frames >= ENTRIES
-        ):
-            return Refusal(RefusalReason.OVERLOADED, "no room for the reply")
+    def join(self, watch: Watch) -> None:
+        self._wires.join(watch)
+
+    def free(self, span: Span) -> None:
+        self._replies.free(span)
+
+    def close(self) -> None:
+        self._wires.close()
+
+    def _footprint(self, nbytes: int) -> int:
+        return aligned(nbytes)
+
+    def _has_room_for_reply(self, promised: int) -> bool:
+        return (
+            promised + self._replies.held_bytes <= self._occupied_max
+            and len(self.unanswered) + self._replies.held_frames < ENTRIES
+        )
+
+    def _put(self, parcel: Parcel, index: int, nbytes: int) -> bool:
         offset = self._parcels.claim(nbytes)
         if offset is None:
-            return Refusal(RefusalReason.OVERLOADED, "no room for the parcel")
+            return False
         frame.write_parcel(self._parcels_region, offset, parcel, index, self._limits)
         self._parcels.publish()
-        os.eventfd_write(self.wiring.parcels_bell, 1)
-        self.unanswered[parcel.ticket, index] = num_routes
-        self._promised_bytes += promise
-        return None
+        os.eventfd_write(self._wires.wiring.parcels_bell, 1)
+        return True
 
-    def poll(self) -> Answer | None:
-        """The next answer, if one is there."""
-        found = self.replies.next()
+    def _next(self) -> Incoming | None:
+        found = self._replies.next()
+        pulses = self._pulses[0]
+        if found is not None or pulses != self._pulses_seen:
+            self._pulses_seen = pulses
+            self.heard_s = time.monotonic()
         if found is None:
+            self._wires.refuse_gone()
             return None
-        offset, nbytes = found
-        header = frame.read_header(self._replies_region, offset, nbytes, self._limits)
-        num_routes = self.unanswered.get((header.ticket, header.parcel_index))
-        wanted = (frame.REFUSAL, 0) if header.kind == frame.REFUSAL else (frame.REPLY, num_routes)
-        if num_routes is None or (header.kind, header.num_routes) != wanted:
-            raise FrameError(f"frame: kind {header.kind} with {header.num_routes} routes for parcel "
-                             f"{header.parcel_index} of ticket {header.ticket}: not asked for")  # fmt: skip
-        if header.sender != self.peer.member.incarnation or header.to != self._sender.incarnation:
-            raise FrameError(f"frame: from incarnation {header.sender} to {header.to}")
-        outcome = frame.read_answer(self._replies_region, offset, header)
-        del self.unanswered[header.ticket, header.parcel_index]
-        self._promised_bytes -= self._promise(num_routes)
-        return Answer(header.ticket, header.parcel_index, outcome, self.replies.take(nbytes))
+        return Incoming(self._replies_region, *found)
 
-    def _promise(self, num_routes: int) -> int:
-        """The most room that the answer to a parcel may take."""
-        return aligned(max(frame.reply_bytes(num_routes, self._limits), frame.REFUSAL_BYTES_MAX))
+    def _take(self, nbytes: int) -> Span:
+        return self._replies.take(nbytes)
 
 
-class ExpertLink:
+class ShmExpertLink(ExpertLink):
     def __init__(self, sender: Member, identity: LinkIdentity, config: RouterConfig, wiring: Wiring) -> None:
-        self.sender = sender
-        self.wiring = wiring
-        self.closed = False
-        self._own = identity.member
-        self._limits = frame.limits_of(identity, config)
+        super().__init__(sender, identity, config)
+        self._wires = _Wires(wiring, wiring.parcels_bell)
+        self._pulses = wiring.segment.pulses
         self._parcels = RingReader(wiring.segment.parcels)
         self._parcels_region = frame.Region(wiring.segment.parcels.frames, self._limits)
         self._replies = RingWriter(wiring.segment.replies)
         self._replies_region = frame.Region(wiring.segment.replies.frames, self._limits)
 
-    def poll(self) -> ShmParcel | None:
-        """The next parcel, if one is there."""
+    @property
+    def owes(self) -> bool:
+        return self._parcels.has_more
+
+    def pulse(self) -> None:
+        self._pulses[0] = (self._pulses[0] + 1) % 2**64
+        self._ring()
+
+    def join(self, watch: Watch) -> None:
+        self._wires.join(watch)
+
+    def close(self) -> None:
+        self._wires.close()
+
+    def _next(self) -> Incoming | None:
         found = self._parcels.next()
         if found is None:
+            self._wires.refuse_gone()
             return None
-        offset, nbytes = found
-        header = frame.read_header(self._parcels_region, offset, nbytes, self._limits)
-        if header.kind != frame.PARCEL:
-            raise FrameError(f"frame: kind {header.kind}; must be {frame.PARCEL}, a parcel")
-        if header.sender != self.sender.incarnation or header.to != self._own.incarnation:
-            raise FrameError(f"frame: from incarnation {header.sender} to {header.to}")
-        rows, route_rows, route_experts = frame.read_parcel(self._parcels_region, offset, header)
-        return ShmParcel(
-            self.sender, self._own, EpochId(header.term, header.number), header.ticket, header.layer,
-            rows, route_rows, route_experts, self, header.parcel_index, self._parcels.take(nbytes),
-        )  # fmt: skip
+        return Incoming(self._parcels_region, *found)
 
-    def reply(self, parcel: ShmParcel, rows: Tensor) -> None:
-        offset = self._claim(parcel, frame.reply_bytes(rows.shape[0], self._limits))
+    def _take(self, nbytes: int) -> Span:
+        return self._parcels.take(nbytes)
+
+    def _reply(self, parcel: LinkedParcel, rows: Tensor) -> None:
+        offset = self._claim(frame.reply_bytes(rows.shape[0], self._limits))
         frame.write_reply(self._replies_region, offset, parcel, parcel.index, rows, self._limits)
         self._publish(parcel)
 
-    def refuse(self, parcel: ShmParcel, reason: RefusalReason, detail: str) -> None:
-        encoded = frame.encode_detail(detail)
-        offset = self._claim(parcel, frame.HEADER_BYTES + len(encoded))
-        frame.write_refusal(self._replies_region, offset, parcel, parcel.index, reason, encoded, self._limits)
+    def _refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: bytes) -> None:
+        offset = self._claim(frame.HEADER_BYTES + len(detail))
+        frame.write_refusal(self._replies_region, offset, parcel, parcel.index, reason, detail, self._limits)
         self._publish(parcel)
 
-    def _claim(self, parcel: ShmParcel, nbytes: int) -> int:
-        if parcel.span.freed:
-            raise ValueError(f"parcel {parcel.index} of ticket {parcel.ticket}: answered already")
+    def _claim(self, nbytes: int) -> int:
         offset = self._replies.claim(nbytes)
         if offset is None:
             raise TransportError("link: no room for a reply; the peer did not keep to its capacity")
         return offset
 
-    def _publish(self, parcel: ShmParcel) -> None:
+    def _publish(self, parcel: LinkedParcel) -> None:
         self._parcels.free(parcel.span)
         self._replies.publish()
-        os.eventfd_write(self.wiring.replies_bell, 1)
+        self._ring()
 
-
-@dataclass(frozen=True)
-class ShmParcel(Parcel):
-    link: ExpertLink = field(repr=False)
-    index: int  # its place in the ticket
-    span: Span = field(repr=False)
+    def _ring(self) -> None:
+        os.eventfd_write(self._wires.wiring.replies_bell, 1)

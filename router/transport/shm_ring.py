@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from router.config import PAGE_BYTES
 from router.errors import LinkRefused, RingError
+from router.transport.link import Span
 
 ENTRIES = PAGE_BYTES // 8  # frames in one ring, at most
 _LINE = 64  # frames begin and counters lie on cache lines of their own; entries count in lines
@@ -65,6 +66,7 @@ class RingMemory(NamedTuple):
 class Segment:
     parcels: RingMemory
     replies: RingMemory
+    pulses: memoryview  # [1] uint64: grows while the expert end is at work; its peer only compares
 
 
 def map_segment(fd: int, ring_bytes: int) -> Segment:
@@ -79,7 +81,8 @@ def map_segment(fd: int, ring_bytes: int) -> Segment:
     if size != expected or seals & fcntl.F_SEAL_SHRINK == 0:
         raise LinkRefused(f"shm: {size} bytes, seals {seals}; must be {expected}, sealed against shrinking")
     view = memoryview(mmap.mmap(fd, size))
-    return Segment(_ring_memory(view, 0, ring_bytes), _ring_memory(view, 1, ring_bytes))
+    pulses = view[4 * _LINE : 4 * _LINE + 8].cast("Q")
+    return Segment(_ring_memory(view, 0, ring_bytes), _ring_memory(view, 1, ring_bytes), pulses)
 
 
 def _ring_memory(view: memoryview, ring: int, ring_bytes: int) -> RingMemory:
@@ -144,16 +147,6 @@ class RingWriter:
         self._given_back = tail
 
 
-class Span:
-    """A frame taken and read in place, until freed."""
-
-    __slots__ = ("freed", "nbytes")
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.freed = False
-
-
 class RingReader:
     """The consumer. `next` finds a frame, `take` passes it, `free` gives its room back, in any order."""
 
@@ -168,6 +161,11 @@ class RingReader:
     @property
     def held_frames(self) -> int:
         return len(self._spans)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether any frame is held, or published and not yet taken."""
+        return bool(self._spans) or self._memory.head[0] != self._taken
 
     def next(self) -> tuple[int, int] | None:
         """(offset, bytes) of the next frame; None if nothing is published."""

@@ -1,14 +1,14 @@
 """Which parcels of which tickets still want an outcome: the attention end's book, whatever the transport.
 
-Every parcel gets exactly one outcome: a reply, a refusal, or the lateness the caller declares. No waiting, no
-locking and no memory of links here.
+Every parcel gets exactly one outcome: a reply, a refusal, or the lateness that patience.py finds. No waiting,
+no locking and no memory of links here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from router.transport.base import Parcel, Refusal, RefusalReason, Reply, Ticket
+from router.transport.base import Parcel, Refusal, Reply, Ticket
 
 Outcome = Reply | Refusal
 
@@ -33,14 +33,18 @@ class TicketBook:
         outcomes[index] = outcome
         return True
 
-    def settled(self, ticket: Ticket) -> bool:
-        return None not in self._of(ticket)
+    def owing(self, ticket: Ticket) -> list[tuple[int, Parcel]]:
+        """Index and parcel of those without an outcome."""
+        return [
+            (index, ticket.parcels[index]) for index, outcome in enumerate(self._of(ticket)) if outcome is None
+        ]
 
-    def collect(self, ticket: Ticket, timeout_s: float) -> list[Outcome]:
-        """Take the outcomes, once; what is unanswered was given `timeout_s` and is too late."""
-        outcomes = self._of(ticket)
+    def collect(self, ticket: Ticket) -> list[Outcome]:
+        """Take the outcomes, once. None is owing."""
+        outcomes = [outcome for outcome in self._of(ticket) if outcome is not None]
+        assert len(outcomes) == len(ticket.parcels), "collected while a parcel has no outcome"
         del self._open[ticket.number]
-        return [_late(timeout_s) if outcome is None else outcome for outcome in outcomes]
+        return outcomes
 
     def drop(self, ticket: Ticket) -> None:
         """Nobody will combine it. Idempotent."""
@@ -51,7 +55,3 @@ class TicketBook:
         if outcomes is None:
             raise ValueError(f"ticket: {ticket.number}; not in flight: already combined or released")
         return outcomes
-
-
-def _late(timeout_s: float) -> Refusal:
-    return Refusal(RefusalReason.DEADLINE, f"no answer within {timeout_s} s")

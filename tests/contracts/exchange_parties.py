@@ -12,7 +12,7 @@ from torch import Tensor
 from router.config import RouterConfig
 from router.errors import EndClosed
 from router.placement import EpochId, Member
-from router.transport.base import ExpertEnd, LinkIdentity, Parcel, Peer
+from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Parcel, Peer
 
 HIDDEN = 6
 CONFIG = RouterConfig(connect_timeout_s=5.0, link_bytes_max=1 << 16, rows_max=64, experts_per_row_max=4)
@@ -44,6 +44,11 @@ def parcel(
     chosen = torch.tensor(range(len(rows)) if route_rows is None else route_rows, dtype=torch.int32)
     experts = torch.arange(len(chosen), dtype=torch.int32) % 5
     return Parcel(sender.member, to, EpochId(7, 2), ticket, layer, rows, chosen, experts)
+
+
+def connect(end: AttentionEnd, peers: Sequence[Peer], timeout_s: float = PATIENCE_S) -> dict[Member, str]:
+    """Prepare and adopt in one go: who could not be linked, and why."""
+    return end.adopt(end.prepare(peers, timeout_s))
 
 
 def computed(parcel: Parcel) -> Tensor:

@@ -17,9 +17,9 @@ from router.transport.base import (
 )
 from tests.contracts.exchange_parties import (
     CONFIG,
-    PATIENCE_S,
     ExpertThread,
     answer,
+    connect,
     identity,
 )
 
@@ -42,7 +42,7 @@ class ExchangeStage:
         """An attention end linked to these experts."""
         end = self.attention_end(who, config)
         self.stack.callback(end.close)
-        assert end.connect([expert.peer for expert in experts], PATIENCE_S) == {}
+        assert connect(end, [expert.peer for expert in experts]) == {}
         return end
 
     def expert(

@@ -226,6 +226,7 @@ class ExchangeSuite(LinkSuite):
         busy_ticket = busy_end.dispatch([parcel(busy, expert.member) for _ in range(8)])
         assert order.get(timeout=PATIENCE_S) == "attention-busy"
         quiet_ticket = quiet_end.dispatch([parcel(quiet, expert.member)])
+        begin.wait(0.1)  # what has not arrived yet cannot have its turn
         begin.set()
         quiet_end.combine(quiet_ticket, PATIENCE_S)
         busy_end.combine(busy_ticket, PATIENCE_S)

@@ -105,7 +105,8 @@ class LocalCluster:
         member = Member(f"a{index}", 1)
         end = LocalAttentionEnd(self.hub, self._identity(member), self.router)
         dispatcher = Dispatcher(end, member, self.router, lambda peer: None)
-        dispatcher.adopt(self.placement)
+        dispatcher.prepare(self.placement)
+        dispatcher.adopt()
         return AttentionWorker(model, book, dispatcher, microbatches)
 
     def _answer(self, expert):

@@ -71,8 +71,12 @@ class Stage:
     def adopt(self, *experts: ExpertThread, replicas: int = 1, number: int = 1) -> Placement:
         members = [(expert.member, expert.end.address) for expert in experts]
         placement = spread(EpochId(1, number), "abc", members, NUM_LAYERS, NUM_EXPERTS, replicas)
-        self.dispatcher.adopt(placement)
+        self.use(placement)
         return placement
+
+    def use(self, placement: Placement) -> None:
+        self.dispatcher.prepare(placement)
+        assert self.dispatcher.adopt() == placement.epoch
 
     def exchange(self, layer: int = 1, seed: int = 0, num_tokens: int = 5) -> None:
         """One layer's exchange, whose sum has the very bits of the direct one."""
@@ -170,7 +174,7 @@ def test_a_worker_that_cannot_be_linked_is_lost_from_the_start(stage: Stage) -> 
     absent = PlacedWorker(Member("expert-9", 1), "local:nowhere", ((1, 0),))
     every = tuple((layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS))
     present = PlacedWorker(well.member, well.end.address, every)
-    stage.dispatcher.adopt(Placement(EpochId(1, 1), "abc", NUM_LAYERS, NUM_EXPERTS, (absent, present)))
+    stage.use(Placement(EpochId(1, 1), "abc", NUM_LAYERS, NUM_EXPERTS, (absent, present)))
     assert stage.lost == [absent.member]
     stage.exchange()
 
@@ -203,7 +207,7 @@ def test_one_expert_that_is_not_resident_does_not_cost_its_neighbours(stage: Sta
         PlacedWorker(one.member, one.end.address, ((1, 0), (1, 1))),
         PlacedWorker(two.member, two.end.address, ((1, 0), (1, 3))),
     )
-    stage.dispatcher.adopt(Placement(EpochId(1, 1), "abc", NUM_LAYERS, NUM_EXPERTS, workers))
+    stage.use(Placement(EpochId(1, 1), "abc", NUM_LAYERS, NUM_EXPERTS, workers))
     rows, routes = batch(num_tokens=1)
     routes = Routes(torch.tensor([[0, 1, 3]]), routes.weights)  # expert 0: a tie, hence the first worker
     merged = stage.dispatcher.combine(stage.dispatcher.dispatch(1, rows, routes))
@@ -282,6 +286,6 @@ def test_what_cannot_be_used_is_refused(stage: Stage) -> None:
         stage.dispatcher.dispatch(0, rows, routes)
     placement = stage.adopt(stage.expert("expert-0"), number=5)
     with pytest.raises(PlacementError, match="epoch"):
-        stage.dispatcher.adopt(replace(placement, epoch=EpochId(1, 4)))
+        stage.dispatcher.prepare(replace(placement, epoch=EpochId(1, 4)))
     with pytest.raises(ValueError, match="rows: 65; at most 64"):
         stage.dispatcher.dispatch(0, *batch(65))

@@ -91,7 +91,7 @@ def pair(checkpoint):
     residency.prepare(placement(checkpoint, (me, [(0, 0)])))
     end = LocalExpertEnd(hub, identity(me), config)
     client = LocalAttentionEnd(hub, identity(peer), config)
-    assert not client.connect([Peer(me, end.address)], 5)
+    assert not client.adopt(client.prepare([Peer(me, end.address)], 5))
     yield ExpertWorker(residency, end, 100), client
     client.close()
     end.close()

@@ -42,7 +42,7 @@ class Register(_message.Message):
     def __init__(self, role: _Optional[_Union[_identity_pb2.Role, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., address: _Optional[str] = ..., slots_max: _Optional[int] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("state", "bytes_loaded", "bytes_total", "detail", "gauges", "bytes_kept", "kept_as")
+    __slots__ = ("state", "bytes_loaded", "bytes_total", "detail", "gauges", "bytes_kept", "kept_as", "links")
     class GaugesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,13 @@ class Heartbeat(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class LinksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     STATE_FIELD_NUMBER: _ClassVar[int]
     BYTES_LOADED_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +64,7 @@ class Heartbeat(_message.Message):
     GAUGES_FIELD_NUMBER: _ClassVar[int]
     BYTES_KEPT_FIELD_NUMBER: _ClassVar[int]
     KEPT_AS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     state: MemberState
     bytes_loaded: int
     bytes_total: int
@@ -64,7 +72,8 @@ class Heartbeat(_message.Message):
     gauges: _containers.ScalarMap[str, float]
     bytes_kept: int
     kept_as: str
-    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., detail: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ..., bytes_kept: _Optional[int] = ..., kept_as: _Optional[str] = ...) -> None: ...
+    links: _containers.ScalarMap[str, str]
+    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., detail: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ..., bytes_kept: _Optional[int] = ..., kept_as: _Optional[str] = ..., links: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class EpochReport(_message.Message):
     __slots__ = ("epoch",)

@@ -1,0 +1,151 @@
+"""The expert end of an exchange with one or several doors: one thread serves the links of all of them in turn.
+
+Everything happens within `receive` and `pulse`: strangers are greeted, links of the dead dropped, parcels taken
+from the links in turn. A peer that breaks the rules loses its link, with the reason in the log, and no other
+peer notices. Waiting is epoll, never spinning.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from router.config import RouterConfig
+from router.errors import EndClosed, TransportError
+from router.placement import Member
+from router.transport import frame
+from router.transport.attention_end import ADDRESS_SEPARATOR
+from router.transport.base import LinkIdentity, Parcel, RefusalReason
+from router.transport.handshake import superseded
+from router.transport.link import Door, ExpertLink, LinkedParcel
+from router.transport.patience import PULSES
+from router.transport.watch import READABLE, Watch
+
+_log = logging.getLogger(__name__)
+
+_UNSERVED_MAX = 16  # parcels taken in a row before doors and the dead get a look
+
+
+class LinkedExpertEnd:
+    def __init__(self, identity: LinkIdentity, config: RouterConfig, doors: Sequence[Door]) -> None:
+        self.address = ADDRESS_SEPARATOR.join(door.address for door in doors)
+        self._limits = frame.limits_of(identity, config)
+        self._doors = doors
+        self._turns: deque[ExpertLink] = deque()
+        self._unserved = 0
+        self._pulse_every_s = config.combine_timeout_s / PULSES
+        self._pulse_due_s = 0.0
+        self._wake_bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._woken = False
+        self._watch = Watch()
+        self._watch.add(self._wake_bell, READABLE, self._hear_bell)
+        for door in doors:
+            door.open(self._watch, self._linked, self._admit)
+        self._closed = False
+
+    def receive(self, timeout_s: float) -> Parcel | None:
+        if self._closed:
+            raise EndClosed(f"expert end at {self.address!r}: closed")
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            if self._unserved >= _UNSERVED_MAX:
+                self._serve(0.0)
+            if self._woken:
+                self._woken = False
+                return None
+            parcel = self._next()
+            if parcel is not None:
+                self._unserved += 1
+                return parcel
+            left_s = deadline_s - time.monotonic()
+            if not self._serve(max(0.0, left_s)) and left_s <= 0:
+                return None
+
+    def _next(self) -> LinkedParcel | None:
+        for _ in range(len(self._turns)):
+            link = self._turns[0]
+            self._turns.rotate(-1)
+            try:
+                parcel = link.poll()
+            except TransportError as error:
+                self._drop(link, str(error))
+                continue
+            if parcel is not None:
+                return parcel
+        return None
+
+    def _serve(self, wait_s: float) -> bool:
+        self._unserved = 0
+        return self._watch.wait(wait_s)
+
+    def _hear_bell(self) -> None:
+        os.eventfd_read(self._wake_bell)
+        self._woken = True
+
+    def _linked(self) -> list[Member]:
+        return [link.sender for link in self._turns]
+
+    def _admit(self, link: ExpertLink) -> None:
+        """It takes the place of earlier links of the same worker."""
+        gone = superseded(link.sender, self._linked())
+        for earlier in [earlier for earlier in self._turns if earlier.sender in gone]:
+            self._drop(earlier, "superseded by a new link")
+        self._turns.append(link)
+        link.join(self._watch)
+
+    def reply(self, parcel: Parcel, rows: Tensor) -> None:
+        frame.check_answer(parcel, rows, self._limits)
+        self._answer(parcel, rows)
+
+    def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None:
+        self._answer(parcel, (reason, detail))
+
+    def _answer(self, parcel: Parcel, answer: Tensor | tuple[RefusalReason, str]) -> None:
+        if not isinstance(parcel, LinkedParcel):
+            raise TypeError(f"parcel: {type(parcel).__name__}; must be one that receive returned")
+        link = parcel.link
+        if link.closed:
+            return
+        try:
+            if isinstance(answer, Tensor):
+                link.answer(parcel, answer)
+            else:
+                link.refuse(parcel, *answer)
+        except TransportError as error:
+            self._drop(link, str(error))
+
+    def pulse(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self._pulse_due_s:
+            return
+        self._pulse_due_s = now_s + self._pulse_every_s
+        self._serve(0.0)
+        for link in self._turns:
+            if link.owes:
+                link.pulse()
+
+    def wake(self) -> None:
+        if not self._closed:
+            os.eventfd_write(self._wake_bell, 1)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for door in self._doors:
+            door.close()  # first: it sees to it that what was answered is sent
+        while self._turns:
+            self._drop(self._turns[0], "closed")
+        self._watch.close()
+        os.close(self._wake_bell)
+
+    def _drop(self, link: ExpertLink, why: str) -> None:
+        _log.info("%s: link to %s dropped: %s", self.address, link.sender, why)
+        link.closed = True
+        self._turns.remove(link)
+        link.close()

@@ -1,0 +1,177 @@
+"""The door between hosts: a gRPC server whose callers are greeted within the waits of their expert end.
+
+A caller whose hello alone tells that it cannot be taken is refused at once, on gRPC's thread; the others are
+judged by the end's own thread, which knows who is linked. Until then nothing is read from them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from torch import Tensor
+
+from router.config import RouterConfig
+from router.errors import LinkRefused, TransportError
+from router.placement import Member
+from router.transport import frame
+from router.transport.base import LinkIdentity, RefusalReason
+from router.transport.grpc_channel import HELLO_KEY, METHOD, SCHEME, listen
+from router.transport.grpc_stream import FrameStream, join_all
+from router.transport.handshake import Hello, Welcome, why_refused
+from router.transport.link import Admit, ExpertLink, Incoming, LinkedParcel, Span
+from router.transport.watch import READABLE, Watch
+from router.transport.wire import hello_from_bytes, welcome_to_bytes
+
+_log = logging.getLogger(__name__)
+
+_JOIN_S = 5.0  # gRPC's threads end within milliseconds of the server
+_FLUSH_S = 0.2  # for the last replies of an end that closes
+
+
+class _Caller:
+    """One call: a hello, a stream, and in the end a thread that reads it."""
+
+    def __init__(
+        self, hello: Hello, requests: Iterator[bytes], context: Any, config: RouterConfig, bell: int
+    ) -> None:
+        self.hello = hello
+        self.stream = FrameStream(config, bell, context.cancel)
+        self.has_ended = threading.Event()
+        self.reader = threading.Thread(target=self.stream.read, args=(requests,), name="exchange-reader")
+
+
+class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
+    def __init__(self, identity: LinkIdentity, config: RouterConfig, host: str) -> None:
+        """Listens at once. Raises TransportError if `host` is none of this machine's addresses."""
+        self._identity, self._config = identity, config
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._callers: deque[_Caller] = deque()  # not yet judged
+        self._admitted: list[_Caller] = []
+        self._server_threads: set[threading.Thread] = set()
+        self._method = grpc.stream_stream_rpc_method_handler(self._converse)
+        self._executor = ThreadPoolExecutor(2 * config.peers_max, thread_name_prefix="exchange-door")
+        self._closed = False
+        try:
+            self._server, where = listen(host, self, self._executor, config)
+        except TransportError:
+            os.close(self._bell)
+            raise
+        self.address = SCHEME + where
+
+    def open(self, watch: Watch, linked: Callable[[], Collection[Member]], admit: Admit) -> None:
+        self._linked, self._admit = linked, admit
+        watch.add(self._bell, READABLE, self._judge)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        deadline_s = time.monotonic() + _FLUSH_S
+        for caller in self._admitted:
+            caller.stream.hang_up()
+        for caller in self._admitted:
+            caller.has_ended.wait(max(0.0, deadline_s - time.monotonic()))
+        self._server.stop(None)
+        join_all([caller.reader for caller in self._admitted], _JOIN_S)
+        self._executor.shutdown()
+        join_all(list(self._server_threads), _JOIN_S)
+        os.close(self._bell)
+
+    # --- gRPC's threads ----------------------------------------------------------------------
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        self._server_threads.add(threading.current_thread())  # gRPC starts it, and tells nobody
+        return self._method if handler_call_details.method == METHOD else None
+
+    def _converse(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        data = next((value for key, value in context.invocation_metadata() if key == HELLO_KEY), b"")
+        try:
+            caller = self._heard(data, requests, context)
+        except LinkRefused as error:
+            _log.warning("%s: refused a link: %s", self.address, error)
+            yield welcome_to_bytes(Welcome(self._identity.member, str(error)))
+            return
+        try:
+            yield from caller.stream.speech()
+        finally:
+            caller.has_ended.set()
+
+    def _heard(self, data: bytes, requests: Iterator[bytes], context: Any) -> _Caller:
+        hello = hello_from_bytes(data)
+        refused = why_refused(self._identity, hello, (), self._config)
+        if not refused and len(self._callers) >= self._config.peers_max:
+            refused = f"peers: {self._config.peers_max} are greeting already"
+        if refused:
+            raise LinkRefused(refused)
+        caller = _Caller(hello, requests, context, self._config, self._bell)
+        if not context.add_callback(caller.stream.hang_up):
+            raise LinkRefused("hello: the caller has left")
+        self._callers.append(caller)
+        caller.stream.ring()
+        return caller
+
+    # --- the end's thread --------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        os.eventfd_read(self._bell)
+        while self._callers:
+            caller = self._callers.popleft()
+            refused = why_refused(self._identity, caller.hello, self._linked(), self._config)
+            caller.stream.say(welcome_to_bytes(Welcome(self._identity.member, refused)))
+            if refused:
+                _log.warning("%s: refused a link: %s", self.address, refused)
+                caller.stream.hang_up()
+                continue
+            caller.reader.start()
+            self._admitted = [other for other in self._admitted if other.reader.is_alive()]
+            self._admitted.append(caller)
+            self._admit(GrpcExpertLink(caller.hello.sender, self._identity, self._config, caller.stream))
+
+
+class GrpcExpertLink(ExpertLink):
+    """Has no descriptor of its own: the door's bell rings for all its links."""
+
+    def __init__(self, sender: Member, identity: LinkIdentity, config: RouterConfig, stream: FrameStream) -> None:
+        super().__init__(sender, identity, config)
+        self._stream = stream
+        self._unsent_max = config.parcels_in_flight_max
+        self._pulse = frame.pulse_message(identity.member, sender, self._limits)
+
+    @property
+    def owes(self) -> bool:
+        return self._stream.held[0] > 0
+
+    def pulse(self) -> None:
+        if self._stream.unsent < self._unsent_max:
+            self._stream.say(self._pulse)
+
+    def join(self, watch: Watch) -> None:
+        pass
+
+    def close(self) -> None:
+        self._stream.end()
+
+    def _next(self) -> Incoming | None:
+        return self._stream.next(self._limits)
+
+    def _take(self, nbytes: int) -> Span:
+        return self._stream.take(nbytes)
+
+    def _reply(self, parcel: LinkedParcel, rows: Tensor) -> None:
+        self._answer(parcel, frame.reply_message(parcel, parcel.index, rows, self._limits))
+
+    def _refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: bytes) -> None:
+        self._answer(parcel, frame.refusal_message(parcel, parcel.index, reason, detail, self._limits))
+
+    def _answer(self, parcel: LinkedParcel, message: bytes) -> None:
+        parcel.span.freed = True
+        self._stream.let_go(parcel.span.nbytes)
+        self._stream.say(message)

@@ -1,0 +1,257 @@
+"""The two ends of one link, whatever carries its frames: who may send how much, and what may be an answer.
+
+Capacity is kept by the attention end alone: it sends a parcel only if the reply will find room, so an expert
+end never waits for room. Half of `link_bytes_max` may be occupied in either direction. Nothing here blocks, and
+no peer is trusted: what cannot be raises TransportError, and the link is given up.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from router.config import RouterConfig
+from router.errors import FrameError
+from router.placement import EpochId, Member
+from router.transport import frame
+from router.transport.base import LinkIdentity, Parcel, Peer, Refusal, RefusalReason
+from router.transport.tickets import Outcome
+from router.transport.watch import Watch
+
+
+def occupied_bytes_max(config: RouterConfig) -> int:
+    """Of frames in one direction of one link, hence of one frame too."""
+    return config.link_bytes_max // 2
+
+
+class Span:
+    """A frame taken and read in place, until freed."""
+
+    __slots__ = ("freed", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.freed = False
+
+
+class Incoming(NamedTuple):
+    """A frame that has arrived, not yet taken."""
+
+    region: frame.Region
+    offset: int
+    nbytes: int
+
+
+class Answer(NamedTuple):
+    """One outcome; `span` is freed when nobody reads it any more."""
+
+    ticket: int
+    parcel_index: int
+    outcome: Outcome
+    span: Span
+
+
+class AttentionLink(ABC):
+    kind: str
+
+    def __init__(self, peer: Peer, identity: LinkIdentity, config: RouterConfig) -> None:
+        self.peer = peer
+        self.unanswered: dict[tuple[int, int], tuple[int, int]] = {}  # (ticket, index) -> routes, bytes
+        self.heard_s = time.monotonic()  # when the last answer or pulse came
+        self._sender = identity.member
+        self._limits = frame.limits_of(identity, config)
+        self._parcels_max = config.parcels_in_flight_max
+        self._occupied_max = occupied_bytes_max(config)
+        self._in_flight_bytes = 0  # of the unanswered
+        self._promised_bytes = 0  # room kept for their replies
+
+    def send(self, parcel: Parcel, index: int) -> Refusal | None:
+        """None: sent. A refusal: nothing was."""
+        malformed = frame.why_malformed(parcel, self._limits)
+        if malformed:
+            return Refusal(RefusalReason.MALFORMED, malformed)
+        num_routes = parcel.route_rows.shape[0]
+        nbytes = frame.parcel_bytes(parcel.rows.shape[0], num_routes, self._limits)
+        promise = self._promise(num_routes)
+        if max(nbytes, promise) > self._occupied_max:
+            return Refusal(RefusalReason.MALFORMED, f"parcel of {nbytes} bytes, reply of {promise}: at most "
+                           f"{self._occupied_max}; raise link_bytes_max")  # fmt: skip
+        if len(self.unanswered) >= self._parcels_max:
+            return Refusal(RefusalReason.OVERLOADED, f"{len(self.unanswered)} parcels in flight")
+        if not self._has_room_for_reply(self._promised_bytes + promise):
+            return Refusal(RefusalReason.OVERLOADED, "no room for the reply")
+        if not self._put(parcel, index, nbytes):
+            return Refusal(RefusalReason.OVERLOADED, "no room for the parcel")
+        self.unanswered[parcel.ticket, index] = num_routes, nbytes
+        self._in_flight_bytes += nbytes
+        self._promised_bytes += promise
+        return None
+
+    def poll(self) -> Answer | None:
+        """The next answer, if one is there. Raises TransportError once the peer is gone and all is read."""
+        found = self._next()
+        if found is None:
+            return None
+        header = frame.read_header(found.region, found.offset, found.nbytes, self._limits)
+        num_routes, nbytes = self.unanswered.get((header.ticket, header.parcel_index), (None, 0))
+        wanted = (frame.REFUSAL, 0) if header.kind == frame.REFUSAL else (frame.REPLY, num_routes)
+        if num_routes is None or (header.kind, header.num_routes) != wanted:
+            raise FrameError(f"frame: kind {header.kind} with {header.num_routes} routes for parcel "
+                             f"{header.parcel_index} of ticket {header.ticket}: not asked for")  # fmt: skip
+        if header.sender != self.peer.member.incarnation or header.to != self._sender.incarnation:
+            raise FrameError(f"frame: from incarnation {header.sender} to {header.to}")
+        outcome = frame.read_answer(found.region, found.offset, header)
+        del self.unanswered[header.ticket, header.parcel_index]
+        self._in_flight_bytes -= nbytes
+        self._promised_bytes -= self._promise(num_routes)
+        return Answer(header.ticket, header.parcel_index, outcome, self._take(found.nbytes))
+
+    def _promise(self, num_routes: int) -> int:
+        """The most room that the answer to a parcel may take."""
+        return self._footprint(max(frame.reply_bytes(num_routes, self._limits), frame.REFUSAL_BYTES_MAX))
+
+    @abstractmethod
+    def join(self, watch: Watch) -> None:
+        """Have `watch` wake when something comes. Once."""
+
+    @abstractmethod
+    def free(self, span: Span) -> None:
+        """Idempotent."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the watch, and let the peer know. Idempotent."""
+
+    @abstractmethod
+    def _footprint(self, nbytes: int) -> int:
+        """What a frame of so many bytes occupies."""
+
+    @abstractmethod
+    def _has_room_for_reply(self, promised: int) -> bool: ...
+
+    @abstractmethod
+    def _put(self, parcel: Parcel, index: int, nbytes: int) -> bool:
+        """Send it, unless there is no room."""
+
+    @abstractmethod
+    def _next(self) -> Incoming | None:
+        """The next frame, not yet taken; refreshes `heard_s`."""
+
+    @abstractmethod
+    def _take(self, nbytes: int) -> Span: ...
+
+
+class ExpertLink(ABC):
+    def __init__(self, sender: Member, identity: LinkIdentity, config: RouterConfig) -> None:
+        self.sender = sender
+        self.closed = False
+        self._own = identity.member
+        self._limits = frame.limits_of(identity, config)
+
+    def poll(self) -> LinkedParcel | None:
+        """The next parcel, if one is there. Raises TransportError once the peer is gone and all is read."""
+        found = self._next()
+        if found is None:
+            return None
+        header = frame.read_header(found.region, found.offset, found.nbytes, self._limits)
+        if header.kind != frame.PARCEL:
+            raise FrameError(f"frame: kind {header.kind}; must be {frame.PARCEL}, a parcel")
+        if header.sender != self.sender.incarnation or header.to != self._own.incarnation:
+            raise FrameError(f"frame: from incarnation {header.sender} to {header.to}")
+        rows, route_rows, route_experts = frame.read_parcel(found.region, found.offset, header)
+        return LinkedParcel(
+            self.sender, self._own, EpochId(header.term, header.number), header.ticket, header.layer,
+            rows, route_rows, route_experts, self, header.parcel_index, self._take(found.nbytes),
+        )  # fmt: skip
+
+    def answer(self, parcel: LinkedParcel, rows: Tensor) -> None:
+        """rows: [r, H], checked. Raises TransportError if the peer did not keep to its capacity."""
+        self._refuse_twice(parcel)
+        self._reply(parcel, rows)
+
+    def refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: str) -> None:
+        """As `answer`."""
+        self._refuse_twice(parcel)
+        self._refuse(parcel, reason, frame.encode_detail(detail))
+
+    def _refuse_twice(self, parcel: LinkedParcel) -> None:
+        if parcel.span.freed:
+            raise ValueError(f"parcel {parcel.index} of ticket {parcel.ticket}: answered already")
+
+    @property
+    @abstractmethod
+    def owes(self) -> bool:
+        """Whether the peer waits for anything of ours, taken or not."""
+
+    @abstractmethod
+    def pulse(self) -> None:
+        """A sign of life. Dropped if the peer does not take what came before."""
+
+    @abstractmethod
+    def join(self, watch: Watch) -> None:
+        """Have `watch` wake when something comes. Once."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the watch, and let the peer know. Idempotent."""
+
+    @abstractmethod
+    def _next(self) -> Incoming | None: ...
+
+    @abstractmethod
+    def _take(self, nbytes: int) -> Span: ...
+
+    @abstractmethod
+    def _reply(self, parcel: LinkedParcel, rows: Tensor) -> None: ...
+
+    @abstractmethod
+    def _refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: bytes) -> None: ...
+
+
+@dataclass(frozen=True)
+class LinkedParcel(Parcel):
+    link: ExpertLink = field(repr=False)
+    index: int  # its place in the ticket
+    span: Span = field(repr=False)
+
+
+class Greeting(Protocol):
+    """A hello that was said and not yet answered."""
+
+    def fileno(self) -> int:
+        """Readable once the answer is there, or none will come."""
+
+    def welcomed(self) -> AttentionLink:
+        """Read the answer. Raises LinkRefused with the peer's reason; then nothing is left of it."""
+
+    def close(self) -> None:
+        """Give up waiting."""
+
+
+class Dialer(Protocol):
+    """How an attention end reaches experts by one transport."""
+
+    scheme: str  # what its addresses begin with
+
+    def greet(self, peer: Peer, address: str) -> Greeting:
+        """Say hello, without waiting. Raises LinkRefused if the peer cannot be reached this way."""
+
+
+Admit = Callable[[ExpertLink], None]
+
+
+class Door(Protocol):
+    """How an expert end is reached by one transport."""
+
+    address: str
+
+    def open(self, watch: Watch, linked: Callable[[], Collection[Member]], admit: Admit) -> None:
+        """Greet strangers within the watch's waits, from now on. `linked`: who is, right then."""
+
+    def close(self) -> None:
+        """Nobody comes in any more, and what was answered is on its way. Leaves nothing."""

@@ -1,0 +1,69 @@
+"""The door of shared memory: strangers of this host, greeted one by one within the waits of their expert end."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Collection
+from functools import partial
+
+from router.config import RouterConfig
+from router.errors import LinkRefused, TransportError
+from router.placement import Member
+from router.transport.base import LinkIdentity
+from router.transport.link import Admit
+from router.transport.shm_handshake import answer, listen, turn_away
+from router.transport.watch import READABLE, Watch
+
+_log = logging.getLogger(__name__)
+
+
+class ShmDoor:
+    def __init__(self, identity: LinkIdentity, config: RouterConfig) -> None:
+        self._identity, self._config = identity, config
+        self._listener, self.address = listen(identity, config)
+        self._strangers: dict[int, tuple[socket.socket, float]] = {}  # by descriptor; greeting until, in s
+        self._watch: Watch | None = None
+
+    def open(self, watch: Watch, linked: Callable[[], Collection[Member]], admit: Admit) -> None:
+        self._watch, self._linked, self._admit = watch, linked, admit
+        watch.add(self._listener.fileno(), READABLE, self._let_in)
+
+    def close(self) -> None:
+        for sock, _ in self._strangers.values():
+            sock.close()
+        self._strangers.clear()
+        self._listener.close()
+
+    def _let_in(self) -> None:
+        assert self._watch is not None
+        now_s = time.monotonic()
+        for descriptor, (sock, until_s) in list(self._strangers.items()):
+            if until_s < now_s:
+                self._watch.remove(descriptor)
+                del self._strangers[descriptor]
+                turn_away(sock, self._identity.member, "hello: did not come in time")
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return  # it left again
+        except OSError as error:
+            raise TransportError(f"accept at {self.address!r}: {error}") from error
+        sock.setblocking(False)
+        if len(self._strangers) >= self._config.peers_max:
+            turn_away(sock, self._identity.member, f"peers: {self._config.peers_max} are greeting already")
+            return
+        self._strangers[sock.fileno()] = (sock, now_s + self._config.connect_timeout_s)
+        self._watch.add(sock.fileno(), READABLE, partial(self._greet, sock.fileno()))
+
+    def _greet(self, descriptor: int) -> None:
+        assert self._watch is not None
+        sock, _ = self._strangers.pop(descriptor)
+        self._watch.remove(descriptor)
+        try:
+            link = answer(sock, self._identity, self._linked(), self._config)
+        except LinkRefused as error:
+            _log.warning("%s: refused a link: %s", self.address, error)
+            return
+        self._admit(link)
