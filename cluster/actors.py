@@ -50,7 +50,8 @@ class _Worker:
         from cluster.worker_process import WorkerProcess
 
         _log_to_stderr()
-        self._process = WorkerProcess(ClusterSpec.from_json(spec), role, Member(worker_id, incarnation))
+        member, node_ip = Member(worker_id, incarnation), ray.util.get_node_ip_address()
+        self._process = WorkerProcess(ClusterSpec.from_json(spec), role, member, node_ip)
         self._process.start()
 
     async def watch(self) -> str:
@@ -114,7 +115,7 @@ class GatewayReplica:
 
         parsed = ClusterSpec.from_json(spec)
         incarnation = draw(RayStore(parsed.cluster_id), "gateway-0")
-        self._process = GatewayProcess(parsed, Member("gateway-0", incarnation))
+        self._process = GatewayProcess(parsed, Member("gateway-0", incarnation), ray.util.get_node_ip_address())
         self._process.start()
 
     def check_health(self) -> None:

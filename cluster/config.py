@@ -66,6 +66,10 @@ class LifeConfig(_Section):
     ray_auth: Literal["token", "disabled"] = "token"
     """Ray's authentication when we start Ray, unless RAY_AUTH_MODE is set; a Ray that is joined has its own."""
 
+    span: Literal["auto", "host", "hosts"] = "auto"
+    """host: all processes on this one, meeting at Unix sockets. hosts: at TCP ports of their nodes' addresses,
+    which the cluster's token guards. auto: hosts if the Ray that is joined has several nodes at launch."""
+
     dashboard: bool = False
     """Ray's dashboard and job server on 127.0.0.1:8265, when we start Ray. Costs some 200 MB."""
 
@@ -133,8 +137,8 @@ class Config(_Section):
     """Where gRPC is served, on the same host; 0 or null: nowhere."""
 
     device: Literal["cpu"] = "cpu"
-    transport: Literal["shm"] = "shm"
-    """Between the pools. shm: shared memory, all workers on one host."""
+    transport: Literal["auto", "shm", "grpc"] = "auto"
+    """Between the pools. auto: each pair of workers by shared memory if they are on one host, else by gRPC."""
 
     pools: PoolsConfig = PoolsConfig.model_validate({})
     cluster: LifeConfig = LifeConfig.model_validate({})
@@ -186,6 +190,14 @@ class Config(_Section):
     def _two_ports(self) -> Config:
         if self.grpc_port == self.port:
             raise ValueError(f"grpc_port {self.grpc_port} must not be port: REST and gRPC are served side by side")
+        return self
+
+    @model_validator(mode="after")
+    def _reaches(self) -> Config:
+        if self.transport == "shm" and self.cluster.span == "hosts":
+            raise ValueError(
+                "transport 'shm' reaches one host only, accepted with cluster.span 'hosts': auto, grpc"
+            )
         return self
 
     @model_validator(mode="after")

@@ -50,9 +50,10 @@ _FLUSH_S = 1.0
 
 
 class GatewayProcess:
-    def __init__(self, spec: ClusterSpec, member: Member) -> None:
+    def __init__(self, spec: ClusterSpec, member: Member, node_ip: str) -> None:
+        """`node_ip`: where other hosts reach this one, if the cluster has any."""
         config = spec.config
-        self._spec, self._member = spec, member
+        self._spec, self._member, self._node_ip = spec, member, node_ip
         self._url = f"http://{config.host}:{config.port}"
         self._grpc: GrpcServer | None = None
         self._thread = LoopThread("gateway")
@@ -90,13 +91,13 @@ class GatewayProcess:
             vocab_size=facts.vocab_size, context=facts.context,
         )  # fmt: skip
         metrics = GatewayMetrics()
-        token_address = spec.token_address(self._member.id, self._member.incarnation)
+        token_address = spec.token_address(self._member.id, self._member.incarnation, self._node_ip)
         identity = Identity(self._member.id, self._member.incarnation, facts.fingerprint, token_address)
         self._link = SchedulerLink(spec.scheduler_address, identity, spec.token, config, metrics)
         self._ledger = Ledger(self._link, config, metrics)
         self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
         self._state = GatewayState(config, card, self._link, self._ledger, metrics, self._status, VERSION)
-        await self._tokens.start()
+        self._link.token_address = await self._tokens.start()
         if spec.config.grpc_port:
             admin = AdminService(self._state, self._placement)
             self._grpc = GrpcServer(spec.config.host, spec.config.grpc_port, self._state, admin)

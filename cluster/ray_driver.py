@@ -7,9 +7,11 @@ and no heartbeat, is a Ray call. `RAY_AUTH_MODE` must be set before this module 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import platform
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,12 +20,13 @@ from typing import Any
 import psutil
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import Config
 from cluster.events import ActorDied, KillWorker, Role, StartWorker, WatchWorker
 from cluster.processes import end_process
 from cluster.ray_store import RayStore
-from cluster.spec import ClusterSpec
+from cluster.spec import ClusterSpec, MeetingPoint
 from router.placement import Member
 
 log = logging.getLogger(__name__)
@@ -91,6 +94,7 @@ class RayWorkers:
         options = self._actors[command.role].options(
             name=_actor_name(member), namespace=self._namespace, lifetime="detached", max_restarts=0, num_cpus=0,
             resources=_pool_resources(command.role), runtime_env=actor_environment(threads),
+            scheduling_strategy="SPREAD" if self._spec.meeting else "DEFAULT",
         )  # fmt: skip
         self._follow(member, options.remote(self._spec.to_json(), member.id, member.incarnation))
 
@@ -143,6 +147,18 @@ class RayHost:
                 "accepted: another name, or end that cluster first"
             )
 
+    def placed(self, spec: ClusterSpec) -> ClusterSpec:
+        """With a meeting point, if the cluster is to span hosts: this node, and two ports free on it."""
+        span = self._config.cluster.span
+        alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        if span == "host" or (span == "auto" and len(alive) == 1):
+            return spec
+        host = ray.util.get_node_ip_address()
+        with socket.create_server((host, 0)) as one, socket.create_server((host, 0)) as other:
+            ports = [held.getsockname()[1] for held in (one, other)]
+        node_id = ray.get_runtime_context().get_node_id()
+        return dataclasses.replace(spec, meeting=MeetingPoint(host, node_id, *ports))
+
     def launch(self, spec: ClusterSpec, controller: Any, scheduler: Any, gateway: Any) -> Future[None]:
         """Start the deciders, which start the workers, and the gateway. Fails with LaunchFailed and the reason."""
         self._spec = spec
@@ -167,9 +183,11 @@ class RayHost:
         self._owns_serve = _SERVE_NAMESPACE not in {actor["namespace"] for actor in _named_actors()}
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        options: dict[str, Any] = {"num_cpus": 0, "runtime_env": actor_environment(1)}
+        if self._spec.meeting:
+            options["resources"] = {f"node:{self._spec.meeting.host}": 0.001}  # where serve was told to listen
         deploy = serve.deployment(
-            name="gateway", num_replicas=1, max_ongoing_requests=1 << 20,
-            ray_actor_options={"num_cpus": 0, "runtime_env": actor_environment(1)},
+            name="gateway", num_replicas=1, max_ongoing_requests=1 << 20, ray_actor_options=options,
         )  # fmt: skip
         try:
             serve.run(deploy(gateway).bind(self._spec.to_json()), name=self._application, route_prefix=None)
@@ -180,8 +198,15 @@ class RayHost:
     def _decider(self, name: str, actor_class: Any) -> Any:
         """Restarted by Ray for ever, each life with a new term."""
         assert self._spec is not None
+        meeting = self._spec.meeting
+        strategy = NodeAffinitySchedulingStrategy(meeting.node_id, soft=False) if meeting else "DEFAULT"
         return actor_class.options(
-            name=name, lifetime="detached", max_restarts=-1, num_cpus=0, runtime_env=actor_environment(1)
+            name=name,
+            lifetime="detached",
+            max_restarts=-1,
+            num_cpus=0,
+            runtime_env=actor_environment(1),
+            scheduling_strategy=strategy,
         ).remote(self._spec.to_json())
 
     def drain(self) -> None:

@@ -70,7 +70,7 @@ def serve(config: Config) -> int:
         return 2
     spec = ClusterSpec(secrets.token_hex(4), secrets.token_urlsafe(24), fitted, facts)
     try:
-        with _ray(spec, stop, console) as (host, launching), asyncio.Runner() as runner:
+        with _ray(spec, stop, console) as (spec, host, launching), asyncio.Runner() as runner:
             cluster = _Cluster(spec, host, stop, console, runner)
             if not cluster.come_up(launching, began_s):
                 raise KeyboardInterrupt  # nothing runs yet that could be finished
@@ -92,8 +92,9 @@ def _leave(code: int, why: str) -> NoReturn:
 
 
 @contextmanager
-def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[RayHost, Future[None]]]:
-    """Ray, with the cluster being launched on it; whatever happens, nothing of it is left afterwards."""
+def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[ClusterSpec, RayHost, Future[None]]]:
+    """Ray, with the cluster being launched on it as the spec then says; whatever happens, nothing of it is left
+    afterwards."""
     _prepare_environment(spec.config)
     # After the environment: Ray reads it when it is imported.
     from cluster import actors
@@ -110,7 +111,8 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[RayH
         host = RayHost(spec.config, temp_dir)
         stop.install()
         console.print("starting controller, scheduler, workers, gateway", highlight=False)
-        yield host, host.launch(spec, actors.ControllerActor, actors.SchedulerActor, actors.GatewayReplica)
+        spec = host.placed(spec)
+        yield spec, host, host.launch(spec, actors.ControllerActor, actors.SchedulerActor, actors.GatewayReplica)
     except (ClusterExists, LaunchFailed, ConnectionError) as error:
         raise StartFailed(str(error)) from error
     except (KeyboardInterrupt, SystemExit):

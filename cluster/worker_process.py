@@ -47,7 +47,8 @@ class Service(Protocol):
 
 
 class WorkerProcess:
-    def __init__(self, spec: ClusterSpec, role: Role, member: Member) -> None:
+    def __init__(self, spec: ClusterSpec, role: Role, member: Member, node_ip: str) -> None:
+        """`node_ip`: where other hosts reach this one, if the cluster has any."""
         self._member = member
         self._epoch: EpochId | None = None  # last prepared or adopted
         self._told_to_exit = threading.Event()
@@ -57,7 +58,7 @@ class WorkerProcess:
         life = spec.config.cluster
         self._watch = TurnWatch({"compute": life.compute_stall_s, "streams": life.loop_stall_s})
         build = _attention if role is Role.ATTENTION else _expert
-        self._service, self._handlers, address = build(spec, member, self._happened)
+        self._service, self._handlers, address = build(spec, member, self._happened, node_ip)
         self._link = MemberLink(
             spec.controller_address,
             spec.token,
@@ -116,7 +117,7 @@ class WorkerProcess:
 
 
 def _attention(
-    spec: ClusterSpec, member: Member, on_event: Callable[[MemberEvent], None]
+    spec: ClusterSpec, member: Member, on_event: Callable[[MemberEvent], None], _node_ip: str
 ) -> tuple[Service, Handlers, Callable[[], str]]:
     from attention_workers.service import AttentionService
 
@@ -130,14 +131,15 @@ def _attention(
 
 
 def _expert(
-    spec: ClusterSpec, member: Member, on_event: Callable[[MemberEvent], None]
+    spec: ClusterSpec, member: Member, on_event: Callable[[MemberEvent], None], node_ip: str
 ) -> tuple[Service, Handlers, Callable[[], str]]:
     from expert_workers.service import ExpertService
 
     config = spec.config
     service = ExpertService(
-        config.model_path, member, spec.token, config.expert, config.router, config.transport, on_event
-    )
+        config.model_path, member, spec.token, config.expert, config.router, config.transport,
+        spec.exchange_host(node_ip), on_event,
+    )  # fmt: skip
     handlers: Handlers = {
         Prepare: lambda order: service.prepare(order.placement),
         Retire: lambda order: service.retire(order.epoch),

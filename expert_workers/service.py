@@ -44,11 +44,13 @@ class ExpertService:
         config: ExpertConfig,
         router: RouterConfig,
         transport: str,
+        host: str,
         on_event: Callable[[MemberEvent], None],
     ) -> None:
+        """`host`: this machine's address where attention workers on others reach it."""
         self.member = member
         self._model_path, self._token, self._config, self._router = model_path, token, config, router
-        self._transport = transport
+        self._transport, self._host = transport, host
         self._on_event = on_event
         self._orders: queue.Queue[Placement | None] = queue.Queue(_ORDERS_MAX)
         self._retired: queue.Queue[EpochId] = queue.Queue(_ORDERS_MAX)
@@ -126,7 +128,7 @@ class ExpertService:
         self._residency = Residency(checkpoint, self.member, dtype, self._config.numerics)
         identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, model.hidden_size, dtype)
         router = self._router.fitted(model.experts_per_token, model.hidden_size, dtype.itemsize)
-        self._end = expert_end(self._transport, identity, router)
+        self._end = expert_end(self._transport, identity, router, host=self._host)
         self._worker = ExpertWorker(self._residency, self._end, self._config.batch_rows_max)
         self._state, self._detail = HealthState.LOADING, "waiting for a placement"
 

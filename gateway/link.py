@@ -31,12 +31,14 @@ OrderStream: TypeAlias = "grpc.aio.StreamStreamCall[schedule_pb2.GatewayMessage,
 
 
 class SchedulerLink:
-    """Implements SchedulerPort. `address` may be set anew when the scheduler moves: the next stream uses it."""
+    """Implements SchedulerPort. `address` may be set anew when the scheduler moves: the next stream uses it.
+    So may `token_address`, where workers send tokens, once its port is known."""
 
     def __init__(
         self, address: str, identity: wire.Identity, token: str, config: GatewayConfig, metrics: GatewayMetrics
     ) -> None:
         self.address = address
+        self.token_address = identity.token_address
         self._identity = identity
         self._token = token
         self._config = config
@@ -133,7 +135,7 @@ class SchedulerLink:
     async def _converse(self) -> None:
         """One stream, from hello to its end."""
         outgoing: asyncio.Queue[schedule_pb2.GatewayMessage] = asyncio.Queue(self._config.link_queue_max)
-        hello = schedule_pb2.GatewayHello(token_address=self._identity.token_address)
+        hello = schedule_pb2.GatewayHello(token_address=self.token_address)
         outgoing.put_nowait(self._sealed(schedule_pb2.GatewayMessage(hello=hello)))
         options = [
             ("grpc.max_receive_message_length", self._config.message_bytes_max),

@@ -40,8 +40,9 @@ class TokenService(step_pb2_grpc.TokenServiceServicer):
         self._metrics = metrics
         self._server: grpc.aio.Server | None = None
 
-    async def start(self) -> None:
-        """Raises CannotListen if the address is taken: one gateway per address, so no SO_REUSEPORT."""
+    async def start(self) -> str:
+        """Serve; returns the address with its port. Raises CannotListen if it is taken: no SO_REUSEPORT."""
+        address = self._identity.token_address
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
@@ -53,11 +54,12 @@ class TokenService(step_pb2_grpc.TokenServiceServicer):
         )
         step_pb2_grpc.add_TokenServiceServicer_to_server(self, server)
         try:
-            server.add_insecure_port(self._identity.token_address)
+            port = server.add_insecure_port(address)
         except RuntimeError as error:
-            raise CannotListen(self._identity.token_address, str(error)) from error
+            raise CannotListen(address, str(error)) from error
         await server.start()
         self._server = server
+        return address if address.startswith("unix") else f"{address.rpartition(':')[0]}:{port}"
 
     async def stop(self, grace_s: float = 0.0) -> None:
         if self._server is not None:

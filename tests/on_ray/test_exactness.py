@@ -16,6 +16,7 @@ CASES = {
     "1x1": ((1, 1), ""),
     "1x3 in chunks of 16": ((1, 3), CHUNKS_OF_16),
     "2x3 in chunks of 16, replicas 2": ((2, 3), CHUNKS_OF_16 + "pools:\n  replicas: 2\n"),
+    "1x2 over grpc": ((1, 2), "transport: grpc\n"),
     "1x1 with 2 threads": ((1, 1), "attention:\n  threads: 2\nexpert:\n  threads: 2\n"),
 }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.config import Config, ConfigError, load_config
-from cluster.spec import CheckpointFacts, ClusterSpec
+from cluster.spec import CheckpointFacts, ClusterSpec, MeetingPoint
 
 
 def write(folder: Path, text: str) -> Path:
@@ -26,7 +27,7 @@ def refused(file: Path | None = None, **flags: object) -> str:
 def test_defaults_are_one_attention_and_two_expert_workers_on_loopback() -> None:
     config = load_config(None, {"model": "checkpoints/demo"})
     assert (config.pools.attention_workers, config.pools.expert_workers, config.pools.replicas) == (1, 2, 1)
-    assert (config.host, config.port, config.transport, config.device) == ("127.0.0.1", 8000, "shm", "cpu")
+    assert (config.host, config.port, config.transport, config.device) == ("127.0.0.1", 8000, "auto", "cpu")
     assert config.grpc_port == 9000
     assert config.model_name == "demo"
     assert config.attention.numerics == "exact"
@@ -75,11 +76,31 @@ def test_addresses_of_two_clusters_and_of_two_gateway_lives_differ() -> None:
         for spec in (one, other)
         for address in (
             spec.controller_address, spec.scheduler_address,
-            spec.token_address("gateway-0", 1), spec.token_address("gateway-0", 2),
+            spec.token_address("gateway-0", 1, "10.0.0.7"), spec.token_address("gateway-0", 2, "10.0.0.7"),
         )
     }  # fmt: skip
     assert len(addresses) == 8
     assert all(address.startswith("unix-abstract:expertmesh-") for address in addresses)
+
+
+def test_between_hosts_everything_meets_at_tcp_and_stays_where_it_was() -> None:
+    """The deciders' addresses survive the journey as JSON; what others bind is their own node's."""
+    config, facts = load_config(None, {"model": "m"}), CheckpointFacts("f00d", 2, 4, 100, 64)
+    spec = ClusterSpec("a", "t", config, facts, MeetingPoint("10.0.0.1", "n1", 7001, 7002))
+    assert ClusterSpec.from_json(spec.to_json()) == spec
+    assert (spec.controller_address, spec.scheduler_address) == ("10.0.0.1:7001", "10.0.0.1:7002")
+    assert spec.token_address("gateway-0", 1, "10.0.0.7") == "10.0.0.7:0"
+    assert spec.exchange_host("10.0.0.7") == "10.0.0.7"
+    on_one_host = replace(spec, meeting=None)
+    assert on_one_host.exchange_host("10.0.0.7") == "127.0.0.1"
+    v6 = replace(spec, meeting=MeetingPoint("fd00::1", "n1", 7001, 7002))
+    assert v6.controller_address == "[fd00::1]:7001"
+
+
+def test_shared_memory_between_hosts_is_refused() -> None:
+    assert "accepted with cluster.span 'hosts': auto, grpc" in refused(
+        **{"transport": "shm", "cluster.span": "hosts"}
+    )
 
 
 def test_unknown_settings_are_named_with_the_nearest_known(tmp_path: Path) -> None:
@@ -102,7 +123,7 @@ def test_exchange_is_set_in_one_place_for_both_pools() -> None:
         ("port", 0, "port: 0; accepted: greater than or equal to 1"),
         ("port", "80a", "port: '80a'; accepted: a valid integer"),
         ("device", "cuda", "device: 'cuda'; accepted: 'cpu'"),
-        ("transport", "nccl", "transport: 'nccl'; accepted: 'shm'"),
+        ("transport", "nccl", "transport: 'nccl'; accepted: 'auto', 'shm' or 'grpc'"),
         ("attention.dtype", "fp8", "accepted: 'auto', 'float32' or 'bfloat16'"),
         ("pools.replicas", 3, "replicas 3 must not exceed expert_workers 2"),
         ("attention.numerics", "fast", "must be the same"),

@@ -124,7 +124,7 @@ def test_the_service_prepares_in_the_background_and_leaves_no_thread(checkpoint)
     before = set(threading.enumerate())
     events, happened = [], threading.Event()
     service = ExpertService(
-        checkpoint.path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm",
+        checkpoint.path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm", "127.0.0.1",
         lambda e: (events.append(e), happened.set()),
     )  # fmt: skip
     service.start()
@@ -157,7 +157,9 @@ def test_what_loading_takes_is_counted_as_it_is_served(checkpoint):
 
 def test_a_bad_checkpoint_is_a_failure_with_its_reason(tmp_path):
     events = []
-    service = ExpertService(tmp_path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm", events.append)
+    service = ExpertService(
+        tmp_path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm", "127.0.0.1", events.append
+    )
     service.start()
     assert service.health().state is HealthState.FAILED
     [failed] = events
