@@ -28,6 +28,8 @@ _OPTIONS = (
     ("grpc.max_send_message_length", _MESSAGE_BYTES_MAX),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # else a ping under way is waited for a minute
+    ("grpc.enable_http_proxy", 0),  # what the environment says of proxies is for the world outside
 )
 
 

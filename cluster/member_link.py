@@ -34,6 +34,7 @@ _MESSAGE_BYTES_MAX = 64 << 20
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", _MESSAGE_BYTES_MAX),
+    ("grpc.enable_http_proxy", 0),  # what the environment says of proxies is for the world outside
     ("grpc.use_local_subchannel_pool", 1),  # else a new channel inherits the old one's back-off
 ]
 

@@ -142,7 +142,9 @@ class SchedulerLink:
             ("grpc.max_send_message_length", self._config.message_bytes_max),
             ("grpc.keepalive_time_ms", round(self._config.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", round(self._config.keepalive_timeout_s * 1000)),
+            ("grpc.http2.ping_timeout_ms", round(self._config.keepalive_timeout_s * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.enable_http_proxy", 0),  # what the environment says of proxies is for the world outside
         ]
         async with grpc.aio.insecure_channel(self.address, options=options) as channel:
             stub = schedule_pb2_grpc.SchedulerServiceStub(channel)

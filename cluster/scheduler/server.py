@@ -104,6 +104,7 @@ class SchedulerServer(schedule_pb2_grpc.SchedulerServiceServicer):
                 ("grpc.max_send_message_length", config.plan_bytes_max),
                 ("grpc.keepalive_time_ms", int(config.keepalive_s * 1000)),
                 ("grpc.keepalive_timeout_ms", int(config.keepalive_timeout_s * 1000)),
+                ("grpc.http2.ping_timeout_ms", int(config.keepalive_timeout_s * 1000)),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 1000),  # peers may ask as often
             ],

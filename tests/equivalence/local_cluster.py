@@ -1,4 +1,4 @@
-"""Attention and expert workers of one checkpoint in this process, over the local exchange: no gRPC, no Ray.
+"""Attention and expert workers of one checkpoint in this process, over any exchange. No Ray.
 
 The same plain classes that actors host. Expert workers answer from threads of their own.
 """
@@ -24,7 +24,8 @@ from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.placement import EpochId, Member, Placement, spread
 from router.transport.base import LinkIdentity
-from router.transport.local import LocalAttentionEnd, LocalExpertEnd, LocalHub
+from router.transport.local import LocalHub
+from router.transport.select import attention_end, expert_end
 
 EPOCH = EpochId(1, 1)
 
@@ -47,18 +48,22 @@ class Answer:
 class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
                  sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None,
-                 keep=("dequantised",)):  # fmt: skip
+                 keep=("dequantised",), transport="local"):  # fmt: skip
         """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid.
 
-        `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers.
+        `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers. `transport`: or
+        "mixed", where every other expert worker looks as if it were on another host.
         """
         self.checkpoint = checkpoint
         config = checkpoint.config
         self.dtype = dtype or getattr(torch, config.dtype)
         self.hub, self.router = LocalHub(), RouterConfig(combine_timeout_s=30.0)
+        self._transport = "auto" if transport == "mixed" else transport
         self._stopping = threading.Event()
         self.experts = [self._expert(Member(f"e{i}", 1), numerics) for i in range(experts)]
         members = [(e.residency.member, e.end.address) for e in self.experts]
+        if transport == "mixed":
+            members[::2] = [(member, address.split(",")[1]) for member, address in members[::2]]
         self.placement: Placement = (placement or self._spread)(members, replicas)
         for expert, how in zip(self.experts, itertools.cycle(keep), strict=False):
             expert.residency.prepare(self.placement, keep=how)
@@ -84,7 +89,7 @@ class LocalCluster:
 
     def _expert(self, member, numerics):
         residency = Residency(self.checkpoint, member, self.dtype, numerics)
-        end = LocalExpertEnd(self.hub, self._identity(member), self.router)
+        end = expert_end(self._transport, self._identity(member), self.router, self.hub)
         return ExpertWorker(residency, end, rows_max=4096)
 
     def _attention(self, index, microbatches, pools, numerics, keep):
@@ -103,7 +108,7 @@ class LocalCluster:
             self.checkpoint.fingerprint, 1, KvBlocks(pools[FULL]), TILE, 256, self._model_len, sliding=sliding
         )
         member = Member(f"a{index}", 1)
-        end = LocalAttentionEnd(self.hub, self._identity(member), self.router)
+        end = attention_end(self._transport, self._identity(member), self.router, self.hub)
         dispatcher = Dispatcher(end, member, self.router, lambda peer: None)
         dispatcher.prepare(self.placement)
         dispatcher.adopt()

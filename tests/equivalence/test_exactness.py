@@ -78,6 +78,16 @@ def test_company_chunks_and_topology_leave_no_trace(checkpoint, dtype, alone, to
     assert len(answers) == 33
 
 
+@pytest.mark.parametrize("transport", ["shm", "grpc", "mixed"])
+def test_the_way_parcels_travel_leaves_no_trace(checkpoint, dtype, alone, transport):
+    """Shared memory, a stream between hosts, or each for half of the experts."""
+    with LocalCluster(checkpoint, dtype=dtype, experts=2, transport=transport) as cluster:
+        kinds = set(cluster.workers[0].dispatcher.transports().values())
+        assert kinds == ({"shm", "grpc"} if transport == "mixed" else {transport})
+        answers = cluster.run([me(), *strangers(4)])
+    assert answers["me"] == alone
+
+
 def test_thread_count_leaves_no_trace(checkpoint, dtype, alone):
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -53,9 +53,8 @@ def test_pools_span_two_nodes_and_nobody_can_tell(tiny: Path, two_nodes: str, tm
     spanning = ["--ray-address", two_nodes, "--transport", "grpc"]
     with Served(tiny, *flags, *spanning, log=tmp_path / "two") as cluster:
         assert answers(cluster) == expected
-        status = cluster.wait_for_status(
-            lambda s: all(w["links"] for w in s["workers"] if w["role"] == "attention")
-        )
+        over_grpc = [{"expert-0": "grpc", "expert-1": "grpc"}] * 2
+        status = cluster.wait_for_status(lambda status: links(status) == over_grpc)
         for role in ("attention", "expert"):
             workers = [worker for worker in status["workers"] if worker["role"] == role]
             raylets = {psutil.Process(worker["pid"]).ppid() for worker in workers}

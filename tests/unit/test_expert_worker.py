@@ -1,6 +1,7 @@
 """Promises of the expert worker: joins what waits, waits for nobody, refuses what it must not compute."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,22 @@ def test_a_parcel_for_what_is_not_held_is_refused_and_its_neighbours_are_answere
     assert isinstance(answered, Reply)
     assert isinstance(refused, Refusal)
     assert refused.reason is reason
+
+
+def test_a_long_batch_pulses_between_its_experts(pair, checkpoint):
+    """Slow is not dead: who waits for the last expert hears of the first."""
+    worker, client = pair
+    me = worker.residency.member
+    worker.residency.prepare(placement(checkpoint, (me, [(0, e) for e in range(3)]), epoch=EpochId(1, 2)))
+    told = []
+    pulse = worker.end.pulse
+    worker.end.pulse = lambda: (told.append(1), pulse())
+    hidden = checkpoint.config.hidden_size
+    wide = replace(parcel(hidden=hidden), route_experts=torch.tensor([0, 1, 2], dtype=torch.int32))
+    ticket = client.dispatch([wide])
+    assert worker.turn(0.0)
+    assert isinstance(client.combine(ticket, 5)[0], Reply)
+    assert len(told) == 3
 
 
 def test_the_service_prepares_in_the_background_and_leaves_no_thread(checkpoint):
