@@ -1,4 +1,4 @@
-"""The deadline of an exchange is one of silence, has a total, and does not count while we ourselves stood still."""
+"""The deadline of an exchange is one of silence, has a total, and does not count while we stood still."""
 
 from __future__ import annotations
 
