@@ -116,7 +116,8 @@ class AttentionService:
 
     def turns(self) -> dict[str, int]:
         """What grows while the threads turn, from the first placement on."""
-        return {"compute": self._turns, "streams": self._streams.turns}
+        waits = self._worker.dispatcher.waits if self._worker is not None else 0
+        return {"compute": self._turns + waits, "streams": self._streams.turns}
 
     def stop(self, grace_s: float) -> None:
         """End after the running step. Threads and descriptors are gone when this returns."""

@@ -93,7 +93,8 @@ class LifeConfig(_Section):
     """An event loop that has not turned for so long is hung: its process says so, is killed and replaced."""
 
     compute_stall_s: float = Field(120.0, gt=0)
-    """Likewise a worker's compute thread: longer than its slowest step. Waiting for experts is turning."""
+    """Likewise a worker's compute thread: it turns with every step, every wait for experts that ends, and every
+    expert computed."""
 
     companion_deadline_s: float = Field(30.0, gt=0)
     """Scheduler and controller watch each other, the controller also gateways: one silent for so long is killed,
@@ -176,13 +177,12 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _a_wait_is_no_stall(self) -> Config:
-        """One step may wait for each plan of its rows in turn; that must not count as hanging."""
-        router, stall_s = self.router, self.cluster.compute_stall_s
-        longest_s = router.connect_timeout_s + (1 + router.replans_max) * router.combine_timeout_s
-        if stall_s < longest_s:
+        """A compute thread turns with every wait for experts that ends; the longest must not count as hanging."""
+        total_s, stall_s = self.router.combine_total_s, self.cluster.compute_stall_s
+        if stall_s < total_s:
             raise ValueError(
-                f"cluster.compute_stall_s {stall_s:g} must be at least {longest_s:g}, the router's longest waits "
-                "together: connect_timeout_s + (1 + replans_max) * combine_timeout_s"
+                f"cluster.compute_stall_s {stall_s:g} must be at least router.combine_total_s, {total_s:g}: the "
+                "longest wait for experts is no hang"
             )
         return self
 

@@ -20,6 +20,7 @@ class ExpertWorker:
         self.rows = 0
         self.batches = 0
         self.refused = 0
+        self.experts = 0  # computed, each with its rows of one batch
 
     def turn(self, timeout_s: float) -> bool:
         """Take in what waits and answer one batch. False when nothing came within `timeout_s`."""
@@ -40,11 +41,16 @@ class ExpertWorker:
         if not batch:
             return
         rows = torch.cat([p.rows[p.route_rows.long()] for p in batch])  # [r, H]
-        out = grouped(held, rows, torch.cat([p.route_experts for p in batch]), self.end.pulse)
+        out = grouped(held, rows, torch.cat([p.route_experts for p in batch]), self._between)
         self.rows += len(rows)
         self.batches += 1
         for parcel, part in zip(batch, out.split([len(p.route_rows) for p in batch]), strict=True):
             self.end.reply(parcel, part)
+
+    def _between(self) -> None:
+        """After each expert: a long batch is no silence."""
+        self.experts += 1
+        self.end.pulse()
 
     def _may_answer(self, parcel: Parcel, held: dict[int, Expert]) -> bool:
         """Refuse a parcel that is not for this life, this epoch or these experts."""

@@ -57,6 +57,7 @@ class Dispatcher:
         self._prepared: tuple[Placement, Prepared] | None = None
         self._adopting = threading.Lock()  # of the field above, and of what the end knows of its peers
         self._tickets = 0
+        self.waits = 0  # for replies, ended one way or the other; grows while a step does
         self._counts: Counter[str] = Counter()
 
     @property
@@ -196,6 +197,7 @@ class Dispatcher:
             return []
         failed: list[_Failure] = []
         outcomes = self._end.combine(pending.ticket, self._config.combine_timeout_s)
+        self.waits += 1
         for parcel, planned, outcome in zip(pending.ticket.parcels, pending.plan.parcels, outcomes, strict=True):
             if isinstance(outcome, Reply):
                 place(ranks, planned.positions, outcome.rows)

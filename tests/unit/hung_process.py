@@ -30,7 +30,7 @@ def scheduler(pipe: Connection, spec: str) -> None:
 
 def worker(pipe: Connection, spec: str, role: str) -> None:
     """Of an attention worker the compute thread hangs."""
-    process = WorkerProcess(ClusterSpec.from_json(spec), Role(role), Member(f"{role}-0", 1))
+    process = WorkerProcess(ClusterSpec.from_json(spec), Role(role), Member(f"{role}-0", 1), "127.0.0.1")
     process.start()
     pipe.recv_bytes()
     process._service.publish(object.__new__(Hole))

@@ -130,7 +130,7 @@ def test_exchange_is_set_in_one_place_for_both_pools() -> None:
         ("gateway.n_max", 200, "gateway.n_max 200 must not exceed scheduler.siblings_max 128"),
         ("gateway.in_flight_max", 10_000, "must not exceed gateway.link_queue_max 4096"),
         ("gateway.submit_bytes_max", 16 << 20, "must be at least 4096 below scheduler.message_bytes_max 16777216"),
-        ("cluster.compute_stall_s", 5, "must be at least 12, the router's longest waits together"),
+        ("cluster.compute_stall_s", 5, "must be at least router.combine_total_s, 60"),
         ("cluster.loop_stall_s", 1, "must be at least three heartbeats, 3"),
         ("cluster.restart_backoff_s_max", 0.1, "restart_backoff_s_min 0.5 must not exceed"),
         ("gateway.api_key", "", "gateway.api_key"),

@@ -22,7 +22,7 @@ from tests.unit.served_controller import WAIT_S, Cluster
 
 QUICK = {
     "cluster": {"heartbeat_s": 0.1, "loop_stall_s": 0.5, "compute_stall_s": 0.5},
-    "router": {"combine_timeout_s": 0.05, "connect_timeout_s": 0.2, "replans_max": 1},
+    "router": {"combine_timeout_s": 0.05, "combine_total_s": 0.4, "connect_timeout_s": 0.2, "replans_max": 1},
     "attention": {"kv_bytes": 1 << 20},
 }
 
