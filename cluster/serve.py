@@ -237,7 +237,7 @@ class _Cluster:
         grpc_url = f" and gRPC on {config.host}:{config.grpc_port}" if config.grpc_port else ""
         self._say(
             f"ready after {took_s:.1f} s: {config.model_name} on {url}{grpc_url}, "
-            f"{attention} attention and {experts} expert workers over {config.transport}\n"
+            f"{attention} attention and {experts} expert workers, transport {config.transport}\n"
             f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
             f'    -d \'{{"model": "{config.model_name}", "prompt": {prompt}, "max_tokens": 16}}\'\n'
             f"  expertmesh status --url {url}"
