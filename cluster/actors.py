@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import ray
 
 from cluster.events import Role
-from cluster.ray_driver import RayWorkers
+from cluster.ray_driver import RayWorkers, node_ip
 from cluster.ray_store import RayStore
 from cluster.spec import ClusterSpec
 from cluster.store import draw
@@ -50,8 +50,8 @@ class _Worker:
         from cluster.worker_process import WorkerProcess
 
         _log_to_stderr()
-        member, node_ip = Member(worker_id, incarnation), ray.util.get_node_ip_address()
-        self._process = WorkerProcess(ClusterSpec.from_json(spec), role, member, node_ip)
+        member = Member(worker_id, incarnation)
+        self._process = WorkerProcess(ClusterSpec.from_json(spec), role, member, node_ip())
         self._process.start()
 
     async def watch(self) -> str:
@@ -115,7 +115,7 @@ class GatewayReplica:
 
         parsed = ClusterSpec.from_json(spec)
         incarnation = draw(RayStore(parsed.cluster_id), "gateway-0")
-        self._process = GatewayProcess(parsed, Member("gateway-0", incarnation), ray.util.get_node_ip_address())
+        self._process = GatewayProcess(parsed, Member("gateway-0", incarnation), node_ip())
         self._process.start()
 
     def check_health(self) -> None:

@@ -49,6 +49,11 @@ def actor_environment(threads: int) -> dict[str, Any]:
     return {"env_vars": {**{name: str(threads) for name in names}, "TOKENIZERS_PARALLELISM": "false"}}
 
 
+def node_ip() -> str:
+    """This node's address, as Ray tells it to other nodes."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
 class RayWorkers:
     """A WorkerDriver: each life of a worker is a detached actor that is never restarted.
 
@@ -153,7 +158,7 @@ class RayHost:
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         if span == "host" or (span == "auto" and len(alive) == 1):
             return spec
-        host = ray.util.get_node_ip_address()
+        host = node_ip()
         with socket.create_server((host, 0)) as one, socket.create_server((host, 0)) as other:
             ports = [held.getsockname()[1] for held in (one, other)]
         node_id = ray.get_runtime_context().get_node_id()

@@ -106,7 +106,7 @@ class World:
 
         expert = ExpertService(
             self.checkpoint.path, Member("expert-0", self._epochs), TOKEN, ExpertConfig(), RouterConfig(), "shm",
-            happened,
+            "127.0.0.1", happened,
         )  # fmt: skip
         expert.start()
         self._experts.append(expert)
