@@ -97,7 +97,14 @@ def test_a_worker_that_runs_short_keeps_what_comes_later_in_fp8(
     events: list[MemberEvent] = []
     happened = threading.Event()
     service = ExpertService(
-        fp8.path, ME, "t", ExpertConfig(), RouterConfig(), "shm", lambda e: (events.append(e), happened.set())[0]
+        fp8.path,
+        ME,
+        "t",
+        ExpertConfig(),
+        RouterConfig(),
+        "shm",
+        "127.0.0.1",
+        lambda e: (events.append(e), happened.set())[0],
     )
     service.start()
     try:
@@ -123,7 +130,14 @@ def test_a_worker_told_to_dequantise_refuses_rather_than_disobey(
     happened = threading.Event()
     config = ExpertConfig(weights="dequantised")
     service = ExpertService(
-        fp8.path, ME, "t", config, RouterConfig(), "shm", lambda e: (events.append(e), happened.set())[0]
+        fp8.path,
+        ME,
+        "t",
+        config,
+        RouterConfig(),
+        "shm",
+        "127.0.0.1",
+        lambda e: (events.append(e), happened.set())[0],
     )
     service.start()
     try:
