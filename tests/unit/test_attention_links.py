@@ -154,11 +154,12 @@ def test_a_hello_is_of_one_moment():
 
     compute = threading.Thread(target=go_on)
     compute.start()
-    hellos = [streams._greet() for _ in range(2000)]
+    hellos = [streams._greet()]
+    while len(hellos) < 2000 or hellos[-1].plan_number == hellos[0].plan_number:  # the threads do take turns
+        hellos.append(streams._greet())
     is_over.set()
     compute.join()
     streams.close(1.0)
-    assert len({hello.plan_number for hello in hellos}) > 1
     assert all(len(hello.state.running) == hello.plan_number for hello in hellos)
 
 
