@@ -90,7 +90,8 @@ class ModelConfig(BaseModel):
         """
         if not self.is_fp8 or not name.endswith(FP8_WEIGHTS):
             return False
-        return not any(f".{module}." in f".{name}." for module in self.not_fp8)
+        components = f".{name}."
+        return not any(f".{module}." in components for module in self.not_fp8)
 
     @property
     def q_size(self) -> int:

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.errors import CheckpointError
 
@@ -24,9 +24,8 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: bytes [begin, end) of the file."""
+class TensorEntry(NamedTuple):
+    """Where one tensor lies: bytes [begin, end) of the file. A tuple: a large model has a hundred thousand."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -71,13 +70,14 @@ def read_shard(path: Path) -> Shard:
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorEntry:
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
-            isinstance(size, int) and size >= 0 for size in shape
-        ):
-            pass
-        case _:
-            raise CheckpointError(path, json.dumps(entry), "{dtype, shape, data_offsets}", name)
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        is_entry = type(dtype) is str and type(shape) is list and set(map(type, (begin, end, *shape))) == {int}
+        is_entry = is_entry and min(shape, default=0) >= 0
+    except (TypeError, KeyError, ValueError):
+        is_entry = False
+    if not is_entry:
+        raise CheckpointError(path, json.dumps(entry), "{dtype, shape, data_offsets}", name)
     if dtype not in ITEM_BYTES:
         raise CheckpointError(path, f"dtype {dtype}", f"one of {', '.join(ITEM_BYTES)}", name)
     expected = math.prod(shape) * ITEM_BYTES[dtype]

@@ -4,9 +4,16 @@ import inspect
 import os
 
 import pytest
+from hypothesis import settings
 
-# One compute thread unless a test asks for more: idle threads spin, and steal what their neighbours need.
+# One compute thread unless a test asks for more; those that wait sleep, for a thread that spins steals the core
+# that its neighbour needs (on two busy cores the tests with two threads took 60 s of CPU, and take 4).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# The same examples on every run and machine, however slow: what fails here fails there.
+settings.register_profile("project", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("project")
 
 
 @pytest.hookimpl(tryfirst=True)

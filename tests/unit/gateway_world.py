@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gateway.config import GatewayConfig
@@ -28,8 +27,6 @@ from gateway.port import CloseReason, Sibling, Submission
 from gateway.request import FinishReason, TokenDelta
 from gateway.server import create_app
 from gateway.state import GatewayState
-
-PROPERTY = settings(max_examples=60, derandomize=True, deadline=None)
 
 SPECIAL = ("]~!b[", "]~b]", "[e~[", "]!d~[")
 ADDED = ("<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>")

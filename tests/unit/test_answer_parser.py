@@ -13,7 +13,6 @@ from gateway.parsers.arguments import kinds_of_parameters
 from gateway.parsers.calls import Kinds
 from gateway.request import FinishReason
 from tests.unit.answers import TAGS, TOKENS, calls, read, written
-from tests.unit.gateway_world import PROPERTY
 
 SCHEMA = {
     "properties": {
@@ -26,7 +25,7 @@ SCHEMA = {
     }
 }
 TOOLS: dict[str, Kinds] = {"f": kinds_of_parameters(SCHEMA), "get-it.now": {}}
-FEW = settings(PROPERTY, max_examples=25)
+FEW = settings(max_examples=25)
 
 STRUCTURAL = (
     "</parameter>",

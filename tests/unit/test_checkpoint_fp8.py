@@ -194,33 +194,29 @@ def test_a_code_that_is_no_number_is_refused_when_it_is_loaded(single: Path, cod
 
 # --- the released checkpoint, as files with holes --------------------------------------------------
 
-NUM_SHARDS = 126
-PREDICTION = "model.layers.62.eh_proj.weight"
+NUM_LAYERS = 62
+PREDICTION = f"model.layers.{NUM_LAYERS}.eh_proj.weight"
 Entries = dict[str, tuple[str, tuple[int, ...]]]  # name to (dtype, shape)
 
 
-@pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All 96,103 tensors of the released FP8 checkpoint, one of a prediction module; no contents."""
-    path = tmp_path_factory.mktemp("released")
-    raw = {**RELEASED, "quantization_config": FP8}
+def write_released(path: Path, num_layers: int, num_shards: int) -> None:
+    """Every tensor of the released FP8 checkpoint up to some layer, one of a prediction module; no contents."""
+    path.mkdir()
+    layers = {"num_hidden_layers": num_layers, "attn_type_list": [1] * num_layers}
+    raw = {**RELEASED, **layers, "quantization_config": FP8}
     (path / "config.json").write_text(json.dumps(raw))
     config = ModelConfig.from_dict(raw)
     entries = {name: (released_dtype(config, name), shape) for name, shape in expected_shapes(config)}
     entries[PREDICTION] = ("BF16", (3072, 6144))
     names = list(entries)
-    each = -(-len(names) // NUM_SHARDS)
+    each = -(-len(names) // num_shards)
     weight_map = {}
-    for number in range(NUM_SHARDS):
+    for number in range(num_shards):
         mine = names[number * each : (number + 1) * each]
-        write_sparse(path / shard_name(number), {name: entries[name] for name in mine})
-        weight_map |= dict.fromkeys(mine, shard_name(number))
+        file = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
+        write_sparse(path / file, {name: entries[name] for name in mine})
+        weight_map |= dict.fromkeys(mine, file)
     (path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    return path
-
-
-def shard_name(number: int) -> str:
-    return f"model-{number + 1:05}-of-{NUM_SHARDS:05}.safetensors"
 
 
 def released_dtype(config: ModelConfig, name: str) -> str:
@@ -241,8 +237,10 @@ def write_sparse(file: Path, entries: Entries) -> None:
         stream.truncate(8 + len(text) + at)
 
 
-def test_the_released_checkpoint_is_accepted(released: Path) -> None:
-    """Its sizes are those its makers tell: 230 GB, of which the experts are 225."""
+def test_the_released_checkpoint_is_accepted(tmp_path: Path) -> None:
+    """All 96,103 tensors; its sizes are those its makers tell: 230 GB, of which the experts are 225."""
+    released = tmp_path / "released"
+    write_released(released, NUM_LAYERS, 126)
     checkpoint = Checkpoint.open(released)
     names = checkpoint.names()
     assert len(names) == 96_103
@@ -253,8 +251,8 @@ def test_the_released_checkpoint_is_accepted(released: Path) -> None:
     assert sum(file.stat().st_blocks * 512 for file in released.iterdir()) < 40 << 20, "holes take no room"
 
 
-LAST = "model.layers.61.block_sparse_moe.experts.255.w2.weight_scale_inv"
-EXTRA = "model.layers.61.self_attn.v_proj.v_scale"
+LAST = "model.layers.3.block_sparse_moe.experts.255.w2.weight_scale_inv"
+EXTRA = "model.layers.3.self_attn.v_proj.v_scale"
 
 
 @pytest.mark.parametrize(
@@ -268,16 +266,15 @@ EXTRA = "model.layers.61.self_attn.v_proj.v_scale"
     ],
 )
 def test_one_defect_among_them_is_named(
-    released: Path, tmp_path: Path, change: Callable[[Entries], object], refused: tuple[str, str, str]
+    tmp_path: Path, change: Callable[[Entries], object], refused: tuple[str, str, str]
 ) -> None:
-    """The last shard written again, the rest linked."""
-    last = shard_name(NUM_SHARDS - 1)
-    for file in released.iterdir():
-        if file.name not in (last, INDEX_FILE):
-            (tmp_path / file.name).symlink_to(file)
-    entries = {name: (entry.dtype, entry.shape) for name, entry in read_shard(released / last).tensors.items()}
+    """In the last of its shards; of four layers, for the way there is the same."""
+    path = tmp_path / "released"
+    write_released(path, num_layers=4, num_shards=8)
+    last = path / "model-00008-of-00008.safetensors"
+    entries = {name: (entry.dtype, entry.shape) for name, entry in read_shard(last).tensors.items()}
     change(entries)
-    write_sparse(tmp_path / last, entries)
-    weight_map = json.loads((released / INDEX_FILE).read_text())["weight_map"] | dict.fromkeys(entries, last)
-    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
-    assert refusal(lambda: Checkpoint.open(tmp_path)) == refused
+    write_sparse(last, entries)
+    weight_map = json.loads((path / INDEX_FILE).read_text())["weight_map"] | dict.fromkeys(entries, last.name)
+    (path / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    assert refusal(lambda: Checkpoint.open(path)) == refused

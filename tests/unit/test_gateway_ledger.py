@@ -18,7 +18,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.port import CloseReason
 from gateway.request import FinishReason, GenerateRequest, Sampling, TokenDelta, sibling_seed
 from tests.one_loop import run
-from tests.unit.gateway_world import PROPERTY, EchoEngine, said, settled
+from tests.unit.gateway_world import EchoEngine, said, settled
 
 PROMPT = (5, 6, 7, 8, 9)
 
@@ -290,7 +290,6 @@ async def test_claims_are_what_is_unfinished() -> None:
     waiting.cancel()
 
 
-@PROPERTY
 @given(st.data())
 def test_any_history_streams_the_same_tokens_once(data: st.DataObject) -> None:
     """Whatever is split, repeated, late or lost, the client reads the sequence, each position once."""

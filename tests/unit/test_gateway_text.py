@@ -14,7 +14,7 @@ from gateway.errors import CheckpointUnreadable
 from gateway.request import FinishReason, GenerateRequest, Sampling, TokenDelta
 from gateway.text import ChoiceText, StopMatcher, joined
 from gateway.tokens import IncrementalDetokeniser, Tokens, load_tokens, shown_token
-from tests.unit.gateway_world import ADDED, PROPERTY, SPECIAL, card_of, tokenizer_json, write_checkpoint
+from tests.unit.gateway_world import ADDED, SPECIAL, card_of, tokenizer_json, write_checkpoint
 
 TOKENIZER = Tokenizer.from_str(tokenizer_json())
 TOKENS = Tokens(TOKENIZER)
@@ -23,7 +23,6 @@ TEXT = st.text(alphabet="abAB", max_size=40)
 STOPS = st.lists(st.text(alphabet="abAB", min_size=1, max_size=5), max_size=4)
 
 
-@PROPERTY
 @given(ANY_IDS)
 def test_the_parts_together_are_the_whole(ids: list[int]) -> None:
     """Also where bytes are no UTF-8, tokens are special, or ids are unknown."""
@@ -31,7 +30,6 @@ def test_the_parts_together_are_the_whole(ids: list[int]) -> None:
     assert "".join([*map(one.push, ids), one.flush()]) == TOKENS.decode(ids)
 
 
-@PROPERTY
 @given(st.text(max_size=20))
 def test_text_comes_back_and_no_part_is_half_a_character(text: str) -> None:
     one = IncrementalDetokeniser(TOKENS)
@@ -101,7 +99,6 @@ def naive_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-@PROPERTY
 @given(TEXT, STOPS, st.lists(st.integers(0, 5), max_size=20))
 def test_stop_strings_cut_as_in_the_whole_text_however_it_is_sliced(
     text: str, stops: list[str], sizes: list[int]
@@ -114,7 +111,6 @@ def test_stop_strings_cut_as_in_the_whole_text_however_it_is_sliced(
     assert (out + matcher.flush(), matcher.matched) == naive_cut(text, stops)
 
 
-@PROPERTY
 @given(TEXT, STOPS)
 def test_no_more_is_held_back_than_could_become_a_stop_string(text: str, stops: list[str]) -> None:
     matcher = StopMatcher(stops)
@@ -133,7 +129,6 @@ def delta(position: int, tokens: list[int], finish: FinishReason | None = None) 
     return TokenDelta("r", 0, 1, position, tuple(tokens), logprobs, finish=finish)
 
 
-@PROPERTY
 @given(ANY_IDS.filter(bool), st.lists(st.sampled_from(["e", "lo", " w", "ü", "\ufffd"]), max_size=2), st.data())
 def test_an_answer_does_not_depend_on_how_its_tokens_came(
     ids: list[int], stop: list[str], data: st.DataObject
@@ -165,7 +160,6 @@ def test_a_stop_string_ends_at_the_token_that_completes_it() -> None:
     assert (piece.logprobs, piece.offsets) == ((-2.0,), (4,))
 
 
-@PROPERTY
 @given(TEXT.filter(bool), STOPS, st.integers(0, 30))
 def test_a_stop_string_counts_once_enough_tokens_have_come(text: str, stops: list[str], least: int) -> None:
     """One that the first `min_tokens` tokens complete does not; one that they begin does."""

@@ -15,7 +15,7 @@ from gateway.config import GatewayConfig
 from gateway.model_card import ModelCard
 from gateway.server import create_app
 from gateway.validate import Validator
-from tests.unit.gateway_world import PROPERTY, card_of, state_of, tokenizer_json, write_checkpoint
+from tests.unit.gateway_world import card_of, state_of, tokenizer_json, write_checkpoint
 
 TOKENIZER = Tokenizer.from_str(tokenizer_json())
 CHAT = [{"role": "user", "content": "Grüße 🙂"}]
@@ -55,7 +55,6 @@ async def test_messages_tokens_are_what_a_chat_would_see(card: ModelCard) -> Non
     }
 
 
-@PROPERTY
 @given(st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 1), max_size=20))
 def test_text_is_what_the_tokenizer_makes_of_all_at_once(card: ModelCard, ids: list[int]) -> None:
     """Special tokens by name; bytes that are no text are U+FFFD."""

@@ -17,7 +17,7 @@ from gateway.errors import BadRequest, NotFound, NotJson, TooLarge
 from gateway.model_card import ModelCard
 from gateway.request import Sampling
 from gateway.validate import Validator
-from tests.unit.gateway_world import PROPERTY, card_of, write_checkpoint
+from tests.unit.gateway_world import card_of, write_checkpoint
 
 CONFIG = GatewayConfig(n_max=8, prompts_max=3, tools_max=2)
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -376,7 +376,6 @@ FIELDS = st.sampled_from(
 )
 
 
-@PROPERTY
 @given(st.dictionaries(FIELDS, JSON, max_size=4), st.booleans())
 def test_no_body_whatever_raises_anything_but_a_refusal(
     validator: Validator, body: dict[str, Any], is_chat: bool

@@ -94,7 +94,6 @@ def test_a_chunk_is_cut_to_what_the_sliding_space_holds():
     assert sum(counts) == 32
 
 
-@settings(derandomize=True)
 @given(first=st.integers(0, 40), num=st.integers(1, 60), block_tokens=st.integers(1, 9))
 def test_no_run_of_tokens_overlaps_more_blocks(first, num, block_tokens):
     overlapped = (first + num - 1) // block_tokens - first // block_tokens + 1
@@ -122,7 +121,7 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(EVENTS, st.integers(4, 20), st.integers(1, 12), st.integers(0, 6))
 def test_blocks_are_conserved_in_both_spaces_after_every_event(events, full, window, spare):
     """Whatever is started, stopped and starved: free + held = total in each space, and all that stays ends."""
@@ -183,7 +182,6 @@ def test_both_spaces_run_dry_together_under_sequences_of_the_length_named():
     assert 4_999_000 <= sum(blocks.values()) * 1000 <= 5_000_000
 
 
-@settings(derandomize=True)
 @given(
     kv_bytes=st.integers(1, 10**8), full=st.sampled_from([0, 700, 1000]), sliding=st.sampled_from([300, 1000]),
     window=st.integers(1, 4000), sequences_max=st.integers(1, 300), sequence_tokens=st.integers(1, 5000),

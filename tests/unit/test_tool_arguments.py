@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.parsers.arguments import as_json, kinds_of_parameters, string_as_json
-from tests.unit.gateway_world import PROPERTY
 
 
 def value(text: str, schema: Any, **root: Any) -> Any:
@@ -84,14 +83,12 @@ def test_a_reference_is_followed_once_however_often_it_is_named() -> None:
     assert value("3", {"$ref": "#/$defs/d0"}, **{"$defs": definitions}) == 3
 
 
-@PROPERTY
 @given(st.text(max_size=20), st.integers(0, 20))
 def test_a_strings_parts_are_its_whole(text: str, cut: int) -> None:
     parts = string_as_json(text[:cut]) + string_as_json(text[cut:])
     assert json.loads(f'"{parts}"') == text
 
 
-@PROPERTY
 @given(st.text(alphabet='0123456789.eE+-{}[]",:nulltrfasiNIy \\u_', max_size=15), st.sets(st.sampled_from(
     ["null", "integer", "number", "boolean", "object", "array", "string"]
 ), min_size=1))  # fmt: skip
