@@ -32,6 +32,17 @@ def _log_to_stderr() -> None:
     )
 
 
+def _use_threads(count: int) -> None:
+    """One compute thread per process unless told otherwise: idle OpenMP threads steal cores (DESIGN 11).
+
+    First of all that an actor does: libraries read it when they are imported. A Ray runtime environment would
+    say it too, but has Ray start the interpreter twice, half a second for each process.
+    """
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(count)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
 @contextmanager
 def _beginning(name: str) -> Iterator[None]:
     """The first life's failure goes to who launches the cluster. A later life's ends its process: Ray restarts a
@@ -47,11 +58,13 @@ def _beginning(name: str) -> Iterator[None]:
 
 class _Worker:
     def __init__(self, role: Role, spec: str, worker_id: str, incarnation: int) -> None:
+        parsed = ClusterSpec.from_json(spec)
+        config = parsed.config
+        _use_threads(config.attention.threads if role is Role.ATTENTION else config.expert.threads)
         from cluster.worker_process import WorkerProcess
 
         _log_to_stderr()
-        member = Member(worker_id, incarnation)
-        self._process = WorkerProcess(ClusterSpec.from_json(spec), role, member, node_ip())
+        self._process = WorkerProcess(parsed, role, Member(worker_id, incarnation), node_ip())
         self._process.start()
 
     async def watch(self) -> str:
@@ -74,6 +87,7 @@ class ExpertActor(_Worker):
 @ray.remote
 class ControllerActor:
     def __init__(self, spec: str) -> None:
+        _use_threads(1)
         from cluster.controller_process import ControllerProcess
 
         _log_to_stderr()
@@ -94,6 +108,7 @@ class ControllerActor:
 @ray.remote
 class SchedulerActor:
     def __init__(self, spec: str) -> None:
+        _use_threads(1)
         from cluster.scheduler_process import SchedulerProcess
 
         _log_to_stderr()
@@ -111,6 +126,7 @@ class GatewayReplica:
     HTTP server."""
 
     def __init__(self, spec: str) -> None:
+        _use_threads(1)
         from cluster.gateway_process import GatewayProcess
 
         parsed = ClusterSpec.from_json(spec)

@@ -43,12 +43,6 @@ def namespace(cluster_name: str) -> str:
     return f"expertmesh-{cluster_name}"
 
 
-def actor_environment(threads: int) -> dict[str, Any]:
-    """One compute thread per process unless told otherwise: idle OpenMP threads steal cores (DESIGN 11)."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {"env_vars": {**{name: str(threads) for name in names}, "TOKENIZERS_PARALLELISM": "false"}}
-
-
 def node_ip() -> str:
     """This node's address, as Ray tells it to other nodes."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
@@ -91,14 +85,13 @@ class RayWorkers:
             self._on_died(ActorDied(member, f"Ray: {_cause(error)}"))
 
     def _start(self, command: StartWorker) -> None:
-        member, config = command.member, self._spec.config
+        member = command.member
         if not self._store.claim(member.id, member.incarnation):
             self._on_died(ActorDied(member, "this incarnation was taken by another controller"))
             return
-        threads = config.attention.threads if command.role is Role.ATTENTION else config.expert.threads
         options = self._actors[command.role].options(
             name=_actor_name(member), namespace=self._namespace, lifetime="detached", max_restarts=0, num_cpus=0,
-            resources=_pool_resources(command.role), runtime_env=actor_environment(threads),
+            resources=_pool_resources(command.role),
             scheduling_strategy="SPREAD" if self._spec.meeting else "DEFAULT",
         )  # fmt: skip
         self._follow(member, options.remote(self._spec.to_json(), member.id, member.incarnation))
@@ -188,7 +181,7 @@ class RayHost:
         self._owns_serve = _SERVE_NAMESPACE not in {actor["namespace"] for actor in _named_actors()}
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-        options: dict[str, Any] = {"num_cpus": 0, "runtime_env": actor_environment(1)}
+        options: dict[str, Any] = {"num_cpus": 0}
         if self._spec.meeting:
             options["resources"] = {f"node:{self._spec.meeting.host}": 0.001}  # where serve was told to listen
         deploy = serve.deployment(
@@ -206,12 +199,7 @@ class RayHost:
         meeting = self._spec.meeting
         strategy = NodeAffinitySchedulingStrategy(meeting.node_id, soft=False) if meeting else "DEFAULT"
         return actor_class.options(
-            name=name,
-            lifetime="detached",
-            max_restarts=-1,
-            num_cpus=0,
-            runtime_env=actor_environment(1),
-            scheduling_strategy=strategy,
+            name=name, lifetime="detached", max_restarts=-1, num_cpus=0, scheduling_strategy=strategy
         ).remote(self._spec.to_json())
 
     def drain(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import select
 import signal
 import sys
 import tempfile
@@ -47,6 +48,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.is_asked = False
+        self._asking, self._ask = os.pipe()
 
     def install(self) -> None:
         """Again after Ray has installed its own."""
@@ -57,6 +59,11 @@ class Stop:
         if self.is_asked:
             raise KeyboardInterrupt
         self.is_asked = True
+        os.write(self._ask, b".")
+
+    def wait(self, most_s: float) -> None:
+        """Until asked to stop, or for so long."""
+        select.select([self._asking], [], [], most_s)
 
 
 def serve(config: Config) -> int:
@@ -175,7 +182,7 @@ class _Cluster:
                     launching.result()
                 if self._stop.is_asked:
                     return False
-                time.sleep(_LOOK_S)
+                self._stop.wait(_LOOK_S)
         finally:
             display.close()
         self._announce(time.monotonic() - began_s)
@@ -193,7 +200,7 @@ class _Cluster:
         """Until asked to stop: say what is lost and what phase follows. Raises StartFailed if all is lost."""
         told, phase, heard_s = Told.by(self._status()), "ready", time.monotonic()
         while not self._stop.is_asked:
-            time.sleep(_WATCH_S)
+            self._stop.wait(_WATCH_S)
             document = self._status()
             if document is None:
                 if time.monotonic() - heard_s > self._spec.config.cluster.startup_timeout_s:

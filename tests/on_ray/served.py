@@ -16,6 +16,7 @@ import httpx
 
 READY_WITHIN_S = 180.0
 END_WITHIN_S = 60.0
+ANNOUNCED = "Ctrl-C ends it."  # the last line that serve prints when it is ready
 
 
 def free_ports(count: int) -> list[int]:
@@ -62,18 +63,17 @@ class Served:
         return self
 
     def wait_until_ready(self) -> None:
+        """As a user does: until serve says so, which is a moment after /ready does."""
         deadline = time.monotonic() + READY_WITHIN_S
         while time.monotonic() < deadline:
             try:
                 self.process.wait(0.2)
                 raise AssertionError(f"serve ended with {self.process.returncode}:\n{self._log.read_text()}")
             except subprocess.TimeoutExpired:
-                try:
-                    if self.client.get("/ready").status_code == 200:
-                        return
-                except httpx.TransportError:
-                    continue
-        raise AssertionError(f"not ready within {READY_WITHIN_S} s:\n{self._log.read_text()}")
+                if ANNOUNCED in self.log:
+                    assert self.client.get("/ready").status_code == 200, self.log
+                    return
+        raise AssertionError(f"not ready within {READY_WITHIN_S} s:\n{self.log}")
 
     def __exit__(self, *_: object) -> None:
         self.client.close()

@@ -58,7 +58,7 @@ def test_frequencies_follow_the_distribution_that_the_cuts_leave(params):
     kept = kept[: int(np.searchsorted(mass, params.top_p)) + 1]
     expected = np.zeros(200)
     expected[kept] = probs[kept] / probs[kept].sum()
-    n = 4000
+    n = 2000
     counts = np.bincount([sampler.sample(row, p, params) for p in range(n)], minlength=200)
     assert not counts[expected == 0].any()
     assert np.abs(counts / n - expected).max() < 4 * np.sqrt(0.25 / n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,13 @@ def test_a_hybrid_slides_in_every_other_layer(tmp_path: Path) -> None:
     assert len(set(token_ids)) > 12
 
 
-def test_a_disk_too_small_is_named_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"GiB free; accepted: a disk with \d{4}\.\d\d GiB free"):
-        make_checkpoint("m2-layers", tmp_path / "m", variant=Variant(layers=1024))
+def test_a_disk_too_small_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: nearly_full)
+    with pytest.raises(CheckpointError, match=r"with 1\.00 GiB free; accepted: a disk with 9\.19 GiB free"):
+        make_checkpoint("m2-layers", tmp_path / "m", variant=Variant(layers=1))
     assert list(tmp_path.iterdir()) == []
 
 

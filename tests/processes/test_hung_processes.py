@@ -17,7 +17,7 @@ from cluster.spec import CheckpointFacts, ClusterSpec
 from model.checkpoint import Checkpoint
 from model.synthetic import make_checkpoint
 from router.placement import Member
-from tests.unit import hung_process
+from tests.processes import hung_process
 from tests.unit.served_controller import WAIT_S, Cluster
 
 QUICK = {
