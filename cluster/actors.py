@@ -35,11 +35,10 @@ def _log_to_stderr() -> None:
 def _use_threads(count: int) -> None:
     """One compute thread per process unless told otherwise: idle OpenMP threads steal cores (DESIGN 11).
 
-    First of all that an actor does: libraries read it when they are imported. A Ray runtime environment would
-    say it too, but has Ray start the interpreter twice, half a second for each process.
+    Said before torch is imported, which reads it then. A Ray runtime environment would say it too, but has Ray
+    start the interpreter twice for each process.
     """
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(count)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(count)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
