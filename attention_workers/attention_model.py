@@ -19,6 +19,7 @@ from model import exact
 from model.attention import TILE, PagedAttention, QueryTiles, Stretch, query_tiles
 from model.checkpoint import Checkpoint, attention_tensor_names, scale_name
 from model.config import ModelConfig
+from model.device import HOST
 from model.fp8 import Fp8Weight, Weight
 from model.gate import Gate, Routes
 from model.layer_types import SLIDING, LayerType
@@ -32,7 +33,7 @@ class KvRows:
 
     write_block: Tensor  # [T] int64
     fresh_blocks: Tensor  # blocks whose first token is written here
-    tiles: list[QueryTiles]
+    tiles: list[QueryTiles]  # laid out
 
 
 @dataclass
@@ -84,6 +85,7 @@ class AttentionModel:
         self,
         checkpoint: Checkpoint,
         *,
+        device: torch.device,
         dtype: torch.dtype,
         numerics: exact.Numerics,
         positions_max: int,
@@ -95,14 +97,14 @@ class AttentionModel:
         `keep`: how to hold those that are stored in FP8.
         """
         config = checkpoint.config
-        self.config, self.dtype = config, dtype
+        self.config, self.device, self.dtype = config, device, dtype
         names = attention_tensor_names(config)
         self.bytes_total = checkpoint.nbytes(names)
         self.bytes_loaded = 0
         taken: set[str] = set()
 
         def take_weight(name: str) -> Weight:
-            weight = checkpoint.weight(name)
+            weight = checkpoint.weight(name, device)
             taken.update((name, scale_name(name)) if isinstance(weight, Fp8Weight) else (name,))
             self.bytes_loaded += weight.nbytes
             progress(self.bytes_loaded, self.bytes_total)
@@ -120,9 +122,9 @@ class AttentionModel:
         self.norm = RmsNorm(take("model.norm.weight"), config.rms_norm_eps)
         self.head = exact.Linear(take("lm_head.weight").to(dtype), numerics)
         assert taken == set(names), f"owned but not loaded, or loaded but not owned: {taken ^ set(names)}"
-        self.attention = PagedAttention(config.num_heads, config.num_kv_heads, config.head_dim, numerics)
+        self.attention = PagedAttention(config.num_heads, config.num_kv_heads, config.head_dim, numerics, device)
         self.rotary = {
-            kind: Rotary(rope.rotary_dim, rope.theta, positions_max) for kind, rope in config.rope.items()
+            kind: Rotary(rope.rotary_dim, rope.theta, positions_max, device) for kind, rope in config.rope.items()
         }
         if numerics == "exact":
             widths = [
@@ -131,7 +133,7 @@ class AttentionModel:
                 config.num_kv_heads * config.head_dim,
                 config.vocab_size,
             ]
-            exact.probe_row_sum([*widths, config.head_dim] if config.qk_norm == "per_head" else widths)
+            exact.probe_row_sum([*widths, config.head_dim] if config.qk_norm == "per_head" else widths, device)
         self.keys: dict[LayerType, Tensor] = {}
         self.values: dict[LayerType, Tensor] = {}
         projections = [product for layer in self.layers for product in (layer.qkv, layer.out)]
@@ -149,8 +151,8 @@ class AttentionModel:
         c = self.config
         for kind in c.rope:
             shape = (len(c.layers_of(kind)), num_blocks[kind], c.num_kv_heads, TILE, c.head_dim)
-            self.keys[kind] = _lazy_zeros(shape, self.dtype)
-            self.values[kind] = _lazy_zeros(shape, self.dtype)
+            self.keys[kind] = _lazy_zeros(shape, self.dtype, self.device)
+            self.values[kind] = _lazy_zeros(shape, self.dtype, self.device)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -165,15 +167,18 @@ class AttentionModel:
             positions += range(span.first, end)
             if span.samples:
                 sampled.append(len(tokens) - 1)
-        position = torch.tensor(positions)
+        position = self._to_device(positions)
         return Microbatch(
             spans,
             position,
             position % TILE,
             {kind: self._kv_rows(kind, spans) for kind in self.keys},
-            torch.tensor(sampled, dtype=torch.int64),
-            self.embedding[torch.tensor(tokens)],
+            self._to_device(sampled),
+            self.embedding[self._to_device(tokens)],
         )
+
+    def _to_device(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=HOST).to(self.device)
 
     def _kv_rows(self, kind: LayerType, spans: list[Span]) -> KvRows:
         blocks: list[int] = []
@@ -185,7 +190,7 @@ class AttentionModel:
             blocks += [table.blocks[p // TILE - table.first] for p in range(span.first, end)]
             fresh += table.blocks[-(-span.first // TILE) - table.first :]
         tiles = query_tiles(stretches, self.config.sliding_window if kind == SLIDING else None)
-        return KvRows(torch.tensor(blocks), torch.tensor(fresh, dtype=torch.int64), tiles)
+        return KvRows(self._to_device(blocks), self._to_device(fresh), self.attention.lay_out(tiles))
 
     def attend(self, layer: int, mb: Microbatch) -> Tensor:
         """Attention of one layer with its residual: [T, H] -> [T, H]."""
@@ -217,10 +222,12 @@ class AttentionModel:
         return self.head(self.norm(mb.hidden[mb.sampled_rows])).float()
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages take memory when first written: torch.zeros would write them all at start.
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the host their pages take memory when first written: torch.zeros would write them all at start.
 
     Zeros, because a masked key's weight of zero times an unwritten value must be zero, not NaN.
     """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     nbytes = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)

@@ -24,7 +24,8 @@ class AttentionConfig(BaseModel):
     """Compute threads. One per worker and more workers beats more threads on small machines."""
 
     kv_bytes: int = Field(0, ge=0)
-    """Memory for keys and values; 0: a quarter of what is free when the weights are loaded, 4 GiB at most."""
+    """Memory for keys and values; 0: of what is free when the weights are loaded a quarter, 4 GiB at most; of a
+    GPU's, four fifths."""
 
     kv_sequence_tokens: int = Field(1024, ge=1)
     """Hybrids: the length of sequence for which the memory is divided between full and sliding layers."""

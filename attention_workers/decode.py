@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from attention_workers.attention_model import AttentionModel, Microbatch
 from attention_workers.microbatch import ping_pong
 from model.gate import Routes
-from router.dispatcher import Pending
+
+P = TypeVar("P")  # a dispatch that waits to be combined
 
 
-class Experts(Protocol):
-    """What the loop needs of the dispatcher."""
+class Experts(Protocol[P]):
+    """What the loop needs of the dispatcher: rows, routes and their sum lie on the model's device."""
 
-    def dispatch(self, layer: int, rows: Tensor, routes: Routes) -> Pending: ...
+    def dispatch(self, layer: int, rows: Tensor, routes: Routes) -> P: ...
 
-    def combine(self, pending: Pending) -> Tensor: ...
+    def combine(self, pending: P) -> Tensor: ...
 
-    def abandon(self, pending: Pending) -> None: ...
+    def abandon(self, pending: P) -> None: ...
 
 
-def decode_step(model: AttentionModel, microbatches: list[Microbatch], experts: Experts) -> list[Tensor]:
+def decode_step(model: AttentionModel, microbatches: list[Microbatch], experts: Experts[P]) -> list[Tensor]:
     """Logits of each microbatch's sampling rows: [n, V] each. When it raises, nothing is left in flight."""
-    pending: dict[int, Pending] = {}
+    pending: dict[int, P] = {}
     try:
         for work in ping_pong(model.config.num_layers, len(microbatches)):
             mb = microbatches[work.microbatch]

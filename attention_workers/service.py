@@ -27,6 +27,7 @@ from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, St
 from attention_workers.worker import AttentionWorker
 from model.attention import TILE
 from model.checkpoint import Checkpoint, attention_tensor_names
+from model.device import Kind, take
 from model.errors import ModelError
 from model.exact import NumericsError
 from model.layer_types import FULL, SLIDING
@@ -64,12 +65,16 @@ class AttentionService:
         config: AttentionConfig,
         router: RouterConfig,
         transport: str,
+        device: Kind,
+        device_share: float,
         scheduler_address: str,
         on_event: Callable[[MemberEvent], None],
     ) -> None:
+        """`device_share`: how much of a GPU's memory it may take, in (0, 1]."""
         self.member = member
         self._model_path, self._token, self._config, self._router = model_path, token, config, router
         self._transport = transport
+        self._kind, self._device_share = device, device_share
         self._on_event = on_event
         self._inbox: queue.Queue[_Item] = queue.Queue(_INBOX_MAX)
         self._stopping = threading.Event()
@@ -157,19 +162,21 @@ class AttentionService:
     def _load(self) -> AttentionWorker:
         config = self._config
         torch.set_num_threads(config.threads)
+        device = take(self._kind, self._device_share)
         checkpoint = Checkpoint.open(self._model_path)
         dtype = getattr(torch, checkpoint.config.dtype if config.dtype == "auto" else config.dtype)
         self._state, self._detail = HealthState.LOADING, "attention weights"
         names = attention_tensor_names(checkpoint.config)
-        keep = choose(config.weights, bytes_in_memory(checkpoint, names, dtype, "dequantised"))
-        needed = bytes_in_memory(checkpoint, names, dtype, keep)
-        require(needed, "attention weights", "accepted: a smaller checkpoint, or more memory")
+        keep = choose(config.weights, bytes_in_memory(checkpoint, names, dtype, "dequantised", device), device)
+        needed = bytes_in_memory(checkpoint, names, dtype, keep, device)
+        require(needed, "attention weights", "accepted: a smaller checkpoint, or more memory", device)
         model_len = min(
             config.model_len_max or checkpoint.config.max_position_embeddings,
             checkpoint.config.max_position_embeddings,
         )
         model = AttentionModel(
             checkpoint,
+            device=device,
             dtype=dtype,
             keep=keep,
             numerics=config.numerics,
@@ -209,9 +216,9 @@ class AttentionService:
     def _make_kv(self, model: AttentionModel, model_len: int) -> tuple[KvBlocks, KvBlocks | None]:
         """The block spaces of full and of sliding layers."""
         config, window = self._config, model.config.sliding_window
-        wanted = config.kv_bytes or min(available_bytes() // 4, _KV_BYTES_DEFAULT_MAX)
+        wanted = config.kv_bytes or _kv_bytes_default(model.device)
         if config.kv_bytes:
-            require(wanted, "keys and values (kv_bytes)", "accepted: a smaller --kv-memory")
+            require(wanted, "keys and values (kv_bytes)", "accepted: a smaller --kv-memory", model.device)
         if window is not None:
             window = min(window, model_len)  # a longer one sees no more
         blocks = size_spaces(
@@ -308,6 +315,12 @@ class AttentionService:
             self._inbox.put_nowait(item)
         except queue.Full:
             self._fail(f"inbox: {_INBOX_MAX} messages unread; the compute thread hangs")
+
+
+def _kv_bytes_default(device: torch.device) -> int:
+    """Others live on the host; on a GPU the rest is for what a step computes."""
+    free = available_bytes(device)
+    return min(free // 4, _KV_BYTES_DEFAULT_MAX) if device.type == "cpu" else free // 5 * 4
 
 
 def _sliding_gauges(worker: AttentionWorker, num_free: int) -> dict[str, float]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attention_workers import sampler
 from attention_workers.attention_model import AttentionModel, Microbatch
 from attention_workers.book import Book, Sequence
-from attention_workers.decode import decode_step
+from attention_workers.decode import Experts, decode_step
 from attention_workers.microbatch import split
+from attention_workers.staging import StagedExperts, to_host
 from attention_workers.step import StepResult, TokenDelta
 from router.dispatcher import Dispatcher
 
@@ -22,6 +25,9 @@ class AttentionWorker:
         self.book = book
         self.dispatcher = dispatcher
         self.microbatches = microbatches
+        self._experts: Experts[Any] = (
+            dispatcher if model.device.type == "cpu" else _staged(model, dispatcher, microbatches)
+        )
         self.steps = 0
         self.tokens = 0
 
@@ -41,7 +47,7 @@ class AttentionWorker:
         if not spans:
             return False
         batches = [self.model.begin(part) for part in split(spans, self.microbatches)]
-        logits = decode_step(self.model, batches, self.dispatcher)
+        logits = to_host(decode_step(self.model, batches, self._experts))
         self.book.computed(spans, result)
         for batch, rows in zip(batches, logits, strict=True):
             self._sample(batch, rows, result)
@@ -64,6 +70,14 @@ class AttentionWorker:
             )
             self.book.sampled(sequence, token, delta, result)
             self.tokens += 1
+
+
+def _staged(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -> StagedExperts:
+    config = model.config
+    return StagedExperts(
+        dispatcher, model.device, microbatches=microbatches, hidden=config.hidden_size,
+        num_ranks=config.experts_per_token, dtype=model.dtype,
+    )  # fmt: skip
 
 
 def _next_token(sequence: Sequence, logits: Tensor) -> int:

@@ -44,6 +44,22 @@ class PoolsConfig(_Section):
     replicas: int = Field(1, ge=1, le=16)
     """Expert workers that hold each expert. 2 or more: losing one worker is a routing change."""
 
+    gpus_per_worker: float = Field(1.0, gt=0, le=1)
+    """With device cuda, what of one GPU each worker asks Ray for, and the most of its memory that it takes.
+    0.5: two workers share one."""
+
+    def gpu_shortage(self, found: int) -> str:
+        """Why so many whole GPUs are too few for both pools, of which Ray would wait for more; empty: they do."""
+        on_one = int(1 / self.gpus_per_worker + 1e-9)
+        needed = -(-(self.attention_workers + self.expert_workers) // on_one)
+        if needed <= found:
+            return ""
+        return (
+            f"device (--device): 'cuda' with {found} GPU(s), {needed} needed for {self.attention_workers} "
+            f"attention and {self.expert_workers} expert worker(s) at pools.gpus_per_worker {self.gpus_per_worker:g}; "
+            "accepted: fewer workers, a smaller pools.gpus_per_worker, or more GPUs"
+        )
+
     @model_validator(mode="after")
     def _relations(self) -> PoolsConfig:
         if self.replicas > self.expert_workers:
@@ -137,7 +153,9 @@ class Config(_Section):
     grpc_port: int | None = Field(9000, ge=0, le=65535)
     """Where gRPC is served, on the same host; 0 or null: nowhere."""
 
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where both pools compute. cuda: on GPUs, with torch's own kernels."""
+
     transport: Literal["auto", "shm", "grpc"] = "auto"
     """Between the pools. auto: each pair of workers by shared memory if they are on one host, else by gRPC."""
 

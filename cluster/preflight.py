@@ -18,6 +18,7 @@ from expert_workers.config import ExpertConfig
 from gateway.errors import GatewayError
 from gateway.http_server import bind
 from gateway.model_card import read_model_card
+from model import device
 from model.checkpoint import Checkpoint, attention_tensor_names, expert_tensor_names
 from model.errors import ModelError
 from model.linear import Keep
@@ -45,6 +46,7 @@ class RoleBytes:
 def check(config: Config) -> tuple[Config, CheckpointFacts]:
     """The configuration fitted to the checkpoint, and the checkpoint's facts. Raises PreflightError."""
     try:
+        device.require(config.device)
         checkpoint = Checkpoint.open(config.model_path)
         facts = _facts(checkpoint)
         read_model_card(
@@ -52,7 +54,9 @@ def check(config: Config) -> tuple[Config, CheckpointFacts]:
             context=facts.context,
         )  # fmt: skip
         fitted = _fit(config, checkpoint)
-        fitted = fit_weights(fitted, checkpoint, available_bytes())
+        if config.device == "cuda" and (shortage := config.pools.gpu_shortage(torch.cuda.device_count())):
+            raise PreflightError(shortage)
+        fitted = fit_weights(fitted, checkpoint, available_bytes(device.HOST))
         for port in filter(None, (config.port, config.grpc_port)):
             bind(config.host, port).close()
     except (ModelError, GatewayError) as error:
@@ -108,6 +112,9 @@ def fit_weights(config: Config, checkpoint: Checkpoint, available: int) -> Confi
             )
     if config.cluster.span == "hosts":
         return config  # of whose memory nobody here knows
+    if config.device == "cuda":  # weights lie on the GPUs, and each worker sees what is free on its own
+        check_memory(config, RoleBytes(0, 0), available)
+        return config
     for attention, experts in itertools.product(_ways(config.attention), _ways(config.expert)):
         weights = role_bytes(checkpoint, _dtype(config, checkpoint), attention, experts)
         if sum(memory_needed(config, weights)) <= available:
@@ -124,7 +131,7 @@ def _ways(role: AttentionConfig | ExpertConfig) -> tuple[Keep, ...]:
 
 
 def role_bytes(checkpoint: Checkpoint, dtype: torch.dtype, attention: Keep, experts: Keep) -> RoleBytes:
-    """What the roles' weights take in memory if held so."""
+    """What the roles' weights take of the host's memory if held so."""
     model = checkpoint.config
     names = (
         name
@@ -133,15 +140,16 @@ def role_bytes(checkpoint: Checkpoint, dtype: torch.dtype, attention: Keep, expe
         for name in expert_tensor_names(model, layer, expert)
     )
     return RoleBytes(
-        bytes_in_memory(checkpoint, attention_tensor_names(model), dtype, attention),
-        bytes_in_memory(checkpoint, names, dtype, experts),
+        bytes_in_memory(checkpoint, attention_tensor_names(model), dtype, attention, device.HOST),
+        bytes_in_memory(checkpoint, names, dtype, experts, device.HOST),
     )
 
 
 def memory_needed(config: Config, weights: RoleBytes) -> tuple[int, int, int]:
-    """Bytes of attention workers, experts and the processes themselves. All workers are on this host."""
+    """Bytes on this host, where all workers are, of attention workers, experts and the processes themselves."""
     pools = config.pools
-    attention = pools.attention_workers * (weights.attention + config.attention.kv_bytes)
+    kv_bytes = config.attention.kv_bytes if config.device == "cpu" else 0
+    attention = pools.attention_workers * (weights.attention + kv_bytes)
     processes = (pools.attention_workers + pools.expert_workers + _OTHER_PROCESSES) * _PROCESS_BYTES
     return attention, pools.replicas * weights.experts, processes
 

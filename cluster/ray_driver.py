@@ -43,6 +43,11 @@ def namespace(cluster_name: str) -> str:
     return f"expertmesh-{cluster_name}"
 
 
+_GPU_ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Both before the process asks for its GPU: no TF32 whatever the host says, and a workspace of one size, on which
+cuBLAS's choice of kernel depends."""
+
+
 def node_ip() -> str:
     """This node's address, as Ray tells it to other nodes."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
@@ -91,7 +96,7 @@ class RayWorkers:
             return
         options = self._actors[command.role].options(
             name=_actor_name(member), namespace=self._namespace, lifetime="detached", max_restarts=0, num_cpus=0,
-            resources=_pool_resources(command.role),
+            resources=_pool_resources(command.role), **_gpu_options(config),
             scheduling_strategy="SPREAD" if self._spec.meeting else "DEFAULT",
         )  # fmt: skip
         self._follow(member, options.remote(self._spec.to_json(), member.id, member.incarnation))
@@ -120,7 +125,7 @@ class RayHost:
     """What `serve` does with Ray: start or join it, launch a cluster on it, and leave nothing behind."""
 
     def __init__(self, config: Config, temp_dir: str) -> None:
-        """`temp_dir`: for Ray's sockets and logs when we start it. Raises ClusterExists."""
+        """`temp_dir`: for Ray's sockets and logs when we start it. Raises ClusterExists or TooFewGpus."""
         life = config.cluster
         self._config = config
         self._owns_ray = life.ray_address is None
@@ -144,6 +149,15 @@ class RayHost:
                 f"cluster.name: {life.name!r} is taken on this Ray by actors {', '.join(sorted(names))}; "
                 "accepted: another name, or end that cluster first"
             )
+        if config.device == "cuda":
+            self._check_gpus()
+
+    def _check_gpus(self) -> None:
+        """Raises TooFewGpus: Ray would have workers wait for what it does not have, without a word."""
+        resources = ray.cluster_resources() if self._owns_ray else ray.available_resources()  # type: ignore[no-untyped-call]
+        if shortage := self._config.pools.gpu_shortage(int(resources.get("GPU", 0))):
+            ray.shutdown()
+            raise TooFewGpus(f"Ray: {shortage}")
 
     def placed(self, spec: ClusterSpec) -> ClusterSpec:
         """With a meeting point, if the cluster is to span hosts: this node, and two ports free on it."""
@@ -283,12 +297,24 @@ class ClusterExists(Exception):
     """A cluster of this name runs on the Ray that was to be joined."""
 
 
+class TooFewGpus(Exception):
+    """Ray has fewer GPUs than the workers ask it for."""
+
+
 class LaunchFailed(Exception):
     """A decider or the gateway could not be started, and why."""
 
 
 def _actor_name(member: Member) -> str:
     return f"{member.id}#{member.incarnation}"
+
+
+def _gpu_options(config: Config) -> dict[str, Any]:
+    """What a worker asks of Ray beside its pool's resources. On the CPU nothing: Ray keeps processes at hand for those
+    who ask for no environment of their own."""
+    if config.device == "cpu":
+        return {}
+    return {"num_gpus": config.pools.gpus_per_worker, "runtime_env": {"env_vars": _GPU_ENVIRONMENT}}
 
 
 def _pool_resources(role: Role) -> dict[str, float]:

@@ -105,7 +105,7 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[Clus
     _prepare_environment(spec.config)
     # After the environment: Ray reads it when it is imported.
     from cluster import actors
-    from cluster.ray_driver import ClusterExists, LaunchFailed, RayHost, end_children
+    from cluster.ray_driver import ClusterExists, LaunchFailed, RayHost, TooFewGpus, end_children
 
     # Short, and not TMPDIR, which may be long: Unix socket paths may have 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="em-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
@@ -120,7 +120,7 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[Clus
         console.print("starting controller, scheduler, workers, gateway", highlight=False)
         spec = host.placed(spec)
         yield spec, host, host.launch(spec, actors.ControllerActor, actors.SchedulerActor, actors.GatewayReplica)
-    except (ClusterExists, LaunchFailed, ConnectionError) as error:
+    except (ClusterExists, TooFewGpus, LaunchFailed, ConnectionError) as error:
         raise StartFailed(str(error)) from error
     except (KeyboardInterrupt, SystemExit):
         is_hurried = True

@@ -7,6 +7,7 @@ and ends the process, for nobody may need it any more.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
@@ -21,6 +22,7 @@ from cluster.events import Exit, OrderBody, Prepare, Publish, Register, Retire, 
 from cluster.member_link import MemberLink
 from cluster.spec import ClusterSpec
 from cluster.watch import TurnWatch
+from model import device
 from router.membership import Adopted, Failed, Health, HealthState, MemberEvent, Prepared
 from router.placement import EpochId, Member
 
@@ -57,6 +59,7 @@ class WorkerProcess:
         self._reason = ""
         life = spec.config.cluster
         self._watch = TurnWatch({"compute": life.compute_stall_s, "streams": life.loop_stall_s})
+        device_name = functools.cache(lambda: device.name(spec.config.device))
         build = _attention if role is Role.ATTENTION else _expert
         self._service, self._handlers, address = build(spec, member, self._happened, node_ip)
         self._link = MemberLink(
@@ -64,7 +67,7 @@ class WorkerProcess:
             spec.token,
             member,
             spec.facts.fingerprint,
-            lambda: Register(role, os.getpid(), platform.node(), spec.config.device, address(), 0, self._epoch),
+            lambda: Register(role, os.getpid(), platform.node(), device_name(), address(), 0, self._epoch),
             self._health,
             self._obey,
             life.heartbeat_s,
@@ -124,7 +127,7 @@ def _attention(
     config = spec.config
     service = AttentionService(
         config.model_path, member, spec.token, config.attention, config.router, config.transport,
-        spec.scheduler_address, on_event,
+        config.device, config.pools.gpus_per_worker, spec.scheduler_address, on_event,
     )  # fmt: skip
     handlers: Handlers = {Publish: lambda order: service.publish(order.placement)}
     return service, handlers, lambda: ""
@@ -138,7 +141,7 @@ def _expert(
     config = spec.config
     service = ExpertService(
         config.model_path, member, spec.token, config.expert, config.router, config.transport,
-        spec.exchange_host(node_ip), on_event,
+        spec.exchange_host(node_ip), config.device, config.pools.gpus_per_worker, on_event,
     )  # fmt: skip
     handlers: Handlers = {
         Prepare: lambda order: service.prepare(order.placement),

@@ -22,9 +22,17 @@ class Residency:
     the lock keeps a load and a retirement from undoing one another.
     """
 
-    def __init__(self, checkpoint: Checkpoint, member: Member, dtype: torch.dtype, numerics: Numerics) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        member: Member,
+        dtype: torch.dtype,
+        numerics: Numerics,
+        device: torch.device,
+    ) -> None:
         self.checkpoint = checkpoint
         self.member = member
+        self.device = device
         self.dtype = dtype
         self.numerics = numerics
         self.bytes_loaded = 0
@@ -48,7 +56,7 @@ class Residency:
 
     @property
     def bytes_kept(self) -> int:
-        """In memory."""
+        """In the device's memory."""
         return sum(expert.nbytes for table in self._layers for expert in table.values())
 
     @property
@@ -57,9 +65,10 @@ class Residency:
         return " and ".join(sorted({expert.kept_as for table in self._layers for expert in table.values()}))
 
     def bytes_needed(self, placement: Placement, keep: Keep = "dequantised") -> int:
-        """What `prepare` would still take in memory."""
+        """What `prepare` would still take of the device's memory."""
         missing = (pair for pair in self.wanted(placement) if pair[1] not in self._layers[pair[0]])
-        return sum(bytes_in_memory(self.checkpoint, self._names(*pair), self.dtype, keep) for pair in missing)
+        names = (name for pair in missing for name in self._names(*pair))
+        return bytes_in_memory(self.checkpoint, names, self.dtype, keep, self.device)
 
     def prepare(
         self,
@@ -80,7 +89,7 @@ class Residency:
             if should_stop():
                 return
             names = expert_weight_names(self.checkpoint.config, layer, expert)
-            w1, w2, w3 = map(self.checkpoint.weight, names)
+            w1, w2, w3 = (self.checkpoint.weight(name, self.device) for name in names)
             loaded = Expert(w1, w3, w2, self.dtype, self.numerics, keep)
             with self._writing:
                 self._layers[layer] = {**self._layers[layer], expert: loaded}

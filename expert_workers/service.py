@@ -18,6 +18,7 @@ from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
 from model.checkpoint import Checkpoint
+from model.device import HOST, Kind, take
 from model.errors import ModelError
 from model.exact import NumericsError
 from model.memory import choose, require
@@ -45,12 +46,16 @@ class ExpertService:
         router: RouterConfig,
         transport: str,
         host: str,
+        device: Kind,
+        device_share: float,
         on_event: Callable[[MemberEvent], None],
     ) -> None:
-        """`host`: this machine's address where attention workers on others reach it."""
+        """`host`: this machine's address where attention workers on others reach it. `device_share`: how much of a
+        GPU's memory it may take, in (0, 1]."""
         self.member = member
         self._model_path, self._token, self._config, self._router = model_path, token, config, router
         self._transport, self._host = transport, host
+        self._kind, self._device_share, self._device = device, device_share, HOST
         self._on_event = on_event
         self._orders: queue.Queue[Placement | None] = queue.Queue(_ORDERS_MAX)
         self._retired: queue.Queue[EpochId] = queue.Queue(_ORDERS_MAX)
@@ -122,10 +127,11 @@ class ExpertService:
             self._end.close()
 
     def _listen(self) -> None:
+        self._device = take(self._kind, self._device_share)
         checkpoint = Checkpoint.open(self._model_path)
         model = checkpoint.config
         dtype = getattr(torch, model.dtype if self._config.dtype == "auto" else self._config.dtype)
-        self._residency = Residency(checkpoint, self.member, dtype, self._config.numerics)
+        self._residency = Residency(checkpoint, self.member, dtype, self._config.numerics, self._device)
         identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, model.hidden_size, dtype)
         router = self._router.fitted(model.experts_per_token, model.hidden_size, dtype.itemsize)
         self._end = expert_end(self._transport, identity, router, host=self._host)
@@ -150,9 +156,10 @@ class ExpertService:
         residency = self._residency
         assert residency is not None
         self._detail = f"loading experts of epoch {placement.epoch.term}.{placement.epoch.number}"
-        keep = choose(self._config.weights, residency.bytes_needed(placement, "dequantised"))
+        keep = choose(self._config.weights, residency.bytes_needed(placement, "dequantised"), self._device)
         needed = residency.bytes_needed(placement, keep)
-        require(needed, "expert weights", "accepted: more expert workers, fewer replicas, or more memory")
+        remedy = "accepted: more expert workers, fewer replicas, or more memory"
+        require(needed, "expert weights", remedy, self._device)
         residency.prepare(placement, self._stopping.is_set, keep)
         if not self._stopping.is_set():
             self._state, self._detail = HealthState.READY, ""

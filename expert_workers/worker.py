@@ -6,6 +6,7 @@ import torch
 
 from expert_workers.batcher import Batcher
 from expert_workers.residency import Residency
+from expert_workers.staging import Staging
 from model.experts import Expert, grouped
 from router.transport.base import ExpertEnd, Parcel, RefusalReason
 
@@ -17,6 +18,7 @@ class ExpertWorker:
         self.residency = residency
         self.end = end
         self.batcher = Batcher(rows_max)
+        self._staging = Staging(residency.device)
         self.rows = 0
         self.batches = 0
         self.refused = 0
@@ -41,7 +43,8 @@ class ExpertWorker:
         if not batch:
             return
         rows = torch.cat([p.rows[p.route_rows.long()] for p in batch])  # [r, H]
-        out = grouped(held, rows, torch.cat([p.route_experts for p in batch]), self._between)
+        experts = torch.cat([p.route_experts for p in batch])
+        out = self._staging.to_host(grouped(held, self._staging.to_device(rows), experts, self._between))
         self.rows += len(rows)
         self.batches += 1
         for parcel, part in zip(batch, out.split([len(p.route_rows) for p in batch]), strict=True):

@@ -16,14 +16,16 @@ N kv heads · G query heads per kv head · D head width · B blocks of the pool.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import exact
+from model.batched import Batched
+from model.device import HOST
 
 TILE = 32
 """Tokens of a key tile and of a KV block. Part of the definition of exact results: not a setting."""
@@ -62,6 +64,10 @@ class QueryTiles:
     leaves: Tensor  # [M, W] int64: which pair is leaf w of a query tile's tree; P where none is
     window: int | None  # tokens that a token sees, itself included; None: all before it
 
+    def to(self, device: torch.device) -> QueryTiles:
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if name != "window"}
+        return replace(self, **tensors)
+
 
 def query_tiles(stretches: list[Stretch], window: int | None = None) -> list[QueryTiles]:
     """Cut stretches into query tiles, each with the key tiles that its tokens see.
@@ -98,47 +104,54 @@ def _group(cuts: list[Stretch], height: int, window: int | None) -> QueryTiles:
         query += [m] * len(seen)
         tile += seen
         block += blocks[seen.start - first_tile : seen.stop - first_tile]
-    rows = (torch.tensor(tokens), torch.tensor(positions), torch.tensor(used))
-    pairs = (torch.tensor(query), torch.tensor(tile), torch.tensor(block))
+    rows = (_on_host(tokens), _on_host(positions), _on_host(used))
+    pairs = (_on_host(query), _on_host(tile), _on_host(block))
     return QueryTiles(*rows, *pairs, _leaves(pairs[0], pairs[1]), window)
 
 
-class PagedAttention:
-    """softmax(q k^T / sqrt(D) + causal, within the tiles' window) v for one layer's worth of heads."""
+def _on_host(values: list[Any]) -> Tensor:
+    return torch.tensor(values, device=HOST)
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, numerics: exact.Numerics) -> None:
+
+class PagedAttention:
+    """softmax(q k^T / sqrt(D) + causal, within the tiles' window) v for one layer's worth of heads, on one device.
+
+    Tiles are cut on the host, where lists are; `lay_out` brings them to the device, once for all layers of a type.
+    """
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, numerics: exact.Numerics, device: torch.device
+    ) -> None:
         self.kv_heads = num_kv_heads
         self.group = num_heads // num_kv_heads
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
-        self._ladder: tuple[int, ...] | None = None
+        self._device = device
+        self._product = Batched(((head_dim, TILE), (TILE, head_dim)), numerics, device)
         if numerics == "exact":
-            shapes = ((head_dim, TILE), (TILE, head_dim))
-            self._ladder = exact.batched_ladder(shapes, torch.get_num_threads())
-            exact.probe_row_sum([TILE])
+            exact.probe_row_sum([TILE], device)
+
+    def lay_out(self, groups: list[QueryTiles]) -> list[QueryTiles]:
+        """Cut so that no temporary outgrows its bound, and moved from the host to the device."""
+        return [slab.to(self._device) for tiles in groups for slab in self._slabs(tiles)]
 
     def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, groups: list[QueryTiles], sinks: Tensor | None = None
+        self, q: Tensor, keys: Tensor, values: Tensor, slabs: list[QueryTiles], sinks: Tensor | None = None
     ) -> Tensor:
-        """q [T, N*G, D]; keys, values [B, N, TILE, D]; sinks [N*G] float32 -> [T, N*G*D] in q's dtype."""
+        """q [T, N*G, D]; keys, values [B, N, TILE, D]; sinks [N*G] float32 -> [T, N*G*D] in q's dtype.
+
+        `slabs`: laid out.
+        """
         out = torch.empty_like(q)
-        for tiles in groups:
-            for slab in self._slabs(tiles):
-                self._attend(q, keys, values, slab, sinks, out)
+        for slab in slabs:
+            self._attend(q, keys, values, slab, sinks, out)
         return out.view(len(q), -1)
 
     def _height(self, tokens: int) -> int:
-        rows = tokens * self.group
-        return (
-            rows
-            if self._ladder is None
-            else sum(
-                exact.padded(min(exact.ROWS_MAX, rows - at), self._ladder) for at in range(0, rows, exact.ROWS_MAX)
-            )
-        )
+        return self._product.height(tokens * self.group)
 
     def _slabs(self, tiles: QueryTiles) -> list[QueryTiles]:
-        """Split by query tile so that no temporary outgrows its bound."""
+        """Split by query tile, on the host."""
         num, tokens = tiles.tokens.shape
         per_pair = self.kv_heads * max(self._height(tokens), TILE) * max(self.head_dim, TILE)
         counts = torch.bincount(tiles.pair_query, minlength=num).tolist()
@@ -161,7 +174,8 @@ class PagedAttention:
         n, g, d = self.kv_heads, self.group, self.head_dim
         grouped = q[tiles.tokens].float().view(num, tokens, n, g, d).permute(0, 2, 1, 3, 4)
         queries = F.pad(grouped.reshape(num, n, rows, d) * self.scale, (0, 0, 0, height - rows))  # [M, N, R, D]
-        token = (torch.arange(height) // g).clamp(max=tokens - 1)  # [R]: rows beyond the last repeat it
+        row = torch.arange(height, device=q.device)
+        token = (row // g).clamp(max=tokens - 1)  # [R]: rows beyond the last repeat it
         position = tiles.positions[:, token]  # [M, R]
 
         pairs = len(tiles.pair_query)
@@ -169,7 +183,9 @@ class PagedAttention:
         queries = queries[tiles.pair_query].reshape(pairs * n, height, d)
         scores = self._product(queries, k.transpose(1, 2))
         scores = scores.view(pairs, n, height, TILE)
-        key_position = (tiles.pair_tile[:, None] * TILE + torch.arange(TILE))[:, None, :]  # [P, 1, TILE]
+        key_position = (tiles.pair_tile[:, None] * TILE + torch.arange(TILE, device=q.device))[
+            :, None, :
+        ]  # [P, 1, TILE]
         last_seen = position[tiles.pair_query][:, :, None]  # [P, R, 1]
         hidden = key_position > last_seen  # [P, R, TILE]
         if tiles.window is not None:
@@ -178,7 +194,7 @@ class PagedAttention:
 
         highest = _gather(scores.amax(-1), tiles.leaves, float("-inf")).amax(1)  # [M, N, R]
         if sinks is not None:
-            sink = sinks.view(n, g)[:, torch.arange(height) % g]  # [N, R]
+            sink = sinks.view(n, g)[:, row % g]  # [N, R]
             highest = torch.maximum(highest, sink)
         probs = exact.exp(scores - highest[tiles.pair_query][..., None])
         v = values[tiles.pair_block].float().view(pairs * n, TILE, d)
@@ -190,12 +206,6 @@ class PagedAttention:
 
         mixed = mixed[:, :, :rows].view(num, n, tokens, g, d).permute(0, 2, 1, 3, 4).reshape(num, tokens, n * g, d)
         out[tiles.tokens[tiles.used]] = mixed[tiles.used].to(out.dtype)
-
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Batched product over row counts of the ladder: [b, m, I] x [b, I, O] -> [b, m, O]."""
-        if left.shape[1] <= exact.ROWS_MAX or self._ladder is None:
-            return torch.bmm(left, right)
-        return torch.cat([torch.bmm(piece.contiguous(), right) for piece in left.split(exact.ROWS_MAX, 1)], 1)
 
 
 def _cut(tiles: QueryTiles, first: int, end: int) -> QueryTiles:
@@ -227,8 +237,8 @@ def _leaves(pair_query: Tensor, pair_tile: Tensor) -> Tensor:
         level += 1
     node = first >> level
     width = (1 + int(((last >> level) - node).max())) << level
-    leaves = torch.full((len(count), width), len(pair_query))
-    leaves[pair_query, pair_tile - (node << level)[pair_query]] = torch.arange(len(pair_query))
+    leaves = torch.full((len(count), width), len(pair_query), device=HOST)
+    leaves[pair_query, pair_tile - (node << level)[pair_query]] = torch.arange(len(pair_query), device=HOST)
     return leaves
 
 

@@ -163,18 +163,21 @@ class Checkpoint:
             raise CheckpointError(file, f"unreadable ({error})", "the file as it was opened", name) from error
         return tensor
 
-    def weight(self, name: str) -> Weight:
-        """As `get`; one stored in FP8 comes with its scales, the values of both checked."""
+    def weight(self, name: str, device: torch.device) -> Weight:
+        """As `get`, but on the device: copied there straight from the mapped file, unless it is the host.
+
+        One stored in FP8 comes with its scales, the values of both checked.
+        """
         tensor = self.get(name)
         if not self.config.stores_fp8(name):
-            return tensor
+            return tensor.to(device)
         scale = self.get(scale_name(name))
         is_usable = (scale > 0) & (scale < SCALE_MAX)
         if not is_usable.all():
             at = (~is_usable).nonzero()[0].tolist()
             found, accepted = f"{scale[tuple(at)].item():g} at {at}", f"scales above 0 and below {SCALE_MAX:g}"
             raise CheckpointError(self._shards[scale_name(name)].path, found, accepted, scale_name(name))
-        weight = Fp8Weight(tensor, scale)
+        weight = Fp8Weight(tensor, scale).to(device)
         if not weight.is_finite():
             raise CheckpointError(self._shards[name].path, "not finite (NaN)", "finite FP8 codes", name)
         return weight

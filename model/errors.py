@@ -29,6 +29,10 @@ class CheckpointError(ModelError):
         self.file, self.tensor, self.found, self.accepted = file, tensor, found, accepted
 
 
+class DeviceUnavailable(ModelError):
+    """The device that was asked for, why it cannot be had, and what is accepted."""
+
+
 class NotEnoughMemory(ModelError):
     """What was wanted, how much it needs, how much there is."""
 

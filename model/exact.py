@@ -2,10 +2,13 @@
 
 Libraries choose kernels by the number of rows, and kernels differ in their last bits. Here every matrix
 product runs with a row count from a short ladder, and each rung is compared with the others when weights
-are loaded: what was not seen to agree is not used. Everything else is built from operations that IEEE 754
-rounds correctly, plus `exp`, `log`, `cos` and `sin` on whole vectors only.
+are loaded, on the device that they are on: what was not seen to agree is not used. Everything else is built from
+operations that IEEE 754 rounds correctly, plus `exp`, `log`, `cos` and `sin` on whole vectors only.
 
 `numerics="fast"` skips padding and probing; it promises nothing about bits.
+
+On a GPU two things differ. Where no rungs agree, all rows run in tiles of one height. And its library sums rows in
+an order that depends on how many there are: there a sum is a fixed tree of additions.
 
 Legend: n rows · I inputs · O outputs.
 """
@@ -20,13 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.device import HOST
+
 Numerics = Literal["exact", "fast"]
 
 LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Row counts a product may run with: fine where weights dominate, coarse where rows do."""
 
 ROWS_MAX = LADDER[-1]
-_FIRST_RUNGS = (1, 2, 4, 8, 16, 32)
+FIXED_HEIGHTS = (16, 32, 64, 128, 8)
+"""Of a GPU's tiles, where no ladder agrees: the first at which a row's place does not matter."""
+
+FIRST_RUNGS = (1, 2, 4, 8, 16, 32)
 _VECTOR = 64  # elements; two AVX-512 registers of float32, twice over
 _SERIAL_MAX = 32768  # ATen's grain: at or below it an elementwise operation is not split over threads
 _PACK_MIN = 1 << 18  # weight elements; below it the packed kernel's call costs more than it saves
@@ -46,7 +54,7 @@ def _on_whole_vectors(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     pad = -n % _VECTOR
     if pad:
         flat = F.pad(flat, (0, pad))
-    if n <= _SERIAL_MAX or torch.get_num_threads() == 1:
+    if n <= _SERIAL_MAX or torch.get_num_threads() == 1 or x.device.type != "cpu":
         out = fn(flat)
     else:
         out = torch.cat([fn(piece) for piece in flat.split(_SERIAL_MAX)])
@@ -76,10 +84,22 @@ def silu(x: Tensor) -> Tensor:
 def row_sum(x: Tensor) -> Tensor:
     """Sum over the last axis: [..., n] -> [...]. Wide rows in two levels, so that no thread splits a row."""
     width = x.shape[-1]
+    if x.device.type != "cpu":
+        return tree_sum(x)
     if width <= 4096:
         return x.contiguous().sum(-1)
     x = F.pad(x, (0, -width % 1024))
     return x.view(*x.shape[:-1], -1, 1024).sum(-1).contiguous().sum(-1)
+
+
+def tree_sum(x: Tensor) -> Tensor:
+    """Sum over the last axis by additions of whole vectors alone: exact per row on any device."""
+    width = 1 << (x.shape[-1] - 1).bit_length()
+    x = F.pad(x, (0, width - x.shape[-1]))
+    while width > 1:
+        width //= 2
+        x = x[..., :width] + x[..., width:]
+    return x[..., 0]
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -103,7 +123,7 @@ def padded(n: int, ladder: tuple[int, ...]) -> int:
 def smallest_first_rung(agrees: Callable[[int], bool], what: str) -> int:
     """The smallest first rung from which every rung of its ladder agrees."""
     seen = {m: agrees(m) for m in LADDER}
-    for first in _FIRST_RUNGS:
+    for first in FIRST_RUNGS:
         if all(seen[m] for m in rungs(first)):
             return first
     raise NumericsError(
@@ -112,7 +132,7 @@ def smallest_first_rung(agrees: Callable[[int], bool], what: str) -> int:
     )
 
 
-class _OneThread:
+class OneThread:
     """The truth that other thread counts are compared with."""
 
     def __enter__(self) -> None:
@@ -123,11 +143,12 @@ class _OneThread:
         torch.set_num_threads(self.threads)
 
 
-def _sample(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(17)).to(dtype)
+def sample(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same values on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(17), device=HOST).to(dtype).to(device)
 
 
-_first_rungs: dict[tuple[object, ...], int] = {}
+_ladders: dict[tuple[object, ...], tuple[int, ...]] = {}
 
 
 def bf16_products() -> bool:
@@ -135,10 +156,15 @@ def bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def bytes_kept(num_elements: int, served: torch.dtype) -> int:
+def computed_in(served: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which weights are kept and multiplied while they are served in another."""
+    is_widened = served == torch.bfloat16 and device.type == "cpu" and not bf16_products()
+    return torch.float32 if is_widened else served
+
+
+def bytes_kept(num_elements: int, served: torch.dtype, device: torch.device) -> int:
     """What weights of so many elements take while they are served in this dtype, however they are stored."""
-    is_widened = served == torch.bfloat16 and not bf16_products()
-    return num_elements * (torch.float32 if is_widened else served).itemsize
+    return num_elements * computed_in(served, device).itemsize
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -160,24 +186,48 @@ def rows_agree(product: Callable[[Tensor], Tensor], x: Tensor, truth: Tensor, m:
     )
 
 
+def tiles_agree(product: Callable[[Tensor], Tensor], x: Tensor, m: int) -> bool:
+    """Whether a row has the same bits at every fourth place of a tile of m rows, whoever is beside it."""
+
+    def in_tiles(rows: Tensor) -> Tensor:
+        return torch.cat([product(tile.clone()) for tile in rows[: len(x) // m * m].split(m)])
+
+    truth = in_tiles(x)
+    orders = [torch.arange(len(truth), device=x.device).roll(shift) for shift in range(1, m, 4)]
+    return all(torch.equal(in_tiles(x[order]), truth[order]) for order in orders)
+
+
+def find_ladder(product: Callable[[Tensor], Tensor], x: Tensor, truth: Tensor, what: str) -> tuple[int, ...]:
+    """Row counts at which rows of x [ROWS_MAX, I] give their rows of `truth`; else, on a GPU, one fixed height."""
+    try:
+        return rungs(smallest_first_rung(functools.partial(rows_agree, product, x, truth), what))
+    except NumericsError:
+        if x.device.type == "cpu":  # a height that one thread count agrees at says nothing of another
+            raise
+        for m in FIXED_HEIGHTS:
+            if tiles_agree(product, x, m):
+                return (m,)
+        raise
+
+
 class Linear:
-    """x [n, I] -> x W^T [n, O] in x's dtype, for weights [O, I] of the model's dtype."""
+    """x [n, I] -> x W^T [n, O] in x's dtype, for weights [O, I] of the model's dtype, on the weight's device."""
 
     def __init__(self, weight: Tensor, numerics: Numerics) -> None:
-        self._describe(weight.shape[0], weight.shape[1], weight.dtype)
+        self._describe(weight.shape[0], weight.shape[1], weight.dtype, weight.device)
         weight = weight.to(self.compute_dtype).contiguous()
         self.kept_as, self.nbytes = str(weight.dtype).removeprefix("torch."), weight.nbytes
-        self.is_packed = self.compute_dtype == torch.bfloat16 or weight.numel() >= _PACK_MIN
+        self.is_packed = self.device.type == "cpu" and (
+            self.compute_dtype == torch.bfloat16 or weight.numel() >= _PACK_MIN
+        )
         # Cloned: a weight mapped from a file lies at any address, and kernels may choose by alignment.
         self._weight = packed(weight) if self.is_packed else weight.clone()
-        self.ladder = rungs(self._first_rung()) if numerics == "exact" else None
+        self.ladder = self._ladder() if numerics == "exact" else None
 
-    def _describe(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+    def _describe(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
         self.out_features, self.in_features = out_features, in_features
         self.name = f"weight {out_features}x{in_features}"
-        self.dtype = self.compute_dtype = dtype
-        if dtype == torch.bfloat16 and not bf16_products():
-            self.compute_dtype = torch.float32
+        self.dtype, self.compute_dtype, self.device = dtype, computed_in(dtype, device), device
 
     def _operand(self) -> Tensor:
         """The weight as `_product` takes it."""
@@ -188,28 +238,28 @@ class Linear:
 
     def probe(self) -> tuple[Tensor, Tensor]:
         """Sample rows [ROWS_MAX, I], and the truth about them: their product under one thread."""
-        x = _sample(ROWS_MAX, self.in_features, dtype=self.compute_dtype)
-        with _OneThread():
+        x = sample(ROWS_MAX, self.in_features, dtype=self.compute_dtype, device=self.device)
+        with OneThread():
             return x, self._product(x, self._operand())
 
-    def _first_rung(self) -> int:
+    def _ladder(self) -> tuple[int, ...]:
         key = (
             self.out_features,
             self.in_features,
             self.compute_dtype,
+            self.device,
             self.is_packed,
             torch.get_num_threads(),
         )
-        if key not in _first_rungs:
-            agrees = functools.partial(rows_agree, lambda x: self._product(x, self._weight), *self.probe())
-            _first_rungs[key] = smallest_first_rung(agrees, self.name)
-        return _first_rungs[key]
+        if key not in _ladders:
+            _ladders[key] = find_ladder(lambda x: self._product(x, self._weight), *self.probe(), self.name)
+        return _ladders[key]
 
     def __call__(self, x: Tensor) -> Tensor:
         x, weight = x.to(self.compute_dtype), self._operand()
         if self.ladder is None:
             return self._product(x, weight).to(self.dtype)
-        slabs = x.split(ROWS_MAX) if len(x) > ROWS_MAX else (x,)
+        slabs = x.split(self.ladder[-1]) if len(x) > self.ladder[-1] else (x,)
         pieces = [self._rung(slab, weight, self.ladder) for slab in slabs]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.dtype)
 
@@ -225,44 +275,11 @@ class Linear:
         return self._product(x, weight)[:n]
 
 
-@functools.cache
-def batched_ladder(shapes: tuple[tuple[int, int], ...], threads: int) -> tuple[int, ...]:
-    """Row counts at which batched products [b, m, I] x [b, I, O] agree for every (I, O) and batch b.
-
-    `threads` keys the cache: the probe runs under the process's current thread count.
-    """
-    assert threads == torch.get_num_threads()
-    first = 1
-    for inner, outer in shapes:
-        x = _sample(5, ROWS_MAX, inner, dtype=torch.float32)
-        y = _sample(5, outer, inner, dtype=torch.float32)
-        for right in (y.transpose(1, 2), y.transpose(1, 2).contiguous()):
-            with _OneThread():
-                truth = torch.bmm(x, right)
-            first = max(
-                first,
-                smallest_first_rung(
-                    functools.partial(_batch_agrees, x, right, truth), f"batched product {inner}x{outer}"
-                ),
-            )
-    return rungs(first)
-
-
-def _batch_agrees(x: Tensor, right: Tensor, truth: Tensor, m: int) -> bool:
-    def same(batches: Iterable[int], at: int) -> bool:
-        pick = torch.tensor(list(batches))
-        got = torch.bmm(x[pick, at : at + m].clone(), right[pick])
-        return torch.equal(got, truth[pick, at : at + m])
-
-    many = [i % len(x) for i in range(37)]
-    return all(same(batches, at) for batches in ([0], [3], [0, 1], [2, 4, 1], many) for at in (0, ROWS_MAX - m))
-
-
-def probe_row_sum(widths: Iterable[int]) -> None:
+def probe_row_sum(widths: Iterable[int], device: torch.device) -> None:
     """Raise NumericsError unless `row_sum` gives a row the same bits alone and among others."""
     for width in sorted(set(widths)):
-        x = _sample(64, width, dtype=torch.float32)
-        with _OneThread():
+        x = sample(64, width, dtype=torch.float32, device=device)
+        with OneThread():
             truth = row_sum(x)
         for n in (1, 2, 3, 5, 8, 17, 64):
             for at in {0, 64 - n}:

@@ -45,7 +45,7 @@ class Expert:
 def grouped(
     experts: dict[int, Expert], rows: Tensor, expert_ids: Tensor, between: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Row i through expert expert_ids[i]: rows [r, H], expert_ids [r] -> [r, H].
+    """Row i through expert expert_ids[i]: rows [r, H], expert_ids [r] on the host -> [r, H] on the rows' device.
 
     Every id must be a key of `experts`. `between`: called after each expert, for who must not fall silent. The
     loop over experts present is the oracle of faster kernels.
@@ -53,7 +53,7 @@ def grouped(
     out = torch.empty_like(rows)
     order = torch.argsort(expert_ids, stable=True)
     present, counts = torch.unique_consecutive(expert_ids[order], return_counts=True)
-    at = 0
+    order, at = order.to(rows.device), 0
     for expert_id, count in zip(present.tolist(), counts.tolist(), strict=True):
         mine = order[at : at + count]
         out[mine] = experts[expert_id](rows[mine])

@@ -44,13 +44,16 @@ class Fp8Weight:
     def is_finite(self) -> bool:
         return bool(((self.codes.view(torch.int8) & _NAN).amax() != _NAN).item())
 
+    def to(self, device: torch.device) -> Fp8Weight:
+        return Fp8Weight(self.codes.to(device), self.scale_inv.to(device))
+
     def clone(self) -> Fp8Weight:
         """A copy in memory of its own: a stored weight is mapped from its file."""
         return Fp8Weight(self.codes.clone(), self.scale_inv.clone())
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """[O, I] in bfloat16 or float32."""
-        out = torch.empty(self.shape, dtype=dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         self.write(out, dtype)
         return out
 
@@ -61,11 +64,12 @@ class Fp8Weight:
         times 2^-120, subnormals included: that takes whole vectors, and the factor goes into the scale, exactly.
         """
         height, width = self.shape
+        device = self.codes.device
         codes, across = self.codes.view(torch.int8), self.scale_inv.shape[1]
         for block, top in enumerate(range(0, height, BLOCK)):
             rows = min(BLOCK, height - top)
-            bits = scratch("bits", torch.int16, rows * width).view(rows, width)
-            blocks = scratch("values", torch.float32, rows * across * BLOCK).view(rows, across, BLOCK)
+            bits = scratch("bits", torch.int16, rows * width, device).view(rows, width)
+            blocks = scratch("values", torch.float32, rows * across * BLOCK, device).view(rows, across, BLOCK)
             values = blocks.view(rows, across * BLOCK)[:, :width]
             bits.copy_(codes[top : top + rows]).mul_(_TO_BF16).bitwise_and_(_SIGN_AND_CODE)
             values.copy_(bits.view(torch.bfloat16))
@@ -91,12 +95,12 @@ def quantise(weight: Tensor) -> Fp8Weight:
 _reused = threading.local()
 
 
-def scratch(role: str, dtype: torch.dtype, count: int) -> Tensor:
-    """[count], contents undefined: valid until this thread asks for the same role and dtype again."""
-    name = f"{role}-{dtype}"
+def scratch(role: str, dtype: torch.dtype, count: int, device: torch.device) -> Tensor:
+    """[count], contents undefined: valid until this thread asks for the same role, dtype and device again."""
+    name = f"{role}-{dtype}-{device}"
     held: Tensor | None = getattr(_reused, name, None)
     if held is None or len(held) < count:
         with torch.inference_mode(False):  # else it could not be written outside of inference mode
-            held = torch.empty(count, dtype=dtype)
+            held = torch.empty(count, dtype=dtype, device=device)
         setattr(_reused, name, held)
     return held[:count]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model import exact
+from model.device import HOST
 
 
 class RmsNorm:
@@ -41,11 +42,12 @@ class HeadNorm:
 class Rotary:
     """Rotates pairs (i, i + R/2) of each head by position * theta^(-2i/R); dims from R on stay."""
 
-    def __init__(self, rotary_dim: int, theta: float, positions: int) -> None:
+    def __init__(self, rotary_dim: int, theta: float, positions: int, device: torch.device) -> None:
+        """Angles are made on the host: the same table on every device."""
         self.half = rotary_dim // 2
-        inverse = 1.0 / (theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))
-        angle = torch.arange(positions, dtype=torch.float32)[:, None] * inverse
-        self.cos, self.sin = exact.cos_sin(angle)  # [positions, R/2] each
+        step = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=HOST) / rotary_dim
+        angle = torch.arange(positions, dtype=torch.float32, device=HOST)[:, None] * (1.0 / theta**step)
+        self.cos, self.sin = (table.to(device) for table in exact.cos_sin(angle))  # [positions, R/2] each
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [T, N, D], positions [T] -> [T, N, D]."""

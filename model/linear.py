@@ -45,7 +45,8 @@ class KeptLinear(exact.Linear):
 
     def __init__(self, parts: Sequence[Weight], dtype: torch.dtype, numerics: exact.Numerics) -> None:
         self._parts = [part.clone() if isinstance(part, Fp8Weight) else part.to(dtype).clone() for part in parts]
-        self._describe(sum(part.shape[0] for part in parts), parts[0].shape[1], dtype)
+        first = parts[0].codes if isinstance(parts[0], Fp8Weight) else parts[0]
+        self._describe(sum(part.shape[0] for part in parts), parts[0].shape[1], dtype, first.device)
         self.kept_as, self.nbytes = "fp8", sum(part.nbytes for part in self._parts)
         self.is_packed, self.ladder = False, None
         if numerics == "exact":
@@ -53,7 +54,7 @@ class KeptLinear(exact.Linear):
 
     def _operand(self) -> Tensor:
         shape = (self.out_features, self.in_features)
-        out = scratch("weight", self.compute_dtype, math.prod(shape)).view(shape)
+        out = scratch("weight", self.compute_dtype, math.prod(shape), self.device).view(shape)
         for part, rows in zip(self._parts, out.split([part.shape[0] for part in self._parts]), strict=True):
             if isinstance(part, Fp8Weight):
                 part.write(rows, self.dtype)
@@ -67,9 +68,12 @@ class KeptLinear(exact.Linear):
         Packing costs more than it saves on a weight used once, so it is done only where the plain kernel was
         seen to differ from the packed one, which the twin may use.
         """
-        key = (self.out_features, self.in_features, self.dtype, torch.get_num_threads())
+        key = (self.out_features, self.in_features, self.dtype, self.device, torch.get_num_threads())
         if key not in _ways:
             twin = exact.Linear(torch.cat([served(part, self.dtype) for part in self._parts]), "exact")
+            if not twin.is_packed:  # the twin's own kernel, on a weight at as round an address
+                _ways[key] = False, twin.ladder
+                return _ways[key]
             x, truth = twin.probe()
             plain = self._operand()
             agrees = functools.partial(exact.rows_agree, lambda rows: F.linear(rows, plain), x, truth)

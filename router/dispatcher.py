@@ -67,6 +67,11 @@ class Dispatcher:
         return self._placement
 
     @property
+    def rows_max(self) -> int:
+        """Most rows of one dispatch."""
+        return self._config.rows_max
+
+    @property
     def epoch(self) -> EpochId:
         return self.placement.epoch
 

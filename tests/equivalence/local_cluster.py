@@ -19,6 +19,7 @@ from attention_workers.worker import AttentionWorker
 from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
 from model.attention import TILE
+from model.device import HOST
 from model.layer_types import FULL, SLIDING
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
@@ -48,13 +49,13 @@ class Answer:
 class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
                  sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None,
-                 keep=("dequantised",), transport="local"):  # fmt: skip
+                 keep=("dequantised",), transport="local", device=HOST):  # fmt: skip
         """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid.
 
         `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers. `transport`: or
         "mixed", where every other expert worker looks as if it were on another host.
         """
-        self.checkpoint = checkpoint
+        self.checkpoint, self.device = checkpoint, device
         config = checkpoint.config
         self.dtype = dtype or getattr(torch, config.dtype)
         self.hub, self.router = LocalHub(), RouterConfig(combine_timeout_s=30.0)
@@ -88,13 +89,14 @@ class LocalCluster:
         )
 
     def _expert(self, member, numerics):
-        residency = Residency(self.checkpoint, member, self.dtype, numerics)
+        residency = Residency(self.checkpoint, member, self.dtype, numerics, self.device)
         end = expert_end(self._transport, self._identity(member), self.router, self.hub)
         return ExpertWorker(residency, end, rows_max=4096)
 
     def _attention(self, index, microbatches, pools, numerics, keep):
         model = AttentionModel(
             self.checkpoint,
+            device=self.device,
             dtype=self.dtype,
             numerics=numerics,
             positions_max=self._model_len,

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from expert_workers.residency import Residency
 from model.checkpoint import Checkpoint
+from model.device import HOST
 from model.fp8 import quantise
 from model.linear import linear
 from model.reference import Reference
@@ -94,7 +95,7 @@ def test_replicas_that_hold_an_expert_differently_agree_row_for_row(fp8, dtype):
     """Directly: every expert of a layer, for one row and for many."""
     held = []
     for keep in ("fp8", "dequantised"):
-        residency = Residency(fp8, Member("e", 1), dtype, "exact")
+        residency = Residency(fp8, Member("e", 1), dtype, "exact", HOST)
         table = spread(EpochId(1, 1), fp8.fingerprint, [(Member("e", 1), "@")], 3, 8, 1)
         residency.prepare(table, keep=keep)
         held.append(residency.layer(1))

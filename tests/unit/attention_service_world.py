@@ -75,7 +75,7 @@ class World:
             await self._serve(step_pb2_grpc.add_TokenServiceServicer_to_server, self.gateway, "gateway"),
         ]
         self.attention = AttentionService(
-            self.checkpoint.path, Member("attention-0", 1), TOKEN, self._config, RouterConfig(), "shm",
+            self.checkpoint.path, Member("attention-0", 1), TOKEN, self._config, RouterConfig(), "shm", "cpu", 1.0,
             f"{self._at}-scheduler", lambda _event: None,
         )  # fmt: skip
         self.attention.start()
@@ -106,7 +106,7 @@ class World:
 
         expert = ExpertService(
             self.checkpoint.path, Member("expert-0", self._epochs), TOKEN, ExpertConfig(), RouterConfig(), "shm",
-            "127.0.0.1", happened,
+            "127.0.0.1", "cpu", 1.0, happened,
         )  # fmt: skip
         expert.start()
         self._experts.append(expert)

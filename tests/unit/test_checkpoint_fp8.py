@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, expected_shapes, expert_weight_names
 from model.config import ModelConfig
+from model.device import HOST
 from model.errors import CheckpointError
 from model.fp8 import Fp8Weight
 from model.reference import Reference
@@ -69,7 +70,7 @@ def test_quantised_weights_are_those_of_the_same_seed(tiny: Path, tmp_path: Path
     make_checkpoint("tiny", tmp_path / "wide")
     wide, fp8 = Checkpoint.open(tmp_path / "wide"), Checkpoint.open(tiny)
     for name in wide.names():
-        weight = fp8.weight(name)
+        weight = fp8.weight(name, HOST)
         if isinstance(weight, Fp8Weight):
             step = torch.maximum(wide.get(name).abs() / 16, weight.scale_inv.max() * 2.0**-10)
             assert ((weight.dequantised(torch.float32) - wide.get(name)).abs() <= step).all()
@@ -179,7 +180,7 @@ def test_a_scale_that_is_none_is_refused_when_it_is_read(single: Path, value: fl
     edit(single, lambda tensors: tensors[SCALE].fill_(value))
     checkpoint = Checkpoint.open(single)
     accepted = "scales above 0 and below 128"
-    assert refusal(lambda: checkpoint.weight(EXPERT)) == (SCALE, f"{said} at [0, 0]", accepted)
+    assert refusal(lambda: checkpoint.weight(EXPERT, HOST)) == (SCALE, f"{said} at [0, 0]", accepted)
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
@@ -189,7 +190,7 @@ def test_a_code_that_is_no_number_is_refused_when_it_is_loaded(single: Path, cod
 
     edit(single, spoil)
     checkpoint = Checkpoint.open(single)
-    assert refusal(lambda: checkpoint.weight(EXPERT)) == (EXPERT, "not finite (NaN)", "finite FP8 codes")
+    assert refusal(lambda: checkpoint.weight(EXPERT, HOST)) == (EXPERT, "not finite (NaN)", "finite FP8 codes")
 
 
 # --- the released checkpoint, as files with holes --------------------------------------------------

@@ -22,6 +22,7 @@ from cluster.config import load_config
 from cluster.preflight import PreflightError, RoleBytes, check, check_memory, role_bytes
 from cluster.version import VERSION
 from model.checkpoint import ROUTER_SUFFIXES, Checkpoint, attention_tensor_names
+from model.device import HOST
 from model.exact import bytes_kept
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +86,7 @@ def test_dtype_and_numerics_are_one_choice_for_both_pools(capsys: pytest.Capture
     ("flags", "words"),
     [
         (["--port", "0"], "port: '0'; accepted: greater than or equal to 1"),
-        (["--device", "cuda"], "device: 'cuda'; accepted: 'cpu'"),
+        (["--device", "tpu"], "device: 'tpu'; accepted: 'cpu' or 'cuda'"),
         (["--replicas", "3"], "replicas 3 must not exceed expert_workers 2"),
         (["--kv-memory", "2 parsecs"], "--kv-memory: '2 parsecs'; accepted: a number with B, KB"),
         (["--config", "absent.yaml"], "absent.yaml: unreadable"),
@@ -149,7 +150,7 @@ def test_weights_are_counted_as_they_are_served(checkpoint: Path) -> None:
     assert opened.config.dtype == "float32"
     wide, half = (role_bytes(opened, d, "dequantised", "dequantised") for d in (torch.float32, torch.bfloat16))
     assert wide.attention == stored
-    assert half.attention == bytes_kept((stored - router) // 4, torch.bfloat16) + router
+    assert half.attention == bytes_kept((stored - router) // 4, torch.bfloat16, HOST) + router
 
 
 def test_links_are_made_wide_enough_for_the_largest_step(checkpoint: Path) -> None:

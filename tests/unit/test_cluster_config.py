@@ -122,7 +122,7 @@ def test_exchange_is_set_in_one_place_for_both_pools() -> None:
     [
         ("port", 0, "port: 0; accepted: greater than or equal to 1"),
         ("port", "80a", "port: '80a'; accepted: a valid integer"),
-        ("device", "cuda", "device: 'cuda'; accepted: 'cpu'"),
+        ("device", "tpu", "device: 'tpu'; accepted: 'cpu' or 'cuda'"),
         ("transport", "nccl", "transport: 'nccl'; accepted: 'auto', 'shm' or 'grpc'"),
         ("attention.dtype", "fp8", "accepted: 'auto', 'float32' or 'bfloat16'"),
         ("pools.replicas", 3, "replicas 3 must not exceed expert_workers 2"),

@@ -5,6 +5,7 @@ import torch
 
 from model import exact
 from model.attention import TILE, PagedAttention, Stretch, first_tile_seen, query_tiles
+from model.device import HOST
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
@@ -31,7 +32,7 @@ def test_a_row_has_the_same_bits_in_any_company(threads, dtype, outputs, inputs)
 def test_weights_take_what_is_said_before_they_are_loaded(dtype):
     """Whatever dtype they were stored in."""
     kept = exact.Linear(torch.randn(8, 16).to(dtype), "exact").compute_dtype.itemsize
-    assert exact.bytes_kept(8 * 16, dtype) == 8 * 16 * kept
+    assert exact.bytes_kept(8 * 16, dtype, HOST) == 8 * 16 * kept
 
 
 def test_thread_count_leaves_no_trace():
@@ -136,14 +137,14 @@ def test_attention_has_the_same_bits_for_prefill_chunks_and_decode(
     """
     lengths = [5, TILE + 1, 2 * TILE, 170, 1]
     keys, values, sequences = _pool(lengths, heads, group, width)
-    attend = PagedAttention(heads * group, heads, width, "exact")
+    attend = PagedAttention(heads * group, heads, width, "exact", HOST)
     sinks = torch.linspace(-2, 3, heads * group) if has_sinks else None
     spans, at = [], 0
     for n, (_, _, _, blocks) in zip(lengths, sequences, strict=True):
         spans.append(Stretch(at, 0, n, 0, blocks))
         at += n
     everyone = torch.cat([s[0] for s in sequences])
-    together = attend(everyone, keys, values, query_tiles(spans, window), sinks)
+    together = attend(everyone, keys, values, attend.lay_out(query_tiles(spans, window)), sinks)
     at = 0
     for n, (q, k, v, blocks) in zip(lengths, sequences, strict=True):
         expected = together[at : at + n]
@@ -153,7 +154,7 @@ def test_attention_has_the_same_bits_for_prefill_chunks_and_decode(
                 count = min(chunk, n - first)
                 tile = first_tile_seen(first, window)
                 tiles = query_tiles([Stretch(0, first, count, tile, blocks[tile:])], window)
-                got = attend(q[first : first + count], keys, values, tiles, sinks)
+                got = attend(q[first : first + count], keys, values, attend.lay_out(tiles), sinks)
                 assert torch.equal(got, expected[first : first + count])
         torch.testing.assert_close(expected, _expected(q, k, v, window, sinks), rtol=1e-4, atol=1e-5)
 
@@ -174,8 +175,8 @@ def test_what_lies_outside_a_window_is_not_computed():
 def test_long_prompts_are_cut_into_slabs_of_the_same_bits(monkeypatch, window):
     """Bounding memory must not show."""
     keys, values, [(q, _, _, blocks)] = _pool([200], 2, 2, 16)
-    attend = PagedAttention(4, 2, 16, "exact")
+    attend = PagedAttention(4, 2, 16, "exact", HOST)
     tiles = query_tiles([Stretch(0, 0, 200, 0, blocks)], window)
-    whole = attend(q, keys, values, tiles)
+    whole = attend(q, keys, values, attend.lay_out(tiles))
     monkeypatch.setattr("model.attention._PAIR_ELEMENTS_MAX", 5000)
-    assert torch.equal(attend(q, keys, values, tiles), whole)
+    assert torch.equal(attend(q, keys, values, attend.lay_out(tiles)), whole)

@@ -13,6 +13,7 @@ from expert_workers.service import ExpertService
 from expert_workers.worker import ExpertWorker
 from model import exact
 from model.checkpoint import Checkpoint
+from model.device import HOST
 from model.synthetic import make_checkpoint
 from router.config import RouterConfig
 from router.membership import Failed, HealthState, Prepared
@@ -65,7 +66,7 @@ def placement(checkpoint, *workers, epoch=EpochId(1, 1)):
 def test_residency_loads_only_what_it_is_given_and_frees_what_no_epoch_wants(checkpoint):
     """An expert worker holds no attention weights, and no expert it was not given."""
     me = Member("e0", 1)
-    residency = Residency(checkpoint, me, torch.float32, "exact")
+    residency = Residency(checkpoint, me, torch.float32, "exact", HOST)
     residency.prepare(placement(checkpoint, (me, [(0, 0), (0, 1), (1, 2)]), (Member("e1", 1), [(0, 3)])))
     one = residency.bytes_loaded // 3
     assert [sorted(residency.layer(layer)) for layer in (0, 1)] == [[0, 1], [2]]
@@ -88,7 +89,7 @@ def pair(checkpoint):
     def identity(member):
         return LinkIdentity(member, checkpoint.fingerprint, "t", hidden, torch.float32)
 
-    residency = Residency(checkpoint, me, torch.float32, "exact")
+    residency = Residency(checkpoint, me, torch.float32, "exact", HOST)
     residency.prepare(placement(checkpoint, (me, [(0, 0)])))
     end = LocalExpertEnd(hub, identity(me), config)
     client = LocalAttentionEnd(hub, identity(peer), config)
@@ -141,7 +142,7 @@ def test_the_service_prepares_in_the_background_and_leaves_no_thread(checkpoint)
     before = set(threading.enumerate())
     events, happened = [], threading.Event()
     service = ExpertService(
-        checkpoint.path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm", "127.0.0.1",
+        checkpoint.path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm", "127.0.0.1", "cpu", 1.0,
         lambda e: (events.append(e), happened.set()),
     )  # fmt: skip
     service.start()
@@ -166,8 +167,8 @@ def test_what_loading_takes_is_counted_as_it_is_served(checkpoint):
     table = placement(checkpoint, (member, [(0, 0), (1, 2)]))
     elements = 2 * 3 * config.hidden_size * config.expert_hidden
     for dtype in (torch.float32, torch.bfloat16):
-        residency = Residency(checkpoint, member, dtype, "exact")
-        assert residency.bytes_needed(table) == exact.bytes_kept(elements, dtype)
+        residency = Residency(checkpoint, member, dtype, "exact", HOST)
+        assert residency.bytes_needed(table) == exact.bytes_kept(elements, dtype, HOST)
         residency.prepare(table)
         assert residency.bytes_needed(table) == 0
 
@@ -175,7 +176,7 @@ def test_what_loading_takes_is_counted_as_it_is_served(checkpoint):
 def test_a_bad_checkpoint_is_a_failure_with_its_reason(tmp_path):
     events = []
     service = ExpertService(
-        tmp_path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm", "127.0.0.1", events.append
+        tmp_path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm", "127.0.0.1", "cpu", 1.0, events.append
     )
     service.start()
     assert service.health().state is HealthState.FAILED

@@ -14,6 +14,7 @@ from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.service import ExpertService
 from model.checkpoint import Checkpoint, attention_tensor_names
+from model.device import HOST
 from model.linear import Keep
 from model.memory import bytes_in_memory, choose
 from model.synthetic import Variant, make_checkpoint
@@ -54,7 +55,7 @@ WAYS = [
 
 @pytest.mark.parametrize(("keep", "dtype"), WAYS, ids=str)
 def test_expert_workers_take_what_was_reckoned(fp8: Checkpoint, keep: Keep, dtype: torch.dtype) -> None:
-    residency = Residency(fp8, ME, dtype, "exact")
+    residency = Residency(fp8, ME, dtype, "exact", HOST)
     reckoned = residency.bytes_needed(placement(fp8), keep)
     residency.prepare(placement(fp8), keep=keep)
     assert residency.bytes_kept == reckoned > 0
@@ -67,18 +68,18 @@ def test_expert_workers_take_what_was_reckoned(fp8: Checkpoint, keep: Keep, dtyp
 def test_attention_workers_take_what_was_reckoned(fp8: Checkpoint, keep: Keep, dtype: torch.dtype) -> None:
     """But for norms, a few KB."""
     model = AttentionModel(
-        fp8, dtype=dtype, numerics="exact", positions_max=64, progress=lambda *_: None, keep=keep
+        fp8, device=HOST, dtype=dtype, numerics="exact", positions_max=64, progress=lambda *_: None, keep=keep
     )
     names = attention_tensor_names(fp8.config)
     norms = fp8.nbytes(name for name in names if "norm" in name or "bias" in name)
-    assert 0 < bytes_in_memory(fp8, names, dtype, keep) - model.bytes_kept <= norms
+    assert 0 < bytes_in_memory(fp8, names, dtype, keep, HOST) - model.bytes_kept <= norms
     assert model.bytes_loaded == fp8.nbytes(names)
 
 
 def test_auto_takes_the_faster_way_while_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.memory.available_bytes", lambda: 1000)
-    assert [choose("auto", need) for need in (999, 1000, 1001)] == ["dequantised", "dequantised", "fp8"]
-    assert (choose("fp8", 1), choose("dequantised", 10**9)) == ("fp8", "dequantised")
+    monkeypatch.setattr("model.memory.available_bytes", lambda _device: 1000)
+    assert [choose("auto", need, HOST) for need in (999, 1000, 1001)] == ["dequantised", "dequantised", "fp8"]
+    assert (choose("fp8", 1, HOST), choose("dequantised", 10**9, HOST)) == ("fp8", "dequantised")
 
 
 def prepared(
@@ -104,6 +105,8 @@ def test_a_worker_that_runs_short_keeps_what_comes_later_in_fp8(
         RouterConfig(),
         "shm",
         "127.0.0.1",
+        "cpu",
+        1.0,
         lambda e: (events.append(e), happened.set())[0],
     )
     service.start()
@@ -111,10 +114,10 @@ def test_a_worker_that_runs_short_keeps_what_comes_later_in_fp8(
         prepared(service, events, happened, placement(fp8, 1, experts=2))
         assert service.health().kept_as == "float32"
         first = service.health().bytes_kept
-        probe = Residency(fp8, ME, torch.float32, "exact")
+        probe = Residency(fp8, ME, torch.float32, "exact", HOST)
         probe.prepare(placement(fp8, 1, experts=2))
         short = probe.bytes_needed(placement(fp8), "dequantised") - 1
-        monkeypatch.setattr("model.memory.available_bytes", lambda: short)
+        monkeypatch.setattr("model.memory.available_bytes", lambda _device: short)
         prepared(service, events, happened, placement(fp8, 2))
         assert service.health().kept_as == "float32 and fp8"
         assert first < service.health().bytes_kept < first + short
@@ -125,7 +128,7 @@ def test_a_worker_that_runs_short_keeps_what_comes_later_in_fp8(
 def test_a_worker_told_to_dequantise_refuses_rather_than_disobey(
     fp8: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.memory.available_bytes", lambda: 10_000)
+    monkeypatch.setattr("model.memory.available_bytes", lambda _device: 10_000)
     events: list[MemberEvent] = []
     happened = threading.Event()
     config = ExpertConfig(weights="dequantised")
@@ -137,6 +140,8 @@ def test_a_worker_told_to_dequantise_refuses_rather_than_disobey(
         RouterConfig(),
         "shm",
         "127.0.0.1",
+        "cpu",
+        1.0,
         lambda e: (events.append(e), happened.set())[0],
     )
     service.start()
