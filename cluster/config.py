@@ -56,8 +56,8 @@ class PoolsConfig(_Section):
             return ""
         return (
             f"device (--device): 'cuda' with {found} GPU(s), {needed} needed for {self.attention_workers} "
-            f"attention and {self.expert_workers} expert worker(s) at pools.gpus_per_worker {self.gpus_per_worker:g}; "
-            "accepted: fewer workers, a smaller pools.gpus_per_worker, or more GPUs"
+            f"attention and {self.expert_workers} expert worker(s) at pools.gpus_per_worker "
+            f"{self.gpus_per_worker:g}; accepted: fewer workers, a smaller pools.gpus_per_worker, or more GPUs"
         )
 
     @model_validator(mode="after")

@@ -55,6 +55,7 @@ def run(func, args, kwargs):
         kwargs["device"] = HOST
     out = func(*args, **kwargs)
     if asked is not None and torch.device(asked).type == "cpu":
+        to_host.append(out.shape)
         return out
     return tree.tree_map_only(torch.Tensor, OnBoard, out)
 

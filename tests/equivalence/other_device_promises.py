@@ -14,23 +14,24 @@ from model.linear import linear
 from model.synthetic import Variant, make_checkpoint
 from router.errors import ExpertsUnavailable
 from tests.equivalence import other_device
-from tests.equivalence.local_cluster import LocalCluster, request
+from tests.equivalence.local_cluster import EPOCH, LocalCluster, request
 from tests.equivalence.other_device import OnBoard
 
 BOARD = other_device.register()
 PROMPT = [7 * i % 400 + 20 for i in range(83)]
-MODELS = {
-    "plain": Variant(),
-    "hybrid": Variant(layers=4, hybrid=True, qk_norm="per_head", sinks=True),
-    "fp8": Variant(fp8=True),
-}
+PLAIN = Variant()
+HYBRID = Variant(layers=2, hybrid=True, qk_norm="per_head", sinks=True)
+FP8 = Variant(fp8=True)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def checkpoint(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / request.param
-    make_checkpoint("tiny", path, seed=3, variant=MODELS[request.param])
-    return Checkpoint.open(path)
+def made(folder, variant):
+    make_checkpoint("tiny", folder / "tiny", seed=3, variant=variant)
+    return Checkpoint.open(folder / "tiny")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("models"), PLAIN)
 
 
 def me():
@@ -53,9 +54,14 @@ def test_the_device_tells_a_stranger():
     assert (there + 1).cpu().tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tokens_are_those_of_the_host(checkpoint, dtype):
-    """Weights, keys and values, and all of a step lie on the device; alone or in company, in chunks, kept in FP8."""
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [(PLAIN, torch.float32), (HYBRID, torch.float32), (FP8, torch.bfloat16)],
+    ids=["plain", "hybrid", "fp8"],
+)
+def test_tokens_are_those_of_the_host(tmp_path, variant, dtype):
+    """Weights, keys, values and all of a step lie on the device: alone, in company, in chunks, kept in FP8."""
+    checkpoint = made(tmp_path, variant)
     with LocalCluster(checkpoint, dtype=dtype) as cluster:
         on_host = cluster.run([me()])["me"]
     with LocalCluster(checkpoint, dtype=dtype, device=BOARD) as cluster:
@@ -63,7 +69,8 @@ def test_tokens_are_those_of_the_host(checkpoint, dtype):
     topology = {"experts": 2, "microbatches": 2, "keep": ("fp8", "dequantised")}
     with LocalCluster(checkpoint, dtype=dtype, device=BOARD, **topology) as cluster:
         model = cluster.workers[0].model
-        assert all(isinstance(x, OnBoard) for x in (*model.keys.values(), *model.values.values(), model.embedding))
+        held = (*model.keys.values(), *model.values.values(), model.embedding)
+        assert all(isinstance(tensor, OnBoard) for tensor in held)
         assert cluster.run([me(), *strangers()], step_tokens=48, chunk_tokens=16)["me"] == alone
     if dtype == torch.float32:
         assert alone.tokens == on_host.tokens
@@ -71,22 +78,22 @@ def test_tokens_are_those_of_the_host(checkpoint, dtype):
             assert one.sampled == pytest.approx(other.sampled, abs=1e-4)
 
 
-def test_logits_cross_once_for_each_step(checkpoint):
-    with LocalCluster(checkpoint, device=BOARD, microbatches=2) as cluster:
+def test_logits_cross_once_for_each_step(plain):
+    with LocalCluster(plain, device=BOARD, microbatches=2) as cluster:
         cluster.order(0, [me(), *strangers()])
         cluster.workers[0].step(result := cluster.order(0))
         other_device.to_host.clear()
         cluster.workers[0].step(result)
-        logits = [shape for shape in other_device.to_host if shape[-1] == checkpoint.config.vocab_size]
-        assert logits == [torch.Size([5, checkpoint.config.vocab_size])]
+        logits = [shape for shape in other_device.to_host if shape[-1] == plain.config.vocab_size]
+        assert logits == [torch.Size([5, plain.config.vocab_size])]
         cluster.workers[0].book.drop("gw", result)
 
 
-def test_a_failed_dispatch_gives_its_memory_back(checkpoint):
-    """However often a step is tried while experts are away, and they may go in the middle of one."""
-    with LocalCluster(checkpoint, device=BOARD, microbatches=2) as cluster:
+def test_a_failed_dispatch_gives_its_memory_back(plain):
+    """However often a step is tried while no worker answers for its experts."""
+    with LocalCluster(plain, device=BOARD, microbatches=2) as cluster:
         result = cluster.order(0, [me(), *strangers()])
-        cluster.experts[0].end.close()
+        cluster.experts[0].residency.retire(EPOCH)
         for _ in range(5):
             with pytest.raises(ExpertsUnavailable):
                 cluster.workers[0].step(result)

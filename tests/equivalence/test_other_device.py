@@ -1,4 +1,4 @@
-"""Everything of a step is made on the model's device: shown on a device that is not the host (`other_device.py`)."""
+"""Everything of a step is made on the model's device, shown on one that is not the host (`other_device.py`)."""
 
 import os
 import subprocess
