@@ -46,7 +46,8 @@ class RoleBytes:
 def check(config: Config) -> tuple[Config, CheckpointFacts]:
     """The configuration fitted to the checkpoint, and the checkpoint's facts. Raises PreflightError."""
     try:
-        device.require(config.device)
+        if config.cluster.ray_address is None:  # all workers are here
+            _check_device(config)
         checkpoint = Checkpoint.open(config.model_path)
         facts = _facts(checkpoint)
         read_model_card(
@@ -54,14 +55,18 @@ def check(config: Config) -> tuple[Config, CheckpointFacts]:
             context=facts.context,
         )  # fmt: skip
         fitted = _fit(config, checkpoint)
-        if config.device == "cuda" and (shortage := config.pools.gpu_shortage(torch.cuda.device_count())):
-            raise PreflightError(shortage)
         fitted = fit_weights(fitted, checkpoint, available_bytes(device.HOST))
         for port in filter(None, (config.port, config.grpc_port)):
             bind(config.host, port).close()
     except (ModelError, GatewayError) as error:
         raise PreflightError(str(error)) from error
     return fitted, facts
+
+
+def _check_device(config: Config) -> None:
+    device.require(config.device)
+    if config.device == "cuda" and (shortage := config.pools.gpu_shortage(torch.cuda.device_count())):
+        raise PreflightError(shortage)
 
 
 def _facts(checkpoint: Checkpoint) -> CheckpointFacts:

@@ -96,7 +96,7 @@ class RayWorkers:
             return
         options = self._actors[command.role].options(
             name=_actor_name(member), namespace=self._namespace, lifetime="detached", max_restarts=0, num_cpus=0,
-            resources=_pool_resources(command.role), **_gpu_options(config),
+            resources=_pool_resources(command.role), **_gpu_options(self._spec.config),
             scheduling_strategy="SPREAD" if self._spec.meeting else "DEFAULT",
         )  # fmt: skip
         self._follow(member, options.remote(self._spec.to_json(), member.id, member.incarnation))
@@ -310,8 +310,8 @@ def _actor_name(member: Member) -> str:
 
 
 def _gpu_options(config: Config) -> dict[str, Any]:
-    """What a worker asks of Ray beside its pool's resources. On the CPU nothing: Ray keeps processes at hand for those
-    who ask for no environment of their own."""
+    """What a worker asks of Ray beside its pool's resources. On the CPU nothing: Ray keeps processes at hand for
+    who asks for no environment of its own."""
     if config.device == "cpu":
         return {}
     return {"num_gpus": config.pools.gpus_per_worker, "runtime_env": {"env_vars": _GPU_ENVIRONMENT}}

@@ -99,6 +99,17 @@ def test_bad_flags_are_refused_before_anything_is_started(
     assert words in refused(capsys, "serve", "--model", str(checkpoint), *flags)
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
+def test_cuda_without_cuda_is_refused_with_what_was_found(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, "serve", "--model", str(checkpoint), "--device", "cuda")
+    assert (
+        f"device (--device): 'cuda', but torch {torch.__version__} is built without CUDA; accepted: cpu" in message
+    )
+    assert len(message.splitlines()) == 1
+
+
 def test_no_model_is_refused_with_the_flag_that_gives_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "model: none given" in refused(capsys, "serve")
 

@@ -125,6 +125,7 @@ def test_exchange_is_set_in_one_place_for_both_pools() -> None:
         ("device", "tpu", "device: 'tpu'; accepted: 'cpu' or 'cuda'"),
         ("transport", "nccl", "transport: 'nccl'; accepted: 'auto', 'shm' or 'grpc'"),
         ("attention.dtype", "fp8", "accepted: 'auto', 'float32' or 'bfloat16'"),
+        ("pools.gpus_per_worker", 2, "pools.gpus_per_worker: 2; accepted: less than or equal to 1"),
         ("pools.replicas", 3, "replicas 3 must not exceed expert_workers 2"),
         ("attention.numerics", "fast", "must be the same"),
         ("gateway.n_max", 200, "gateway.n_max 200 must not exceed scheduler.siblings_max 128"),
@@ -146,6 +147,21 @@ def test_bad_values_are_refused_by_field_value_and_what_is_accepted(flag: str, v
 def test_model_is_required_and_the_message_says_how() -> None:
     with pytest.raises(ConfigError, match=r"model: none given.*--model"):
         load_config(None, {})
+
+
+@pytest.mark.parametrize(
+    ("share", "workers", "found", "is_enough"),
+    [(1.0, 2, 3, True), (1.0, 2, 2, False), (0.5, 2, 2, True), (0.5, 2, 1, False), (0.3, 2, 1, True),
+     (0.1, 9, 1, True), (0.1, 10, 1, False), (1.0, 1, 0, False)],
+)  # fmt: skip
+def test_gpus_are_counted_whole(share: float, workers: int, found: int, is_enough: bool) -> None:
+    """One attention worker and so many expert workers; none is split over two GPUs."""
+    flags = {"device": "cuda", "pools.gpus_per_worker": share, "pools.expert_workers": workers}
+    shortage = load_config(None, {"model": "m", **flags}).pools.gpu_shortage(found)
+    assert bool(shortage) != is_enough
+    if shortage:
+        assert f"'cuda' with {found} GPU(s)" in shortage
+        assert "accepted: fewer workers, a smaller pools.gpus_per_worker, or more GPUs" in shortage
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\x00"])

@@ -67,6 +67,17 @@ def test_elementwise_results_do_not_depend_on_vector_tails():
             assert torch.equal(fn(x[:count]), whole[:count])
 
 
+@pytest.mark.parametrize("width", [1, 2, 33, 768, 5000])
+def test_a_tree_of_additions_sums_a_row_the_same_in_any_company(width):
+    """What a GPU's rows are summed by."""
+    torch.manual_seed(0)
+    x = torch.randn(70, width)
+    whole = exact.tree_sum(x)
+    torch.testing.assert_close(whole, x.double().sum(-1).float(), rtol=1e-5, atol=1e-4)
+    for at, count in ((0, 1), (3, 5), (69, 1)):
+        assert torch.equal(exact.tree_sum(x[at : at + count]), whole[at : at + count])
+
+
 def test_a_ladder_starts_where_rows_begin_to_agree():
     """Only multiples of the first rung remain, so that no rung in use went unprobed."""
     assert exact.rungs(4) == (4, 8, 12, 16, 24, 32, 48, 64, 96, 128)

@@ -176,7 +176,16 @@ def test_what_loading_takes_is_counted_as_it_is_served(checkpoint):
 def test_a_bad_checkpoint_is_a_failure_with_its_reason(tmp_path):
     events = []
     service = ExpertService(
-        tmp_path, Member("e0", 1), "t", ExpertConfig(), RouterConfig(), "shm", "127.0.0.1", "cpu", 1.0, events.append
+        tmp_path,
+        Member("e0", 1),
+        "t",
+        ExpertConfig(),
+        RouterConfig(),
+        "shm",
+        "127.0.0.1",
+        "cpu",
+        1.0,
+        events.append,
     )
     service.start()
     assert service.health().state is HealthState.FAILED

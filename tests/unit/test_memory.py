@@ -9,7 +9,7 @@ import torch
 
 from attention_workers.attention_model import AttentionModel
 from cluster.config import load_config
-from cluster.preflight import PreflightError, fit_weights, memory_needed, role_bytes
+from cluster.preflight import PreflightError, RoleBytes, fit_weights, memory_needed, role_bytes
 from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.service import ExpertService
@@ -198,3 +198,13 @@ def test_what_is_not_stored_in_fp8_cannot_be_kept_so(plain: Checkpoint, role: st
     ):
         ways(plain, 1 << 40, **{role: "fp8"})
     assert ways(plain, 1 << 40) == ("auto", "auto")
+
+
+def test_weights_on_gpus_are_not_reckoned_with_the_hosts_memory(fp8: Checkpoint) -> None:
+    """Each worker sees for itself what its GPU holds; the processes must find room here."""
+    config = load_config(None, {"model": "m", "device": "cuda", "attention.kv_bytes": 1 << 40})
+    processes = sum(memory_needed(config, RoleBytes(0, 0)))
+    fitted = fit_weights(config, fp8, processes)
+    assert (fitted.attention.weights, fitted.expert.weights) == ("auto", "auto")
+    with pytest.raises(PreflightError, match="memory"):
+        fit_weights(config, fp8, processes - 1)
