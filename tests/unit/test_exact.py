@@ -17,7 +17,7 @@ def threads(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("outputs", "inputs"), [(48, 40), (256, 512), (768, 768)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 40), (256, 512), (768, 768), (256, 3072)])
 def test_a_row_has_the_same_bits_in_any_company(threads, dtype, outputs, inputs):
     """Alone, among others, at any place, beyond the longest rung: one row, one result."""
     torch.manual_seed(0)
