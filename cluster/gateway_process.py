@@ -103,7 +103,7 @@ class GatewayProcess:
             self._grpc = GrpcServer(spec.config.host, spec.config.grpc_port, self._state, admin)
             await address.take(self._grpc.start, PortInUse, wait_s)
         self._link.start(self._ledger)
-        await self._http.start(create_app(self._state), stop_timeout_s=_FLUSH_S)
+        await self._http.start(create_app(self._state), config, stop_timeout_s=_FLUSH_S)
 
     async def _take_port(self) -> HttpServer:
         return HttpServer(self._spec.config.host, self._spec.config.port)

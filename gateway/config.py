@@ -11,7 +11,10 @@ class GatewayConfig(BaseModel):
     api_key: SecretStr | None = Field(default=None, min_length=1)
     """What clients must send as `Authorization: Bearer` or `x-api-key`; None: nobody is asked."""
 
-    # --- one client call: beyond these 400, or 413 for the body -------------------------------
+    # --- one client call: beyond these 400, 413 for the body, 431 for the head ----------------
+
+    head_bytes_max: int = Field(default=64 * 2**10, ge=8192, le=2**24)
+    """Largest request line and headers of a call that has not got beyond them yet."""
 
     body_bytes_max: int = Field(default=8 * 2**20, ge=1024, le=2**30)
     """Largest request body. A 200,000-token prompt as ids is 1.4 MB, as text about 1 MB."""
@@ -48,6 +51,9 @@ class GatewayConfig(BaseModel):
     bodies_bytes_max: int = Field(default=256 * 2**20, ge=1024, le=2**36)
     """Request bodies being read and parsed at once, together; beyond: 429. At least `body_bytes_max`."""
 
+    connections_max: int = Field(default=4096, ge=1, le=2**20)
+    """HTTP connections open at once, calls or none; beyond: 429. Each takes a file descriptor."""
+
     attempts_max: int = Field(default=16, ge=1, le=1024)
     """Placements of one sequence, the first included, before its client is told that it failed."""
 
@@ -55,7 +61,8 @@ class GatewayConfig(BaseModel):
     """Longest wait for any next token of a call, queueing included, before it is given up (503)."""
 
     client_stall_s_max: float = Field(default=60.0, gt=0)
-    """Longest time a client may leave its socket full; then it counts as hung up."""
+    """Longest time a client may leave its socket full, or take to send a head or a body; then it counts as hung
+    up."""
 
     grpc_rpcs_max: int = Field(default=2048, ge=16, le=2**20)
     """RPCs open at once, health watches included; beyond: RESOURCE_EXHAUSTED. Above `in_flight_max`, so that a

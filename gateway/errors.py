@@ -13,7 +13,8 @@ GatewayError
     │   ├── TooSlow                      408
     │   ├── AlreadyExists                409
     │   ├── BodyTooLarge                 413
-    │   └── NotJson                      415
+    │   ├── NotJson                      415
+    │   └── HeadTooLarge                 431
     ├── Overloaded                       429  refused for load
     ├── ClientGone                       499  nobody is listening
     ├── GenerationFailed                 500  the cluster gave a sequence up
@@ -126,6 +127,11 @@ class BodyTooLarge(BadRequest):
 class NotJson(BadRequest):
     status = 415
     code = "unsupported_media_type"
+
+
+class HeadTooLarge(BadRequest):
+    status = 431
+    code = "request_headers_too_large"
 
 
 class Overloaded(Refusal):

@@ -7,10 +7,14 @@ import contextlib
 import errno
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from gateway.config import GatewayConfig
+from gateway.connection import Connection
 from gateway.errors import CannotListen, PortInUse
 
 
@@ -43,10 +47,11 @@ class HttpServer:
         self._server: _Uvicorn | None = None
         self._serving: asyncio.Task[None] | None = None
 
-    async def start(self, app: ASGIApp, *, stop_timeout_s: float) -> None:
+    async def start(self, app: ASGIApp, limits: GatewayConfig, *, stop_timeout_s: float) -> None:
         """Serve `app`; returns once connections are accepted. Calls get `stop_timeout_s` when stopped."""
         config = uvicorn.Config(
             app,
+            http=cast(type[asyncio.Protocol], partial(Connection, limits)),
             access_log=False,
             log_config=None,
             lifespan="off",

@@ -183,7 +183,7 @@ async def serving(card: ModelCard, **limits: Any) -> AsyncIterator[tuple[Gateway
     """A gateway on a real port of this host; gives its base URL."""
     state, engine = state_of(card, **limits)
     server = HttpServer("127.0.0.1", 0)
-    await server.start(create_app(state), stop_timeout_s=5)
+    await server.start(create_app(state), state.config, stop_timeout_s=5)
     try:
         yield state, engine, f"http://127.0.0.1:{server.port}"
     finally:

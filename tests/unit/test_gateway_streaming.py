@@ -187,7 +187,7 @@ async def test_stopping_lets_calls_in_flight_end(card: ModelCard) -> None:
     """No new connections, the running stream to its end."""
     state, engine = state_of(card)
     server = HttpServer("127.0.0.1", 0)
-    await server.start(create_app(state), stop_timeout_s=5)
+    await server.start(create_app(state), state.config, stop_timeout_s=5)
     engine.hold_at = 1
     async with httpx.AsyncClient() as client:
         url = f"http://127.0.0.1:{server.port}/v1/completions"
