@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import Config
 from cluster.events import ActorDied, KillWorker, Role, StartWorker, WatchWorker
+from cluster.member_link import ControllerUnreachable
 from cluster.processes import end_process
 from cluster.ray_store import RayStore
 from cluster.spec import ClusterSpec, MeetingPoint
@@ -102,7 +103,12 @@ class RayWorkers:
         self._follow(member, options.remote(self._spec.to_json(), member.id, member.incarnation))
 
     def _watch(self, member: Member) -> None:
-        self._follow(member, ray.get_actor(_actor_name(member), namespace=self._namespace))
+        try:
+            actor = ray.get_actor(_actor_name(member), namespace=self._namespace)
+        except ValueError:  # Ray knows no such actor (any more)
+            self._on_died(ActorDied(member, "its process ended while no controller watched"))
+            return
+        self._follow(member, actor)
 
     def _follow(self, member: Member, actor: Any) -> None:
         """Its `watch` ends with the worker, one way or the other."""
@@ -200,6 +206,7 @@ class RayHost:
             options["resources"] = {f"node:{self._spec.meeting.host}": 0.001}  # where serve was told to listen
         deploy = serve.deployment(
             name="gateway", num_replicas=1, max_ongoing_requests=1 << 20, ray_actor_options=options,
+            health_check_period_s=self._config.cluster.heartbeat_s,  # how soon Serve misses one that has died
         )  # fmt: skip
         try:
             serve.run(deploy(gateway).bind(self._spec.to_json()), name=self._application, route_prefix=None)
@@ -217,8 +224,11 @@ class RayHost:
         ).remote(self._spec.to_json())
 
     def drain(self) -> None:
-        """Begin to end the cluster in order."""
-        ray.get(self._controller.drain.remote(), timeout=_ACTOR_ANSWER_S)
+        """Begin to end the cluster in order. Raises ControllerUnreachable: it may be starting anew."""
+        try:
+            ray.get(self._controller.drain.remote(), timeout=_ACTOR_ANSWER_S)
+        except RayError as error:
+            raise ControllerUnreachable(f"the controller cannot be told ({_cause(error)})") from error
 
     @property
     def _application(self) -> str:

@@ -7,6 +7,7 @@ Exit codes: 0 ended in order · 1 it could not start, or has failed · 2 somethi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import select
@@ -37,6 +38,8 @@ _LOOK_S = 0.25
 _WATCH_S = 1.0
 _STATUS_TIMEOUT_S = 5.0
 _STOP_MARGIN_S = 20.0
+_REJOIN_S = 5.0
+"""After so long a controller that has begun anew has heard from every gateway that lives."""
 
 
 class StartFailed(Exception):
@@ -220,12 +223,14 @@ class _Cluster:
         running = (self._status() or {}).get("gateways", [])
         open_now = sum(int(gateway["gauges"].get("sequences_open", 0)) for gateway in running)
         self._say(f"draining, {open_now} sequences open; Ctrl-C again ends at once")
-        self._host.drain()
         deadline_s = time.monotonic() + self._spec.config.cluster.drain_timeout_s + _STOP_MARGIN_S
         while time.monotonic() < deadline_s:
             document = self._status()
             if document is not None and document["phase"] == "stopped":
                 break
+            if document is not None and must_tell_to_drain(document):
+                with contextlib.suppress(ControllerUnreachable):  # it is told again, or its next life is
+                    self._host.drain()
             time.sleep(_LOOK_S)
         self._say("ended")
 
@@ -257,6 +262,13 @@ class _Cluster:
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def must_tell_to_drain(document: dict[str, Any]) -> bool:
+    """A controller that does not drain has not heard it: its elder may have. One that has just begun is given time
+    to hear from its gateways: it would take none for drained, and end what they have open."""
+    has_heard = document["phase"] in ("draining", "stopping", "stopped")
+    return not has_heard and (bool(document["gateways"]) or document["uptime_s"] >= _REJOIN_S)
 
 
 def _raise_if_failed(document: dict[str, Any]) -> None:

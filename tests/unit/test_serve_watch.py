@@ -8,7 +8,7 @@ from cluster.controller import ControllerConfig
 from cluster.events import Role
 from cluster.overview import overview
 from cluster.roster import FAILURES_REMEMBERED_MAX, Patience
-from cluster.serve import Told
+from cluster.serve import Told, must_tell_to_drain
 from tests.unit.controller_world import World
 
 
@@ -37,3 +37,12 @@ def test_a_new_term_counts_anew_and_what_was_missed_is_said() -> None:
         "2 more were lost meanwhile", "expert-0#7 is lost: killed",
     ]  # fmt: skip
     assert Told.by(None).news({"term": 1, "failures": []}) == []
+
+
+def test_a_controller_that_has_begun_anew_is_told_to_drain_once_it_has_heard_from_its_gateways() -> None:
+    """One that knows of no gateway takes all for drained."""
+    anew = {"phase": "starting", "gateways": [], "uptime_s": 0.1}
+    assert not must_tell_to_drain(anew)
+    assert must_tell_to_drain(anew | {"gateways": [{"id": "gateway-0"}]})
+    assert must_tell_to_drain(anew | {"uptime_s": 60.0})  # there is none
+    assert not must_tell_to_drain(anew | {"phase": "draining", "gateways": [{"id": "gateway-0"}]})
