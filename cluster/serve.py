@@ -220,8 +220,8 @@ class _Cluster:
 
     def drain(self) -> None:
         """Running requests are finished, then everything exits by itself; what does not is ended by Ray."""
-        running = (self._status() or {}).get("gateways", [])
-        open_now = sum(int(gateway["gauges"].get("sequences_open", 0)) for gateway in running)
+        running = (self._status() or {}).get("gateways")
+        open_now = sum(int(gateway["gauges"].get("sequences_open", 0)) for gateway in running) if running else "?"
         self._say(f"draining, {open_now} sequences open; Ctrl-C again ends at once")
         deadline_s = time.monotonic() + self._spec.config.cluster.drain_timeout_s + _STOP_MARGIN_S
         while time.monotonic() < deadline_s:
