@@ -1,4 +1,4 @@
-"""Ending processes of the cluster by number, when they would not hear a word."""
+"""Processes of the cluster by number: ending those that would not hear a word, seeing which have ended."""
 
 from __future__ import annotations
 
@@ -16,3 +16,11 @@ def end_process(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         if psutil.Process(pid).cmdline()[:1] and psutil.Process(pid).cmdline()[0].startswith(_RAY_TITLE):
             os.kill(pid, signal.SIGKILL)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also when nobody has waited for it yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

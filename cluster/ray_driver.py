@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.config import Config
 from cluster.events import ActorDied, KillWorker, Role, StartWorker, WatchWorker
 from cluster.member_link import ControllerUnreachable
-from cluster.processes import end_process
+from cluster.processes import end_process, has_ended
 from cluster.ray_store import RayStore
 from cluster.spec import ClusterSpec, MeetingPoint
 from router.placement import Member
@@ -37,6 +37,7 @@ _ACTOR_ANSWER_S = 10.0
 _CLOSE_S = 5.0
 _LAUNCH_WAIT_S = 60.0
 _SERVE_NAMESPACE = "serve"
+_RAY_PROCESSES = ("gcs_server", "raylet")  # without either nothing that dies is replaced
 
 
 def namespace(cluster_name: str) -> str:
@@ -147,6 +148,8 @@ class RayHost:
             address="local" if self._owns_ray else life.ray_address, namespace=namespace(life.name),
             log_to_driver=False, logging_level=logging.ERROR, **(own if self._owns_ray else {}),
         )  # fmt: skip
+        children = psutil.Process().children() if self._owns_ray else []
+        self._ray_processes = {child.name(): child for child in children if child.name() in _RAY_PROCESSES}
         self.dashboard_url: str = context.dashboard_url or ""
         """host:port of Ray's dashboard and job server; empty: not asked for."""
         if names := list(self._names()):
@@ -223,6 +226,10 @@ class RayHost:
             name=name, lifetime="detached", max_restarts=-1, num_cpus=0, scheduling_strategy=strategy
         ).remote(self._spec.to_json())
 
+    def ended(self) -> list[str]:
+        """Which of Ray's own processes have ended, where we started them."""
+        return [name for name, process in self._ray_processes.items() if has_ended(process)]
+
     def drain(self) -> None:
         """Begin to end the cluster in order. Raises ControllerUnreachable: it may be starting anew."""
         try:
@@ -237,10 +244,11 @@ class RayHost:
     def close(self, is_hurried: bool) -> None:
         """End everything of this cluster that is left, and Ray if we started it: by asking, or killing at once.
 
-        Ray is not asked while a launch is still calling it: our own is killed, one that was joined has to wait.
+        Ray is not asked while a launch is still calling it, nor when parts of it have ended (that would end this
+        process too): our own is killed, one that was joined has to wait.
         """
         is_launched = self._launching is None or self._launching.done()
-        if self._owns_ray and (is_hurried or not is_launched):
+        if self._owns_ray and (is_hurried or not is_launched or self.ended()):
             end_children(grace_s=0.0)
             return
         if self._launching is not None:

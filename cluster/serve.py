@@ -205,6 +205,8 @@ class _Cluster:
         told, phase, heard_s = Told.by(self._status()), "ready", time.monotonic()
         while not self._stop.is_asked:
             self._stop.wait(_WATCH_S)
+            if ended := self._host.ended():
+                raise StartFailed(f"Ray's {' and '.join(ended)} ended, and the cluster with it")
             document = self._status()
             if document is None:
                 if time.monotonic() - heard_s > self._spec.config.cluster.startup_timeout_s:
