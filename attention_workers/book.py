@@ -177,10 +177,13 @@ class Book:
             count = min(sequence.pending, self._chunk_tokens_max, self.chunk_fits, budget)
             if count <= 0:
                 break
+            num_paused = len(result.paused)
             if not self._may_enter(sequence) or not self._make_room(sequence, count, result):
                 break  # in order: a later one does not take what an earlier one waits for
             spans.append(Span(sequence, sequence.computed, count))
             budget -= count
+            if len(result.paused) > num_paused:
+                break  # nor what one gave up that now waits: that one may come before those not looked at yet
         # A sequence that gave up its blocks for another after it was chosen is no longer in this step.
         return [span for span in spans if not span.sequence.is_paused and span.first == span.sequence.computed]
 
@@ -306,7 +309,11 @@ class Book:
         ]
 
     def check(self) -> None:
-        """In each space: blocks conserved, each held once, by sequences that have all they see and no more."""
+        """In each space: blocks conserved, each held once, by sequences that have all they see and no more.
+        Nobody holds what an earlier one waits for."""
+        first_waiting = min((s.order for s in self.sequences.values() if s.is_paused), default=None)
+        if first_waiting is not None:
+            assert not any(s.holds_blocks for s in self.sequences.values() if s.order > first_waiting)
         for kind, space in self.spaces.items():
             space.check()
             held = [b for s in self.sequences.values() for b in s.tables[kind].blocks]

@@ -44,7 +44,7 @@ def size_spaces(
     chunk = min(-(-CHUNK_TOKENS // block_tokens), kv_bytes // 4 // sliding_bytes)
     for_sequences = kv_bytes - chunk * sliding_bytes
     per_sliding = min(per_sequence, least)
-    full = per_sequence * for_sequences // (per_sequence * full_bytes + per_sliding * sliding_bytes)
+    full = max(1, per_sequence * for_sequences // (per_sequence * full_bytes + per_sliding * sliding_bytes))
     sliding = (kv_bytes - min(enough, full) * full_bytes) // sliding_bytes
     sliding = max(least, min(sliding, sequences_max * least + chunk))
     full = (kv_bytes - sliding * sliding_bytes) // full_bytes if full_bytes else enough

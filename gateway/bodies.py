@@ -30,7 +30,7 @@ class GenerateBody(Body):
 
     max_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
     n: int | None = Field(None, ge=1, description="an integer of at least 1")
-    temperature: float | None = Field(None, ge=0, le=1e6, description="a number of at least 0; 0 is greedy")
+    temperature: float | None = Field(None, ge=0, le=1e6, description="a number from 0 to 1000000; 0 is greedy")
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
     top_k: int | None = Field(None, ge=-1, description="an integer of at least 0; 0 or -1 for all tokens")
     min_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1; 0 for all tokens")

@@ -229,6 +229,17 @@ class _Written(WrittenLayers):
     add_full_attention_sink_bias: Literal[False] | None = None
     add_swa_attention_sink_bias: Literal[False] | None = None
     final_logit_softcapping: None = None
+    swiglu_limit: None = None
+    partial_rotary_factors: None = None
+    """One for each layer."""
+    attention_other_setting: None = None
+    mlp_layer_types: list[Literal["sparse"]] | None = None
+
+    # Sliding layers have the heads of all others: absent, or the same number.
+    swa_num_attention_heads: Size | None = None
+    swa_num_key_value_heads: Size | None = None
+    swa_head_dim: Size | None = None
+    swa_v_head_dim: Size | None = None
 
 
 def _without_aliases(raw: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -260,6 +271,13 @@ def _check_relations(written: _Written, file: str) -> None:
 
     heads = written.num_attention_heads
     require(heads % written.num_key_value_heads == 0, "num_key_value_heads", f"a divisor of {heads} heads")
+    for field, own in (
+        ("swa_num_attention_heads", heads),
+        ("swa_num_key_value_heads", written.num_key_value_heads),
+        ("swa_head_dim", written.head_dim),
+        ("swa_v_head_dim", written.head_dim),
+    ):
+        require(getattr(written, field) in (None, own), field, f"{own}, as in layers that do not slide")
     experts = written.num_local_experts
     require(written.num_experts_per_tok <= experts, "num_experts_per_tok", f"at most {experts} experts")
     if written.qk_norm_type == "none" and "use_qk_norm" in written.model_fields_set:

@@ -79,6 +79,7 @@ class WrittenLayers(BaseModel):
     attn_window_size: int | list[int | None] | None = None
     sliding_window: Size | None = None
     sliding_window_size: Size | None = None
+    use_sliding_window: bool | None = None
     attn_type_list: list[Literal[1]] | None = None
     """1: softmax attention, windowed or not."""
 
@@ -110,6 +111,8 @@ def read_layer_types(written: WrittenLayers, file: str) -> tuple[tuple[LayerType
         _refuse(field, windows[field], "null, or layer_types beside it to say which layers slide", file)
     if not any(slides):
         return (FULL,) * written.num_hidden_layers, None
+    if written.use_sliding_window is False:
+        _refuse("use_sliding_window", False, f"true, as {said_by} lets {sum(slides)} layers slide", file)
     if not windows:
         accepted = f"a count of tokens, as {said_by} lets {sum(slides)} layers slide"
         _refuse("sliding_window", written.sliding_window, accepted, file)

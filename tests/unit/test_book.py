@@ -5,7 +5,7 @@ import random
 import pytest
 
 from attention_workers.book import Book, OrderRefused
-from attention_workers.kv_blocks import KvBlocks
+from attention_workers.kv_blocks import KvBlocks, blocks_overlapped
 from attention_workers.microbatch import ping_pong, split
 from attention_workers.step import AttemptId, FinishReason, Plan, Sampling, Start, StepResult, TokenDelta
 from model.layer_types import FULL
@@ -102,6 +102,50 @@ def test_a_later_arrival_never_takes_blocks_from_an_earlier_one():
     spans, result = run_step(b)
     assert [s.sequence.start.attempt.request_id for s in spans] == ["a"]
     assert not result.paused
+
+
+def test_who_gave_up_its_blocks_is_not_overtaken_in_the_same_step():
+    """What it waits for would be held by one that waits behind it, for ever."""
+    b = book(blocks=5, block_tokens=2)
+    b.apply(plan(starts=[start("a", 6, 9, arrival=1)]), StepResult())
+    run_step(b)
+    late = start("late", 7, 2, arrival=2)
+    urgent = start("urgent", 4, 1, priority=-1, arrival=3)
+    b.apply(plan(2, [late, urgent], chunk_tokens_max=4), StepResult())
+    spans, result = run_step(b)
+    assert [s.sequence.start.attempt.request_id for s in spans] == ["urgent"]
+    assert [a.request_id for a in result.paused] == ["a"]
+    for _ in range(60):
+        run_step(b)
+    assert not b.sequences
+
+
+@pytest.mark.parametrize("window", [None, 3, 9])
+def test_a_step_computes_something_however_small_the_pool_is(window):
+    """Whoever comes, with whatever urgency, while others are paused: all come to their end."""
+    for seed in range(60):
+        rng = random.Random(seed)
+        total, block_tokens = rng.randint(1, 12), rng.choice([1, 2, 4])
+        sliding = None if window is None else KvBlocks(blocks_overlapped(window, block_tokens) + seed % 4, window)
+        b = Book("fp", 1, KvBlocks(total), block_tokens, 16, 64, sliding=sliding)
+        waiting = [
+            start(
+                str(i),
+                rng.randint(1, min(64, total * block_tokens)),
+                rng.randint(1, 20),
+                priority=rng.randint(0, 2),
+                arrival=i,
+            )
+            for i in range(15)
+        ]
+        number = 0
+        while b.sequences or waiting:
+            if waiting and (rng.random() < 0.3 or not b.sequences):
+                number += 1
+                limits = {"step_tokens_max": rng.choice([1, 7, 32]), "chunk_tokens_max": rng.choice([1, 3, 16])}
+                b.apply(plan(number, [waiting.pop() for _ in waiting[:3]], **limits), StepResult())
+            spans, result = run_step(b)
+            assert spans or result.paused or not b.sequences, seed
 
 
 @pytest.mark.parametrize(

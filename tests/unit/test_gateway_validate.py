@@ -150,7 +150,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 1.5}, "max_tokens is 1.5"),
     ({"n": 0}, "n is 0"),
     ({"n": 9}, "n is 9; accepted: an integer from 1 to 8"),
-    ({"temperature": -0.1}, "temperature is -0.1; accepted: a number of at least 0"),
+    ({"temperature": -0.1}, "temperature is -0.1; accepted: a number from 0 to 1000000; 0 is greedy"),
     ({"temperature": "hot"}, 'temperature is "hot"'),
     ({"temperature": float("nan")}, "temperature is NaN"),
     ({"temperature": float("inf")}, "temperature is Infinity"),

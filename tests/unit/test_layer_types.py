@@ -107,6 +107,13 @@ def test_rotation_of_each_layer_type(
         ({"hybrid_layer_pattern": [1] * 5}, "accepted: one entry for each of 6 layers"),
         ({**S_F_WINDOW, "attn_type_list": [0, 1] * 3}, "attn_type_list.0 is 0; accepted: 1"),
         (
+            {**S_F_WINDOW, "use_sliding_window": False},
+            "use_sliding_window is false; accepted: true, as layer_types lets 3 layers slide",
+        ),
+        ({**S_F_WINDOW, "swa_num_key_value_heads": 1}, "swa_num_key_value_heads is 1; accepted: 2, as in layers"),
+        ({**S_F_WINDOW, "swa_head_dim": 8}, "swa_head_dim is 8; accepted: 16, as in layers that do not slide"),
+        ({**S_F_WINDOW, "partial_rotary_factors": [0.5] * 6}, "partial_rotary_factors is [0.5, 0.5, 0.5, 0.5, 0."),
+        (
             {**S_F_WINDOW, "swa_rope_theta": 0.5},
             "swa_rope_theta is 0.5; accepted: greater than 1",
         ),

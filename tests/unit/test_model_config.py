@@ -170,6 +170,7 @@ REFUSED = [
     ("sliding_window", 0, "greater than or equal to 1"),
     ("attention_sinks", 1, "a valid boolean"),
     ("attention_value_scale", 0.7, "null"),
+    ("swiglu_limit", 7.0, "null"),
     ("shared_intermediate_size", 1024, "0"),
     ("tie_word_embeddings", True, "false"),
     ("attention_bias", True, "false"),
