@@ -32,7 +32,6 @@ class Register:
     node: str
     device: str
     address: str  # expert worker: its exchange; gateway: its URL; scheduler: its service
-    slots_max: int = 0  # expert worker: how many experts it can hold; 0: not limited
     epoch: EpochId | None = None  # the placement it already uses, when the controller has restarted
 
 

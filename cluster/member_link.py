@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -137,12 +138,21 @@ class MemberLink:
         while True:
             while (body := self._next_report(stream)) is not None:
                 yield self._sealed(body)
-            yield self._sealed(self._health())
+            yield self._sealed(self._beat())
             with self._changed:
                 self._changed.wait_for(lambda: self._is_beat_due or self._stream != stream, self._heartbeat_s)
                 self._is_beat_due = False
                 if self._stream != stream:
                     return
+
+    def _beat(self) -> Health:
+        """How we are, with what this link refused and dropped."""
+        health = self._health()
+        own = {
+            "controller_orders_refused_total": float(self.orders_refused),
+            "controller_reports_dropped_total": float(self.reports_dropped),
+        }
+        return replace(health, gauges={**health.gauges, **own})
 
     def _next_report(self, stream: int) -> ReportBody | None:
         with self._changed:

@@ -145,7 +145,7 @@ def encode_placement(published: Placement | None) -> control_pb2.PlacementReply:
 def _register(body: Register) -> control_pb2.Register:
     return control_pb2.Register(
         role=_ROLES[body.role], pid=body.pid, node=body.node, device=body.device, address=body.address,
-        slots_max=body.slots_max, epoch=_epoch(body.epoch) if body.epoch else None,
+        epoch=_epoch(body.epoch) if body.epoch else None,
     )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def _decode_register(body: control_pb2.Register) -> Register:
     if body.role not in _ROLES_BACK:
         raise Malformed(f"register: role {body.role}; accepted: {sorted(_ROLES_BACK)}")
     epoch = _epoch_id(body.epoch) if body.HasField("epoch") else None
-    return Register(_ROLES_BACK[body.role], body.pid, body.node, body.device, body.address, body.slots_max, epoch)
+    return Register(_ROLES_BACK[body.role], body.pid, body.node, body.device, body.address, epoch)
 
 
 def _heartbeat(body: Health) -> control_pb2.Heartbeat:

@@ -67,7 +67,7 @@ class WorkerProcess:
             spec.token,
             member,
             spec.facts.fingerprint,
-            lambda: Register(role, os.getpid(), platform.node(), device_name(), address(), 0, self._epoch),
+            lambda: Register(role, os.getpid(), platform.node(), device_name(), address(), self._epoch),
             self._health,
             self._obey,
             life.heartbeat_s,

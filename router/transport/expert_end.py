@@ -125,9 +125,12 @@ class LinkedExpertEnd:
             return
         self._pulse_due_s = now_s + self._pulse_every_s
         self._serve(0.0)
-        for link in self._turns:
+        for link in list(self._turns):
             if link.owes:
-                link.pulse()
+                try:
+                    link.pulse()
+                except TransportError as error:
+                    self._drop(link, str(error))
 
     def wake(self) -> None:
         if not self._closed:

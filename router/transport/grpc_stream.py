@@ -36,6 +36,8 @@ class FrameStream:
         self._bell = bell
         self._cancel = cancel
         self._speech: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._said_bytes = 0  # in all: written by the end's thread
+        self._sent_bytes = 0  # of them taken by gRPC: written by its thread
         self._came = [0, 0]  # frames and bytes in all: written by the reader
         self._let_go = [0, 0]  # of them read no more: written by the end's thread
 
@@ -49,6 +51,11 @@ class FrameStream:
         return self._speech.qsize()
 
     def say(self, message: bytes) -> None:
+        """Queue it. Raises TransportError if the peer does not take what it asked for."""
+        unsent = self._said_bytes - self._sent_bytes
+        if unsent + len(message) > 2 * self._bytes_max:  # one peer's credit, and pulses
+            raise TransportError(f"the peer has not taken {unsent} bytes")
+        self._said_bytes += len(message)
         self._speech.put(message)
 
     def next(self, limits: frame.FrameLimits) -> Incoming | None:
@@ -76,6 +83,7 @@ class FrameStream:
     def speech(self) -> Iterator[bytes]:
         """What gRPC sends, until hung up."""
         while (message := self._speech.get()) is not None:
+            self._sent_bytes += len(message)
             yield message
 
     def read(self, messages: Iterator[bytes]) -> None:

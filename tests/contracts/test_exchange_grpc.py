@@ -13,6 +13,7 @@ from router.config import PAGE_BYTES, RouterConfig
 from router.errors import TransportError
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Parcel, Refusal, RefusalReason, Reply
 from router.transport.grpc_channel import HELLO_KEY, METHOD, dial
+from router.transport.grpc_stream import FrameStream
 from router.transport.handshake import Hello, hello
 from router.transport.select import attention_end, expert_end
 from router.transport.wire import hello_to_bytes, welcome_from_bytes
@@ -94,6 +95,17 @@ class TestGrpcExchange(ExchangeSuite):
                 channel.unary_unary("/expertmesh.v1.Exchange/Other")(b"", timeout=PATIENCE_S)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         well(end, me, expert)
+
+    def test_answers_that_a_peer_does_not_take_are_bounded(self) -> None:
+        """It may send parcels for ever without reading a reply: its link ends before our memory does."""
+        stream = FrameStream(CONFIG, bell=-1, cancel=lambda: None)
+        words = b"\0" * (CONFIG.link_bytes_max // 2)
+        stream.say(words)
+        stream.say(words)
+        with pytest.raises(TransportError, match=f"has not taken {2 * len(words)} bytes"):
+            stream.say(b"\0")
+        assert next(stream.speech()) == words
+        stream.say(words)
 
     def test_a_host_that_is_not_ours_is_refused_by_name(self) -> None:
         with pytest.raises(TransportError, match=r"host: '192\.0\.2\.1' cannot be listened on"):

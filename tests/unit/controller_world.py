@@ -220,7 +220,7 @@ class World:
             self._at_time(process.frozen_until_s, lambda: self._register(process))
             return
         reason = self.fails_to_start.get(process.member.id)
-        body = Register(process.role, process.pid, "here", "cpu", f"@{process.member.id}", 0, process.epoch)
+        body = Register(process.role, process.pid, "here", "cpu", f"@{process.member.id}", process.epoch)
         self.report(process, body)
         if reason is not None:
             self.report(process, Health(HealthState.FAILED, detail=reason))

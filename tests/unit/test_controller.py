@@ -174,7 +174,7 @@ def test_worker_that_comes_back_is_told_again_what_it_may_have_missed() -> None:
     world.run(1)
     (survivors,) = [send.body.placement for send in world.sent(Prepare)[-1:]]
     expert = world.one("expert-0")
-    world.report(expert, Register(Role.EXPERT, expert.pid, "here", "cpu", "@expert-0", 0, EpochId(1, 1)))
+    world.report(expert, Register(Role.EXPERT, expert.pid, "here", "cpu", "@expert-0", EpochId(1, 1)))
     assert (world.sent(Prepare)[-1].to, world.sent(Prepare)[-1].body.placement) == (expert.member, survivors)
 
 

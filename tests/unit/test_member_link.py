@@ -43,7 +43,7 @@ class Process:
         self.epoch: EpochId | None = None
         self.link = MemberLink(
             cluster.address, token, member, "f00d",
-            lambda: Register(role, 1, "here", "cpu", f"@{member.id}", 0, self.epoch),
+            lambda: Register(role, 1, "here", "cpu", f"@{member.id}", self.epoch),
             lambda: Health(HealthState.READY, 5, 5, "", {"rows": 3.0}, 9, "fp8"),
             self.orders.put, heartbeat_s=0.05,
         )  # fmt: skip
@@ -200,8 +200,7 @@ healths = st.builds(
     st.dictionaries(names, st.floats(allow_nan=False), max_size=3),
 )  # fmt: skip
 registers = st.builds(
-    Register, st.sampled_from(Role), st.integers(0, 2**31), names, names, names, st.integers(0, 2**31),
-    st.none() | epochs,
+    Register, st.sampled_from(Role), st.integers(0, 2**31), names, names, names, st.none() | epochs,
 )  # fmt: skip
 said = st.builds(Prepared, epochs) | st.builds(Adopted, epochs) | st.builds(PeerLost, members)
 bodies = registers | healths | said

@@ -24,22 +24,20 @@ MEMBER_STATE_DRAINING: MemberState
 MEMBER_STATE_FAILED: MemberState
 
 class Register(_message.Message):
-    __slots__ = ("role", "pid", "node", "device", "address", "slots_max", "epoch")
+    __slots__ = ("role", "pid", "node", "device", "address", "epoch")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    SLOTS_MAX_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     role: _identity_pb2.Role
     pid: int
     node: str
     device: str
     address: str
-    slots_max: int
     epoch: _identity_pb2.Epoch
-    def __init__(self, role: _Optional[_Union[_identity_pb2.Role, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., address: _Optional[str] = ..., slots_max: _Optional[int] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ...) -> None: ...
+    def __init__(self, role: _Optional[_Union[_identity_pb2.Role, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("state", "bytes_loaded", "bytes_total", "detail", "gauges", "bytes_kept", "kept_as", "links")
