@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -20,9 +21,15 @@ ANNOUNCED = "Ctrl-C ends it."  # the last line that serve prints when it is read
 
 
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
+    """Below what the kernel gives to outgoing connections and above what Ray gives to workers: between our look
+    and the gateway's bind nobody is handed them."""
+    ports: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 200):
+        if len(ports) < count:
+            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                ports.append(port)
+    assert len(ports) == count, "hardly a port from 20000 to 32000 is free"
+    return ports
 
 
 def ours_left(cluster_id: str) -> list[str]:
