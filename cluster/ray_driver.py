@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import os
 import platform
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.address import quiet_ports
 from cluster.config import Config
 from cluster.events import ActorDied, KillWorker, Role, StartWorker, WatchWorker
 from cluster.member_link import ControllerUnreachable
@@ -175,8 +175,7 @@ class RayHost:
         if span == "host" or (span == "auto" and len(alive) == 1):
             return spec
         host = node_ip()
-        with socket.create_server((host, 0)) as one, socket.create_server((host, 0)) as other:
-            ports = [held.getsockname()[1] for held in (one, other)]
+        ports = quiet_ports(host, 2)
         node_id = ray.get_runtime_context().get_node_id()
         return dataclasses.replace(spec, meeting=MeetingPoint(host, node_id, *ports))
 

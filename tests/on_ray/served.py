@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,21 +12,11 @@ from pathlib import Path
 
 import httpx
 
+from cluster.address import quiet_ports
+
 READY_WITHIN_S = 180.0
 END_WITHIN_S = 60.0
 ANNOUNCED = "Ctrl-C ends it."  # the last line that serve prints when it is ready
-
-
-def free_ports(count: int) -> list[int]:
-    """Below what the kernel gives to outgoing connections and above what Ray gives to workers: between our look
-    and the gateway's bind nobody is handed them."""
-    ports: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 200):
-        if len(ports) < count:
-            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-                ports.append(port)
-    assert len(ports) == count, "hardly a port from 20000 to 32000 is free"
-    return ports
 
 
 def ours_left(cluster_id: str) -> list[str]:
@@ -41,7 +28,7 @@ class Served:
     """`with Served(checkpoint, "--expert-workers", "3") as cluster: cluster.post("/v1/completions", {...})`"""
 
     def __init__(self, model: Path, *flags: str, log: Path) -> None:
-        self.port, self.grpc_port = free_ports(2)
+        self.port, self.grpc_port = quiet_ports("127.0.0.1", 2)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
         command = [

@@ -36,8 +36,8 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def folders() -> list[str]:
-    """Ray's sockets and logs, of clusters of this test run."""
-    return os.listdir(os.environ["RAY_TMPDIR"])
+    """Ray's sockets and logs, of clusters that `serve` hosts in this test run."""
+    return [name for name in os.listdir(os.environ["RAY_TMPDIR"]) if name.startswith("em-")]
 
 
 def listed_sockets() -> dict[str, str]:
