@@ -24,7 +24,7 @@ def summarise(snapshot: Snapshot) -> dict[str, Any]:
     return {
         "worker": snapshot.worker,
         "steps": len(steps),
-        "covers_s": round(float(steps["ended_ns"].max() - steps["began_ns"].min()) / 1e9, 3) if len(steps) else 0.0,
+        "covers_s": round((steps["ended_ns"].max(initial=0) - steps["began_ns"][:1].sum()) / 1e9, 3),
         "has_forgotten": snapshot.has_forgotten,
         "exposed_wait_share": _share(waited_ns.sum(), total_ns),
         "exchange_share": _share((waited_ns - exchanges["experts_ns"]).sum(), total_ns),

@@ -34,6 +34,7 @@ class AttentionWorker:
         most = MICROBATCHES_MAX if microbatches == "auto" else microbatches
         is_host = model.device.type == "cpu"
         self._experts: Experts[Any] = dispatcher if is_host else _staged(model, dispatcher, most)
+        self._parts = 0  # microbatches of the last step
         self.steps = 0
         self.tokens = 0
 
@@ -64,11 +65,20 @@ class AttentionWorker:
         rows = sum(span.count for span in spans)
         kind = kind_of(rows, has_prompts=rows > len(spans))
         parts = split(spans, self.microbatches.choose(kind, len(spans)))
+        self._parts = len(parts)
         batches = [self.model.begin(part) for part in parts]
         self.trace.begin(kind, rows, len(spans))
         logits = to_host(decode_step(self.model, batches, self._experts, self.trace))
         self.microbatches.measured(kind, len(parts), rows, self.trace.end(len(parts)))
         return logits, batches
+
+    def gauges(self) -> dict[str, float]:
+        """Of recent steps: the share of their time that was wait for experts, and exchange. From any thread."""
+        return {
+            "exposed_wait_share": round(self.trace.wait_share, 4),
+            "exchange_share": round(self.trace.exchange_share, 4),
+            "microbatches": self._parts,
+        }
 
     def snapshot(self, worker: str) -> Snapshot:
         """What the trace holds, by the worker's name. From any thread."""

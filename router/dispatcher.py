@@ -217,8 +217,9 @@ class Dispatcher:
             self._counts["rows"] += len(parcel.tokens)
             self._counts["routes"] += len(parcel.positions)
         self._counts["parcels"] += len(parcels)
+        sent_ns = time.perf_counter_ns()
         ticket = self._end.dispatch(parcels) if parcels else None
-        return Pending(layer, rows, routes, planned, ticket, avoided, time.perf_counter_ns())
+        return Pending(layer, rows, routes, planned, ticket, avoided, sent_ns)
 
     def _gather(self, pending: Pending, ranks: Tensor) -> list[_Failure]:
         """Place the replies of one ticket, release it, and say what must be planned again."""
