@@ -6,7 +6,7 @@ The compute thread writes, some microseconds per layer; from any other thread a 
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from attention_workers.trace_records import (
     struct_of,
 )
 from router.dispatcher import Heard
-from router.placement import Member
 
 STEPS_MAX, EXCHANGES_MAX, REPLIES_MAX = 1 << 13, 1 << 15, 1 << 16
 PEERS_MAX = 1 << 12
@@ -36,21 +35,21 @@ class _Ring:
     def __init__(self, fields: Fields, capacity: int) -> None:
         self._struct, self._dtype = struct_of(fields), dtype_of(fields)
         self._bytes = bytearray(self._struct.size * capacity)
-        self._capacity = capacity
-        self._count = 0  # ever put
+        self._at = 0  # where the next goes, in bytes
+        self.is_full = False
 
     def put(self, *values: int) -> None:
-        self._struct.pack_into(self._bytes, self._count % self._capacity * self._struct.size, *values)
-        self._count += 1
-
-    @property
-    def is_full(self) -> bool:
-        return self._count >= self._capacity
+        at = self._at
+        self._struct.pack_into(self._bytes, at, *values)
+        at += self._struct.size
+        if at == len(self._bytes):
+            at, self.is_full = 0, True
+        self._at = at
 
     def copy(self) -> Records:
         """In no order: the writer goes on."""
-        count = min(self._count, self._capacity)
-        return np.frombuffer(bytes(self._bytes), self._dtype)[:count]
+        at, is_full, copied = self._at, self.is_full, bytes(self._bytes)
+        return np.frombuffer(copied if is_full else copied[:at], self._dtype)
 
 
 class Exchange(Protocol):
@@ -60,14 +59,6 @@ class Exchange(Protocol):
     heard: list[Heard]
 
 
-class _Exposed(NamedTuple):
-    """What kept one combine waiting."""
-
-    last: int  # peer
-    last_by_ns: int
-    experts_ns: int  # of the wait
-
-
 class StepTrace:
     """Of one attention worker. Each step: `begin`, then `dispatched` and `combined` in turn, then `end`."""
 
@@ -75,7 +66,7 @@ class StepTrace:
         self._exchange = exchange
         self._steps, self._exchanges = _Ring(STEP, STEPS_MAX), _Ring(EXCHANGE, EXCHANGES_MAX)
         self._replies = _Ring(REPLY, REPLIES_MAX)
-        self._peers: dict[Member, int] = {}
+        self._peers: dict[tuple[str, int], int] = {}  # by id and incarnation
         self._number = 0
         self._kind, self._rows, self._sequences = StepKind("decode", 1), 0, 0
         self._began_ns = 0
@@ -101,45 +92,41 @@ class StepTrace:
 
     def combined(self, layer: int, microbatch: int, from_ns: int) -> None:
         """Its combine began at `from_ns` and has just ended."""
-        wait_ns, heard = self._exchange.waited_ns, self._exchange.heard
+        wait_ns = self._exchange.waited_ns
         merge_ns = time.perf_counter_ns() - from_ns - wait_ns
         attended_from_ns, attend_ns, dispatch_ns = self._open.pop(microbatch)
-        for reply in heard:
-            self._replies.put(self._number, reply.sent_ns, reply.heard_ns, *reply.spent, layer,
-                              self._peer(reply.peer), microbatch)  # fmt: skip
-        exposed = self._exposed(from_ns, wait_ns, heard)
+        last, last_heard_ns, before_ns, at_worker_ns, exchange_ns = NOBODY, from_ns, from_ns, 0, 0
+        for peer, sent_ns, heard_ns, (queued_ns, computed_ns) in self._exchange.heard:
+            index = self._peers.get((peer.id, peer.incarnation))
+            if index is None:
+                index = self._new_peer((peer.id, peer.incarnation))
+            self._replies.put(self._number, sent_ns, heard_ns, queued_ns, computed_ns, layer, index, microbatch)
+            if heard_ns >= last_heard_ns or last == NOBODY:
+                before_ns, last_heard_ns, last = last_heard_ns, heard_ns, index
+                at_worker_ns, last_computed_ns = queued_ns + computed_ns, computed_ns
+                exchange_ns = max(0, heard_ns - sent_ns - at_worker_ns)
+            elif heard_ns > before_ns:
+                before_ns = heard_ns
+        if last != NOBODY:
+            self._experts_ns += last_computed_ns
+            self._exchange_ns += exchange_ns
+        # The wait is the tail of the last reply's flight: half of its exchange comes last, the worker before it.
+        # Links are taken to be as slow one way as the other; what lies in a link while the worker computes for
+        # others counts as exchange.
+        experts_ns = min(max(0, wait_ns - exchange_ns // 2), at_worker_ns)
+        last_by_ns = max(0, last_heard_ns - max(before_ns, from_ns))
         self._exchanges.put(self._number, attended_from_ns, attend_ns, dispatch_ns, from_ns, wait_ns, merge_ns,
-                            exposed.last_by_ns, exposed.experts_ns, layer, exposed.last, microbatch)  # fmt: skip
+                            last_by_ns, experts_ns, layer, last, microbatch)  # fmt: skip
         self._attention_ns += attend_ns + dispatch_ns + merge_ns
         self._count += 1
         self._wait_ns += wait_ns
-        self._wait_exchange_ns += wait_ns - exposed.experts_ns
+        self._wait_exchange_ns += wait_ns - experts_ns
 
-    def _peer(self, member: Member) -> int:
-        index = self._peers.get(member)
-        if index is None:
-            index = min(len(self._peers), PEERS_MAX - 1)  # lives beyond these share the last name
-            if index == len(self._peers):
-                self._peers[member] = index
+    def _new_peer(self, peer: tuple[str, int]) -> int:
+        index = min(len(self._peers), PEERS_MAX - 1)  # lives beyond these share the last name
+        if index == len(self._peers):
+            self._peers[peer] = index
         return index
-
-    def _exposed(self, from_ns: int, wait_ns: int, heard: list[Heard]) -> _Exposed:
-        """The wait is the tail of the last reply's flight: half of its exchange comes last, the worker before it.
-
-        Links are taken to be as slow one way as the other. What lies in a link while the worker computes something
-        else counts as exchange.
-        """
-        if not heard:
-            return _Exposed(NOBODY, 0, 0)
-        last = max(heard, key=_heard_ns) if len(heard) > 1 else heard[0]
-        before_ns = max((reply.heard_ns for reply in heard if reply is not last), default=from_ns)
-        at_worker_ns = last.spent.queued_ns + last.spent.computed_ns
-        exchange_ns = max(0, last.heard_ns - last.sent_ns - at_worker_ns)
-        self._experts_ns += last.spent.computed_ns
-        self._exchange_ns += exchange_ns
-        back_ns = min(wait_ns, exchange_ns // 2)
-        last_by_ns = max(0, last.heard_ns - max(before_ns, from_ns))
-        return _Exposed(self._peer(last.peer), last_by_ns, min(wait_ns - back_ns, at_worker_ns))
 
     def end(self, microbatches: int) -> Phases:
         ended_ns = time.perf_counter_ns()
@@ -154,7 +141,7 @@ class StepTrace:
         """Whole steps that have ended. From any thread."""
         rings = self._steps, self._exchanges, self._replies
         steps, exchanges, replies = (ring.copy() for ring in rings)
-        peers = tuple(f"{member.id}#{member.incarnation}" for member in list(self._peers))
+        peers = tuple(f"{name}#{incarnation}" for name, incarnation in list(self._peers))
         partial = [int(part["step"].min()) for ring, part in zip(rings[1:], (exchanges, replies), strict=True)
                    if ring.is_full]  # fmt: skip
         steps = np.sort(steps[steps["number"] > max(partial, default=0)], order="number")
@@ -167,7 +154,3 @@ def _of(part: Records, steps: Records) -> Records:
     """The records of these steps, by step, else in the order in which they were put."""
     part = part[np.isin(part["step"], steps["number"])]
     return part[np.argsort(part["step"], kind="stable")]
-
-
-def _heard_ns(reply: Heard) -> int:
-    return reply.heard_ns
