@@ -2,9 +2,9 @@
 
 Steps are told apart by kind and size; each kind has a number in use, 1 at first. A number that `overlap.py`
 predicts to be better is tried: `TRIAL_STEPS` steps of it between as many of the number in use, which it replaces
-if its median is better by more than `GAIN_MIN`. What was tried once is tried again whatever is predicted, after
-256 steps, then after twice as many each time, up to 16,384: so costs that change are noticed, and equals do not
-flap.
+if its median is better by more than `GAIN_MIN` and than what noise explains. What was tried once is tried again
+whatever is predicted, after 256 steps, then after twice as many each time, up to 16,384: so costs that change are
+noticed, and equals do not flap.
 
 Exploring is paid from a budget: what steps of trials took more than those of the number in use is at most
 `LOSS_MAX` of all steps' time, and a trial that overdraws it ends. Pure: it is told what was measured and has no
@@ -14,7 +14,7 @@ clock.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, Literal, NamedTuple
 
 from attention_workers.overlap import Affine, Costs, Fit, step_cost
@@ -72,6 +72,12 @@ class _Trial:
     def is_candidates_turn(self) -> bool:
         """In the order A B B A A B B A, so that costs which drift are no one's advantage."""
         return (len(self.theirs) + len(self.ours) + 1) // 2 % 2 == 1
+
+    @property
+    def noise(self) -> float:
+        """About twice how far the ratio of the medians may be off, by how the steps differ among one another."""
+        spreads = [quantiles(steps, n=4) for steps in (self.theirs, self.ours)]
+        return sum((q[2] - q[0]) / q[1] for q in spreads) / TRIAL_STEPS**0.5
 
     @property
     def is_over(self) -> bool:
@@ -174,7 +180,7 @@ class MicrobatchChoice:
             arm = known.arms[microbatches]
             if microbatches == known.best or known.step < arm.due_step:
                 continue
-            ratio = self._predicted(kind, known, microbatches)
+            ratio = self._predicted(kind, known, microbatches) * self._disproved(kind, known, microbatches)
             is_worth_it = arm.ratio is not None or ratio < 1 - GAIN_MIN
             loss = _LOSS_ASSUMED if arm.ratio is None else max(_LOSS_ASSUMED, arm.ratio - 1)
             if is_worth_it and loss * TRIAL_STEPS * known.best_ns <= self._credit_ns:
@@ -189,13 +195,18 @@ class MicrobatchChoice:
         ours = step_cost(costs, known.rows, known.best, self._layers)
         return step_cost(costs, known.rows, microbatches, self._layers) / ours if ours else 1.0
 
+    def _disproved(self, kind: StepKind, known: _Known, microbatches: int) -> float:
+        """By how much smaller numbers took longer than predicted: then this one will, too."""
+        tried = [(m, arm.ratio) for m, arm in known.arms.items() if arm.ratio is not None and m < microbatches]
+        return max((ratio / self._predicted(kind, known, m) for m, ratio in tried), default=1.0)
+
     def _conclude(self, known: _Known, trial: _Trial) -> None:
         known.trial = None
         known.trials += 1
         candidate = known.arms[trial.candidate]
         candidate.ratio = median(trial.theirs) / median(trial.ours) if trial.theirs and trial.ours else None
         loser = candidate
-        if trial.is_over and candidate.ratio is not None and candidate.ratio < 1 - GAIN_MIN:
+        if trial.is_over and candidate.ratio is not None and candidate.ratio < 1 - max(GAIN_MIN, trial.noise):
             loser, ratio = known.arms[known.best], candidate.ratio
             for arm in known.arms.values():
                 arm.ratio = None if arm.ratio is None else arm.ratio / ratio

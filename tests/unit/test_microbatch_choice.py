@@ -121,7 +121,7 @@ def test_exploring_costs_at_most_its_share_of_time(truth: Costs, hidden: float, 
         assert choice.loss_ns <= max(before_ns, LOSS_MAX * choice.steps_ns + dearest_ns)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(any_costs, st.integers(0, 99))
 def test_it_does_not_flap_under_noise(truth: Costs, seed: int) -> None:
     """Switches grow with the logarithm of steps, for pauses double."""
