@@ -172,7 +172,8 @@ class MicrobatchChoice:
         return LOSS_MAX * self.steps_ns - self.loss_ns
 
     def _begin(self, kind: StepKind, known: _Known, most: int) -> _Trial | None:
-        """Of the most hopeful number whose time has come, if it can be paid."""
+        """Of the nearest number that is worth it and whose time has come, if it can be paid. Near ones cost least,
+        and teach how costs grow with rows."""
         if known.step < _WARM_STEPS:
             return None
         promising = []
@@ -184,7 +185,7 @@ class MicrobatchChoice:
             is_worth_it = arm.ratio is not None or ratio < 1 - GAIN_MIN
             loss = _LOSS_ASSUMED if arm.ratio is None else max(_LOSS_ASSUMED, arm.ratio - 1)
             if is_worth_it and loss * TRIAL_STEPS * known.best_ns <= self._credit_ns:
-                promising.append((ratio, microbatches))
+                promising.append((abs(microbatches - known.best), microbatches))
         return _Trial(min(promising)[1]) if promising else None
 
     def _predicted(self, kind: StepKind, known: _Known, microbatches: int) -> float:
