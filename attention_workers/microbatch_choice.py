@@ -13,6 +13,7 @@ clock.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any, Literal, NamedTuple
@@ -77,7 +78,7 @@ class _Trial:
     def noise(self) -> float:
         """About twice how far the ratio of the medians may be off, by how the steps differ among one another."""
         spreads = [quantiles(steps, n=4) for steps in (self.theirs, self.ours)]
-        return sum((q[2] - q[0]) / q[1] for q in spreads) / TRIAL_STEPS**0.5
+        return sum((q[2] - q[0]) / q[1] for q in spreads) / math.sqrt(TRIAL_STEPS)
 
     @property
     def is_over(self) -> bool:
