@@ -1,6 +1,6 @@
 """What microbatches hide on a slow link: the formula's step time against the measured one.
 
-    python -m benchmarks.overlap            # a table, about a minute
+    python -m benchmarks.overlap            # a table, about two minutes
     python -m benchmarks.overlap --json --auto
 
 The order of work, the dispatcher, the exchange (shared memory under a link of given latency and width) and the
@@ -40,12 +40,12 @@ HIDDEN = 1024
 LAYERS = 6
 ROWS = 48
 MOST = 3
-_ROUNDS = 11
+_ROUNDS = 9
 _PATIENCE_S = 10.0
 _TURN_S = 0.1
 
-ATTENTION = Affine(slope=50e3, fixed=2e6)  # ns
-EXPERTS = Affine(slope=50e3, fixed=2e6)
+ATTENTION = Affine(slope=100e3, fixed=4e6)  # ns
+EXPERTS = Affine(slope=100e3, fixed=4e6)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class LinkShape:
 
 
 LINKS = (
-    LinkShape(0.0), LinkShape(1.0), LinkShape(3.0), LinkShape(6.0), LinkShape(1.0, 40.0), LinkShape(3.0, 20.0),
-    LinkShape(1.0, 10.0),
+    LinkShape(0.0), LinkShape(2.0), LinkShape(6.0), LinkShape(12.0), LinkShape(2.0, 20.0), LinkShape(6.0, 10.0),
+    LinkShape(2.0, 5.0),
 )  # fmt: skip
 
 
