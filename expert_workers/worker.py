@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import torch
+from torch import Tensor
 
 from expert_workers.batcher import Batcher
 from expert_workers.residency import Residency
@@ -47,10 +49,11 @@ class ExpertWorker:
         batch = [parcel for parcel in batch if self._may_answer(parcel, held)]
         if not batch:
             return
-        rows = torch.cat([p.rows[p.route_rows.long()] for p in batch])  # [r, H]
+        rows, route_rows = _joined(batch)
         experts = torch.cat([p.route_experts for p in batch])
-        out = self._staging.to_host(grouped(held, self._staging.to_device(rows), experts, self._between))
-        self.rows += len(rows)
+        out = grouped(held, self._staging.to_device(rows), route_rows, experts, self._between)  # [r, H]
+        out = self._staging.to_host(out)
+        self.rows += len(out)
         self.batches += 1
         computed_ns = time.perf_counter_ns() - began_ns
         for parcel, part in zip(batch, out.split([len(p.route_rows) for p in batch]), strict=True):
@@ -77,3 +80,12 @@ class ExpertWorker:
     def _refuse(self, parcel: Parcel, reason: RefusalReason, detail: str) -> None:
         self.refused += 1
         self.end.refuse(parcel, reason, detail)
+
+
+def _joined(batch: list[Parcel]) -> tuple[Tensor, Tensor]:
+    """All rows [n, H], those of one parcel alone in place, and which of them each route takes [r]."""
+    if len(batch) == 1:
+        return batch[0].rows, batch[0].route_rows
+    ends = itertools.accumulate(len(parcel.rows) for parcel in batch)
+    route_rows = [p.route_rows + (end - len(p.rows)) for p, end in zip(batch, ends, strict=True)]
+    return torch.cat([parcel.rows for parcel in batch]), torch.cat(route_rows)

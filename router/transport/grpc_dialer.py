@@ -51,7 +51,7 @@ class _Call:
         self._has_ended = threading.Event()
         self._channel = dial(target, config)
         speech = _noting_thread(self.stream.speech(), self._threads)
-        method = self._channel.stream_stream(METHOD, request_serializer=None, response_deserializer=None)
+        method = self._channel.stream_stream(METHOD, None, response_deserializer=self.stream.arrive)
         call: Any = method(speech, metadata=((HELLO_KEY, greeting),))
         call.add_done_callback(self._note_end)
         self._reader = threading.Thread(target=self.stream.read, args=(call,), name="exchange-reader")

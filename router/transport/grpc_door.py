@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
@@ -39,11 +40,8 @@ _FLUSH_S = 0.2  # for the last replies of an end that closes
 class _Caller:
     """One call: a hello, a stream, and in the end a thread that reads it."""
 
-    def __init__(
-        self, hello: Hello, requests: Iterator[bytes], context: Any, config: RouterConfig, bell: int
-    ) -> None:
-        self.hello = hello
-        self.stream = FrameStream(config, bell, context.cancel)
+    def __init__(self, hello: Hello, stream: FrameStream, requests: Iterator[bytes]) -> None:
+        self.hello, self.stream = hello, stream
         self.has_ended = threading.Event()
         self.reader = threading.Thread(target=self.stream.read, args=(requests,), name="exchange-reader")
 
@@ -56,7 +54,6 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         self._callers: deque[_Caller] = deque()  # not yet judged
         self._admitted: list[_Caller] = []
         self._server_threads: set[threading.Thread] = set()
-        self._method = grpc.stream_stream_rpc_method_handler(self._converse)
         self._executor = ThreadPoolExecutor(2 * config.peers_max, thread_name_prefix="exchange-door")
         self._closed = False
         try:
@@ -89,34 +86,37 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         self._server_threads.add(threading.current_thread())  # gRPC starts it, and tells nobody
-        return self._method if handler_call_details.method == METHOD else None
+        if handler_call_details.method != METHOD:
+            return None
+        stream = FrameStream(self._config, self._bell)
+        return grpc.stream_stream_rpc_method_handler(partial(self._converse, stream), stream.arrive)
 
-    def _converse(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+    def _converse(self, stream: FrameStream, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        stream.cancel = context.cancel
         data = next((value for key, value in context.invocation_metadata() if key == HELLO_KEY), b"")
         try:
-            caller = self._heard(data, requests, context)
+            caller = self._heard(data, stream, requests)
+            if not context.add_callback(stream.hang_up):
+                raise LinkRefused("hello: the caller has left")
         except LinkRefused as error:
             _log.warning("%s: refused a link: %s", self.address, error)
             yield welcome_to_bytes(Welcome(self._identity.member, str(error)))
             return
+        self._callers.append(caller)
+        stream.ring()
         try:
-            yield from caller.stream.speech()
+            yield from stream.speech()
         finally:
             caller.has_ended.set()
 
-    def _heard(self, data: bytes, requests: Iterator[bytes], context: Any) -> _Caller:
+    def _heard(self, data: bytes, stream: FrameStream, requests: Iterator[bytes]) -> _Caller:
         hello = hello_from_bytes(data)
         refused = why_refused(self._identity, hello, (), self._config)
         if not refused and len(self._callers) >= self._config.peers_max:
             refused = f"peers: {self._config.peers_max} are greeting already"
         if refused:
             raise LinkRefused(refused)
-        caller = _Caller(hello, requests, context, self._config, self._bell)
-        if not context.add_callback(caller.stream.hang_up):
-            raise LinkRefused("hello: the caller has left")
-        self._callers.append(caller)
-        caller.stream.ring()
-        return caller
+        return _Caller(hello, stream, requests)
 
     # --- the end's thread --------------------------------------------------------------------
 

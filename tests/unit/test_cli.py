@@ -41,10 +41,12 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "trace", "make-checkpoint"])
+@pytest.mark.parametrize(
+    "command", ["serve", "status", "trace", "make-checkpoint", "bench", "bench transport", "bench decode"]
+)
 def test_help_of_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert end.value.code == 0
     assert f"Example: expertmesh {command}" in " ".join(capsys.readouterr().out.split())
 
@@ -97,6 +99,30 @@ def test_bad_flags_are_refused_before_anything_is_started(
     flags: list[str], words: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refused(capsys, "serve", "--model", str(checkpoint), *flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("transport --kinds shm,pigeon", "--kinds: 'pigeon'; accepted: local, shm, grpc"),
+        ("transport --rows 8,0", "--rows: '0'; accepted: whole numbers from 1 to 4096"),
+        ("transport --dtype int8", "--dtype: 'int8'; accepted: bfloat16, float32"),
+        ("decode --topologies 1x2,2y2", "--topologies: '2y2'; accepted: AxE"),
+        ("decode --batches 8,8", "--batches: 2 values; accepted: at most 32, none twice"),
+        ("decode --numerics slow", "--numerics: 'slow'; accepted: exact, fast"),
+    ],
+)
+def test_a_benchmark_refuses_bad_values_before_it_starts(
+    argv: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(capsys, "bench", *argv.split())
+
+
+def test_a_benchmark_of_more_tokens_than_the_model_allows_is_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "decode", "--model", str(checkpoint), "--context", "2000"]) == 1
+    assert "accepted: at most 1024" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
