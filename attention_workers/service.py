@@ -207,9 +207,14 @@ class AttentionService:
             router.rows_max,
             sliding,
         )
-        identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, shape.hidden_size, dtype)
+        rows, replies = router.rows_sent(config.numerics), router.answers(config.numerics)
+        identity = LinkIdentity(
+            self.member, checkpoint.fingerprint, self._token, shape.hidden_size, dtype, rows, replies
+        )
         end = attention_end(self._transport, identity, router)
-        dispatcher = Dispatcher(end, self.member, router, lambda peer: self._on_event(PeerLost(peer)))
+        dispatcher = Dispatcher(
+            end, self.member, router, lambda peer: self._on_event(PeerLost(peer)), rows, replies
+        )
         self._worker = AttentionWorker(model, book, dispatcher, config.microbatches)
         self._detail = "waiting for experts"
         self._preparing.start()

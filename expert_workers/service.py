@@ -132,10 +132,14 @@ class ExpertService:
         model = checkpoint.config
         dtype = getattr(torch, model.dtype if self._config.dtype == "auto" else self._config.dtype)
         self._residency = Residency(checkpoint, self.member, dtype, self._config.numerics, self._device)
-        identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, model.hidden_size, dtype)
+        numerics = self._config.numerics
+        rows, replies = self._router.rows_sent(numerics), self._router.answers(numerics)
+        identity = LinkIdentity(
+            self.member, checkpoint.fingerprint, self._token, model.hidden_size, dtype, rows, replies
+        )
         router = self._router.fitted(model.experts_per_token, model.hidden_size, dtype.itemsize)
         self._end = expert_end(self._transport, identity, router, host=self._host)
-        self._worker = ExpertWorker(self._residency, self._end, self._config.batch_rows_max)
+        self._worker = ExpertWorker(self._residency, self._end, self._config.batch_rows_max, rows)
         self._state, self._detail = HealthState.LOADING, "waiting for a placement"
 
     # --- loader thread -----------------------------------------------------------------------

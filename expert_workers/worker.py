@@ -12,13 +12,16 @@ from expert_workers.batcher import Batcher
 from expert_workers.residency import Residency
 from expert_workers.staging import Staging
 from model.experts import Expert, grouped
+from router.rows import RowsSent, sums, unpack
 from router.transport.base import ExpertEnd, Parcel, RefusalReason, Spent
 
 _JOIN_MAX = 64  # parcels taken in before computing; what more there is waits in its sender's ring
 
 
 class ExpertWorker:
-    def __init__(self, residency: Residency, end: ExpertEnd, rows_max: int) -> None:
+    def __init__(self, residency: Residency, end: ExpertEnd, rows_max: int, rows_sent: RowsSent = "plain") -> None:
+        """`rows_sent`: as the end's links carry them."""
+        self._rows_sent = rows_sent
         self.residency = residency
         self.end = end
         self.batcher = Batcher(rows_max)
@@ -49,7 +52,7 @@ class ExpertWorker:
         batch = [parcel for parcel in batch if self._may_answer(parcel, held)]
         if not batch:
             return
-        rows, route_rows = _joined(batch)
+        rows, route_rows = _joined([self._rows_of(parcel) for parcel in batch], [p.route_rows for p in batch])
         experts = torch.cat([p.route_experts for p in batch])
         out = grouped(held, self._staging.to_device(rows), route_rows, experts, self._between)  # [r, H]
         out = self._staging.to_host(out)
@@ -57,7 +60,15 @@ class ExpertWorker:
         self.batches += 1
         computed_ns = time.perf_counter_ns() - began_ns
         for parcel, part in zip(batch, out.split([len(p.route_rows) for p in batch]), strict=True):
-            self.end.reply(parcel, part, Spent(queued_ns[id(parcel)], computed_ns))
+            self.end.reply(parcel, _answer(parcel, part), Spent(queued_ns[id(parcel)], computed_ns))
+
+    def _rows_of(self, parcel: Parcel) -> Tensor:
+        """[n, H]."""
+        return (
+            parcel.rows
+            if self._rows_sent == "plain"
+            else unpack(parcel.rows, self.residency.checkpoint.config.hidden_size)
+        )
 
     def _between(self) -> None:
         """After each expert: a long batch is no silence."""
@@ -82,10 +93,17 @@ class ExpertWorker:
         self.end.refuse(parcel, reason, detail)
 
 
-def _joined(batch: list[Parcel]) -> tuple[Tensor, Tensor]:
-    """All rows [n, H], those of one parcel alone in place, and which of them each route takes [r]."""
-    if len(batch) == 1:
-        return batch[0].rows, batch[0].route_rows
-    ends = itertools.accumulate(len(parcel.rows) for parcel in batch)
-    route_rows = [p.route_rows + (end - len(p.rows)) for p, end in zip(batch, ends, strict=True)]
-    return torch.cat([parcel.rows for parcel in batch]), torch.cat(route_rows)
+def _answer(parcel: Parcel, rows: Tensor) -> Tensor:
+    """rows [r, H], of its routes -> what its sender asked for."""
+    if parcel.route_weights is None:
+        return rows
+    return sums(rows, parcel.route_weights, parcel.route_rows, len(parcel.rows))
+
+
+def _joined(rows: list[Tensor], route_rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of several parcels: all rows [n, H], those of one alone in place, and which of them each route takes [r]."""
+    if len(rows) == 1:
+        return rows[0], route_rows[0]
+    ends = itertools.accumulate(map(len, rows))
+    moved = [own + (end - len(part)) for own, end, part in zip(route_rows, ends, rows, strict=True)]
+    return torch.cat(rows), torch.cat(moved)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from router.rows import Replies, RowsSent
 
 FRAME_OVERHEAD_BYTES = 256  # a frame's header, padding and alignment never cost more
 PAGE_BYTES = 4096
@@ -47,9 +50,18 @@ class RouterConfig:
     peers_max: int = 64
     """Most attention workers linked, and as many greeting, at one expert worker."""
 
+    dispatch_rows: Literal["auto", "plain", "fp8"] = "auto"
+    """How rows go to the experts. fp8: codes with a scale for each 128; not in exact numerics. auto: plain."""
+
+    replies: Literal["auto", "rows", "sums"] = "auto"
+    """What experts send back: a row for each route, or a parcel's weighted sums; those not in exact numerics.
+    auto: rows."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, str):
+                continue
             least = 0 if field.name in ("replans_max", "overload_pause_s") else 1e-3
             if value < least:
                 raise ValueError(f"{field.name}: {value}; must be at least {least:g}")
@@ -67,6 +79,20 @@ class RouterConfig:
             self.rows_max, experts_per_row, hidden, element_bytes, self.parcels_in_flight_max
         )
         return replace(self, link_bytes_max=max(self.link_bytes_max, needed))
+
+    def rows_sent(self, numerics: str) -> RowsSent:
+        """Raises ValueError where exactness forbids what is asked."""
+        if self.dispatch_rows == "fp8" and numerics == "exact":
+            raise ValueError(
+                "dispatch_rows: 'fp8' with numerics 'exact'; must be auto or plain, or numerics 'fast'"
+            )
+        return "plain" if self.dispatch_rows == "auto" else self.dispatch_rows
+
+    def answers(self, numerics: str) -> Replies:
+        """As above."""
+        if self.replies == "sums" and numerics == "exact":
+            raise ValueError("replies: 'sums' with numerics 'exact'; must be auto or rows, or numerics 'fast'")
+        return "rows" if self.replies == "auto" else self.replies
 
     @property
     def routes_max(self) -> int:

@@ -21,9 +21,10 @@ from torch import Tensor
 from model.gate import Routes
 from router.config import RouterConfig
 from router.errors import ExpertsUnavailable, ParcelMalformed, PlacementError
-from router.merge import empty_ranks, merge, place
+from router.merge import add, empty_ranks, empty_sums, merge, place
 from router.placement import EpochId, Member, Placement
-from router.plan import DispatchPlan, plan
+from router.plan import DispatchPlan, PlannedParcel, plan
+from router.rows import Replies, RowsSent, pack
 from router.transport.base import (
     AttentionEnd,
     Parcel,
@@ -65,13 +66,21 @@ class Pending:
 
 class Dispatcher:
     def __init__(
-        self, end: AttentionEnd, sender: Member, config: RouterConfig, on_lost: Callable[[Member], None]
+        self,
+        end: AttentionEnd,
+        sender: Member,
+        config: RouterConfig,
+        on_lost: Callable[[Member], None],
+        rows: RowsSent = "plain",
+        replies: Replies = "rows",
     ) -> None:
-        """`on_lost` is called once for each expert worker found lost, within any method below."""
+        """`on_lost` is called once for each expert worker found lost, within any method below.
+        `rows`, `replies`: as the end's links carry them."""
         self._end = end
         self._sender = sender
         self._config = config
         self._on_lost = on_lost
+        self._rows, self._replies = rows, replies
         self._placement: Placement | None = None
         self._lost: frozenset[Member] = frozenset()
         self._newest: EpochId | None = None  # prepared
@@ -161,11 +170,13 @@ class Dispatcher:
         self.waited_ns, self.heard = 0, []
         weights = pending.routes.weights  # [T, K]
         num_tokens, num_ranks = weights.shape
-        ranks = empty_ranks(num_tokens, num_ranks, pending.rows.shape[1])
+        hidden = pending.rows.shape[1]
+        sums = self._replies == "sums"
+        into = empty_sums(num_tokens, hidden) if sums else empty_ranks(num_tokens, num_ranks, hidden)
         for attempt in range(self._config.replans_max + 1):
-            failed = self._gather(pending, ranks)
+            failed = self._gather(pending, into)
             if not failed:
-                return merge(ranks, weights)
+                return into if sums else merge(into, weights)
             if attempt < self._config.replans_max:
                 pending = self._send_again(pending, failed, attempt)
         experts = frozenset(torch.cat([parcel.route_experts for parcel, _, _ in failed]).tolist())
@@ -200,6 +211,7 @@ class Dispatcher:
             raise ExpertsUnavailable(layer, planned.missing, "no live worker holds them")
         parcels = []
         self._tickets += 1
+        sent = rows if self._rows == "plain" else pack(rows)
         for parcel in planned.parcels:
             every = len(parcel.tokens) == len(rows)
             parcels.append(
@@ -209,9 +221,10 @@ class Dispatcher:
                     epoch=self.epoch,
                     ticket=self._tickets,
                     layer=layer,
-                    rows=rows if every else rows.index_select(0, parcel.tokens),
+                    rows=sent if every else sent.index_select(0, parcel.tokens),
                     route_rows=parcel.route_rows,
                     route_experts=parcel.route_experts,
+                    route_weights=self._weights(routes, parcel),
                 )
             )
             self._counts["rows"] += len(parcel.tokens)
@@ -221,7 +234,10 @@ class Dispatcher:
         ticket = self._end.dispatch(parcels) if parcels else None
         return Pending(layer, rows, routes, planned, ticket, avoided, sent_ns)
 
-    def _gather(self, pending: Pending, ranks: Tensor) -> list[_Failure]:
+    def _weights(self, routes: Routes, parcel: PlannedParcel) -> Tensor | None:
+        return routes.weights.t().reshape(-1)[parcel.positions] if self._replies == "sums" else None
+
+    def _gather(self, pending: Pending, into: Tensor) -> list[_Failure]:
         """Place the replies of one ticket, release it, and say what must be planned again."""
         if pending.ticket is None:
             return []
@@ -232,7 +248,10 @@ class Dispatcher:
         self.waits += 1
         for parcel, planned, outcome in zip(pending.ticket.parcels, pending.plan.parcels, outcomes, strict=True):
             if isinstance(outcome, Reply):
-                place(ranks, planned.positions, outcome.rows)
+                if self._replies == "sums":
+                    add(into, planned.tokens, outcome.rows)
+                else:
+                    place(into, planned.positions, outcome.rows)
                 self.heard.append(Heard(parcel.to, pending.sent_ns, outcome.heard_ns, outcome.spent))
             else:
                 self._counts[f"refused_{outcome.reason.name.lower()}"] += 1

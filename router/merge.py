@@ -2,7 +2,8 @@
 
 Rows travel unweighted and are summed here in ascending rank, with separate multiply and add in float32: both
 are exact functions of their own element, so batch, placement and replica leave no trace in any bit. A fused
-multiply-add, or partial sums per worker, would. Legend: T tokens · K experts per token · H hidden.
+multiply-add would, and so do sums per worker, which are the replies where numerics are fast and rows.py says so.
+Legend: T tokens · K experts per token · H hidden.
 """
 
 from __future__ import annotations
@@ -34,3 +35,16 @@ def merge(ranks: Tensor, weights: Tensor) -> Tensor:
     for rank in rows:
         merged.add_(rank)
     return merged
+
+
+def empty_sums(num_tokens: int, hidden: int) -> Tensor:
+    """[T, H] float32 zeros, for replies that are sums."""
+    return torch.zeros(num_tokens, hidden)
+
+
+def add(sums: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """One reply's sums [n, H] (bfloat16 or float32) to those of its tokens [n]; `rows` may go afterwards."""
+    if len(tokens) == len(sums):
+        sums.add_(rows)
+    else:
+        sums.index_add_(0, tokens, rows.to(torch.float32))

@@ -24,6 +24,8 @@ class Hello:
     token: str = field(repr=False)
     hidden: int
     dtype: str
+    rows: str  # plain or fp8: how they are sent
+    replies: str  # rows or sums
     ring_bytes: int  # the link's bound of each direction; shm: the ring's size; else 0
 
 
@@ -38,7 +40,7 @@ class Welcome:
 def hello(identity: LinkIdentity, to: Member, ring_bytes: int = 0) -> Hello:
     return Hello(
         VERSION, identity.member, to, identity.fingerprint, identity.token, identity.hidden,
-        dtype_name(identity), ring_bytes,
+        dtype_name(identity), identity.rows, identity.replies, ring_bytes,
     )  # fmt: skip
 
 
@@ -55,6 +57,8 @@ def why_refused(own: LinkIdentity, greeting: Hello, linked: Collection[Member], 
         ("fingerprint", greeting.fingerprint, own.fingerprint),
         ("hidden", greeting.hidden, own.hidden),
         ("dtype", greeting.dtype, dtype_name(own)),
+        ("rows", greeting.rows, own.rows),
+        ("replies", greeting.replies, own.replies),
     ):
         if theirs != ours:
             return f"{name}: {theirs}; must be {ours}"

@@ -61,7 +61,7 @@ class AttentionLink(ABC):
 
     def __init__(self, peer: Peer, identity: LinkIdentity, config: RouterConfig) -> None:
         self.peer = peer
-        self.unanswered: dict[tuple[int, int], tuple[int, int]] = {}  # (ticket, index) -> routes, bytes
+        self.unanswered: dict[tuple[int, int], tuple[int, int]] = {}  # (ticket, index) -> rows of its reply, bytes
         self.heard_s = time.monotonic()  # when the last answer or pulse came
         self._sender = identity.member
         self._limits = frame.limits_of(identity, config)
@@ -75,9 +75,9 @@ class AttentionLink(ABC):
         malformed = frame.why_malformed(parcel, self._limits)
         if malformed:
             return Refusal(RefusalReason.MALFORMED, malformed)
-        num_routes = parcel.route_rows.shape[0]
-        nbytes = frame.parcel_bytes(parcel.rows.shape[0], num_routes, self._limits)
-        promise = self._promise(num_routes)
+        num_answers = self._limits.answer_rows(parcel)
+        nbytes = frame.parcel_bytes(parcel.rows.shape[0], parcel.route_rows.shape[0], self._limits)
+        promise = self._promise(num_answers)
         if max(nbytes, promise) > self._occupied_max:
             return Refusal(RefusalReason.MALFORMED, f"parcel of {nbytes} bytes, reply of {promise}: at most "
                            f"{self._occupied_max}; raise link_bytes_max")  # fmt: skip
@@ -87,7 +87,7 @@ class AttentionLink(ABC):
             return Refusal(RefusalReason.OVERLOADED, "no room for the reply")
         if not self._put(parcel, index, nbytes):
             return Refusal(RefusalReason.OVERLOADED, "no room for the parcel")
-        self.unanswered[parcel.ticket, index] = num_routes, nbytes
+        self.unanswered[parcel.ticket, index] = num_answers, nbytes
         self._in_flight_bytes += nbytes
         self._promised_bytes += promise
         return None
@@ -98,22 +98,22 @@ class AttentionLink(ABC):
         if found is None:
             return None
         header = frame.read_header(found.region, found.offset, found.nbytes, self._limits)
-        num_routes, nbytes = self.unanswered.get((header.ticket, header.parcel_index), (None, 0))
-        wanted = (frame.REFUSAL, 0) if header.kind == frame.REFUSAL else (frame.REPLY, num_routes)
-        if num_routes is None or (header.kind, header.num_routes) != wanted:
-            raise FrameError(f"frame: kind {header.kind} with {header.num_routes} routes for parcel "
+        num_answers, nbytes = self.unanswered.get((header.ticket, header.parcel_index), (None, 0))
+        wanted = (frame.REFUSAL, 0) if header.kind == frame.REFUSAL else (frame.REPLY, num_answers)
+        if num_answers is None or (header.kind, header.num_routes) != wanted:
+            raise FrameError(f"frame: kind {header.kind} with {header.num_routes} rows for parcel "
                              f"{header.parcel_index} of ticket {header.ticket}: not asked for")  # fmt: skip
         if header.sender != self.peer.member.incarnation or header.to != self._sender.incarnation:
             raise FrameError(f"frame: from incarnation {header.sender} to {header.to}")
-        outcome = frame.read_answer(found.region, found.offset, header, time.perf_counter_ns())
+        outcome = frame.read_answer(found.region, found.offset, header, self._limits, time.perf_counter_ns())
         del self.unanswered[header.ticket, header.parcel_index]
         self._in_flight_bytes -= nbytes
-        self._promised_bytes -= self._promise(num_routes)
+        self._promised_bytes -= self._promise(num_answers)
         return Answer(header.ticket, header.parcel_index, outcome, self._take(found.nbytes))
 
-    def _promise(self, num_routes: int) -> int:
-        """The most room that the answer to a parcel may take."""
-        return self._footprint(max(frame.reply_bytes(num_routes, self._limits), frame.REFUSAL_BYTES_MAX))
+    def _promise(self, num_answers: int) -> int:
+        """The most room that the answer to a parcel may take, with so many rows."""
+        return self._footprint(max(frame.reply_bytes(num_answers, self._limits), frame.REFUSAL_BYTES_MAX))
 
     @abstractmethod
     def join(self, watch: Watch) -> None:
@@ -163,14 +163,15 @@ class ExpertLink(ABC):
             raise FrameError(f"frame: kind {header.kind}; must be {frame.PARCEL}, a parcel")
         if header.sender != self.sender.incarnation or header.to != self._own.incarnation:
             raise FrameError(f"frame: from incarnation {header.sender} to {header.to}")
-        rows, route_rows, route_experts = frame.read_parcel(found.region, found.offset, header)
+        read = frame.read_parcel(found.region, found.offset, header, self._limits)
         return LinkedParcel(
             self.sender, self._own, EpochId(header.term, header.number), header.ticket, header.layer,
-            rows, route_rows, route_experts, self, header.parcel_index, self._take(found.nbytes),
+            read.rows, read.route_rows, read.route_experts, self, header.parcel_index, self._take(found.nbytes),
+            route_weights=read.route_weights,
         )  # fmt: skip
 
     def answer(self, parcel: LinkedParcel, rows: Tensor, spent: Spent) -> None:
-        """rows: [r, H], checked. Raises TransportError if the peer did not keep to its capacity."""
+        """rows: [r, H] or sums [n, H], checked. Raises TransportError if the peer did not keep to its capacity."""
         self._refuse_twice(parcel)
         self._reply(parcel, rows, spent)
 

@@ -155,7 +155,7 @@ class LocalAttentionEnd:
             return Refusal(RefusalReason.OVERLOADED, f"{len(link.unanswered)} parcels in flight")
         sent = LocalParcel(
             parcel.sender, parcel.to, parcel.epoch, parcel.ticket, parcel.layer, parcel.rows,
-            parcel.route_rows, parcel.route_experts, link, index,
+            parcel.route_rows, parcel.route_experts, link, index, route_weights=parcel.route_weights,
         )  # fmt: skip
         link.unanswered[parcel.ticket, index] = sent
         link.waiting.append(sent)

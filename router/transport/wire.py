@@ -16,7 +16,7 @@ def hello_to_bytes(hello: Hello) -> bytes:
     return exchange_pb2.LinkHello(
         version=hello.version, sender=incarnation_to_pb(hello.sender), to=incarnation_to_pb(hello.to),
         fingerprint=hello.fingerprint, token=hello.token, hidden=hello.hidden, dtype=hello.dtype,
-        ring_bytes=hello.ring_bytes,
+        rows=hello.rows, replies=hello.replies, ring_bytes=hello.ring_bytes,
     ).SerializeToString()  # fmt: skip
 
 
@@ -29,7 +29,8 @@ def hello_from_bytes(data: bytes) -> Hello:
         raise LinkRefused("hello: not a LinkHello") from error
     return Hello(
         message.version, member_from_pb(message.sender), member_from_pb(message.to), message.fingerprint,
-        message.token, message.hidden, message.dtype, message.ring_bytes,
+        message.token, message.hidden, message.dtype, message.rows, message.replies,
+        message.ring_bytes,
     )  # fmt: skip
 
 
