@@ -72,5 +72,5 @@ def _packed_bytes(hidden: int) -> int:
 
 
 def _whole(part: Tensor) -> Tensor:
-    """A copy whose strides fit elements of any size, which `contiguous` leaves as they are where there are no rows."""
+    """A copy whose strides fit elements of any size; `contiguous` leaves them as they are where no row is."""
     return part.clone(memory_format=torch.contiguous_format)
