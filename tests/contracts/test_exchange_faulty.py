@@ -36,17 +36,19 @@ class Faulty(ExchangeStage):
 
 
 class TestFaultyLocalExchange(Faulty, ExchangeSuite):
-    pass
+    random_exchanges = 1000
 
 
 class TestFaultyShmExchange(Faulty, ExchangeSuite):
     kind = "faulty:shm"
+    random_exchanges = 1000
 
 
 class TestUnevenExchange(Faulty, ExchangeSuite):
     """Every promise holds also where messages take their time and overtake one another."""
 
     kind = "faulty:local:seed=3,delay_s=0.002,reorder=0.3,reorder_s=0.003,latency_s=0.0005,bytes_per_s=1e8"
+    random_exchanges = 1000
 
 
 class TestFaults(Faulty):
