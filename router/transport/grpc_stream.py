@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 import grpc
 
 from router.config import RouterConfig
-from router.errors import FrameError, TransportError
+from router.errors import FrameError, PeerGone, TransportError
 from router.transport import frame
 from router.transport.link import Incoming, Span, occupied_bytes_max
 
 FRAMES_MAX = 512  # held or waiting, on one link in one direction
+PULSES_PER_S_MAX = 1000  # heard on one link; a worker sends four in its `combine_timeout_s`
 
 
 class FrameStream:
@@ -30,8 +31,9 @@ class FrameStream:
         """`bell`: an eventfd, rung when something came or the stream ended. `cancel` ends it at once."""
         self.frames: deque[bytes] = deque()  # arrived, not yet taken
         self.gone = ""  # why the stream has ended, once it has
+        self._overran = False  # the peer, what it may send
         self.heard_s = time.monotonic()  # when the last message came
-        self.pulse = b""  # a message that says only that the peer is at work
+        self.pulse: bytes | None = None  # a message that says only that the peer is at work
         self._bytes_max = occupied_bytes_max(config)
         self._bell = bell
         self._cancel = cancel
@@ -39,6 +41,7 @@ class FrameStream:
         self._said_bytes = 0  # in all: written by the end's thread
         self._sent_bytes = 0  # of them taken by gRPC: written by its thread
         self._came = [0, 0]  # frames and bytes in all: written by the reader
+        self._pulses, self._pulses_since_s = 0, self.heard_s
         self._let_go = [0, 0]  # of them read no more: written by the end's thread
 
     @property
@@ -54,7 +57,7 @@ class FrameStream:
         """Queue it. Raises TransportError if the peer does not take what it asked for."""
         unsent = self._said_bytes - self._sent_bytes
         if unsent + len(message) > 2 * self._bytes_max:  # one peer's credit, and pulses
-            raise TransportError(f"the peer has not taken {unsent} bytes")
+            raise TransportError(f"link: the peer has not taken {unsent} bytes")
         self._said_bytes += len(message)
         self._speech.put(message)
 
@@ -63,7 +66,7 @@ class FrameStream:
         gone = self.gone  # read first: what came before the end still counts
         if not self.frames:
             if gone:
-                raise TransportError(gone)
+                raise TransportError(gone) if self._overran else PeerGone(gone)
             return None
         message = self.frames[0]
         if len(message) < frame.HEADER_BYTES:
@@ -90,9 +93,9 @@ class FrameStream:
         """The reader's thread: until the stream ends."""
         try:
             for message in messages:
-                self.heard_s = time.monotonic()
-                if message != self.pulse and not self._take_in(message):
-                    self.gone = "the peer did not keep to the link's capacity"
+                if not (self._hear_pulse() if message == self.pulse else self._take_in(message)):
+                    self._overran = True
+                    self.gone = "link: the peer did not keep to its capacity"
                     self._cancel()
                     break
         except grpc.RpcError as error:
@@ -101,7 +104,17 @@ class FrameStream:
         self.hang_up()
         self.ring()
 
+    def _hear_pulse(self) -> bool:
+        """Pulses take no room, so they are bounded by their number."""
+        now_s = time.monotonic()
+        self.heard_s = now_s
+        if now_s - self._pulses_since_s > 1.0:
+            self._pulses, self._pulses_since_s = 0, now_s
+        self._pulses += 1
+        return self._pulses <= PULSES_PER_S_MAX
+
     def _take_in(self, message: bytes) -> bool:
+        self.heard_s = time.monotonic()
         frames, nbytes = self.held
         if frames >= FRAMES_MAX or nbytes + len(message) > self._bytes_max:
             return False
