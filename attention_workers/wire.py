@@ -153,6 +153,7 @@ def hello_pb(book: Book) -> step_pb2.WorkerHello:
         model_len_max=book.model_len_max,
         sliding_blocks_total=sliding.total if sliding else 0,
         sliding_window=(sliding.window or 0) if sliding else 0,
+        prefix_cache=book.prefixes.enabled,
     )
 
 

@@ -136,20 +136,22 @@ class State(_message.Message):
     def __init__(self, running: _Optional[_Iterable[_Union[RunningSequence, _Mapping]]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("block_tokens", "blocks_total", "sequences_max", "model_len_max", "sliding_blocks_total", "sliding_window")
+    __slots__ = ("block_tokens", "blocks_total", "sequences_max", "model_len_max", "sliding_blocks_total", "sliding_window", "prefix_cache")
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_MAX_FIELD_NUMBER: _ClassVar[int]
     MODEL_LEN_MAX_FIELD_NUMBER: _ClassVar[int]
     SLIDING_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     SLIDING_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     block_tokens: int
     blocks_total: int
     sequences_max: int
     model_len_max: int
     sliding_blocks_total: int
     sliding_window: int
-    def __init__(self, block_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., sequences_max: _Optional[int] = ..., model_len_max: _Optional[int] = ..., sliding_blocks_total: _Optional[int] = ..., sliding_window: _Optional[int] = ...) -> None: ...
+    prefix_cache: bool
+    def __init__(self, block_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., sequences_max: _Optional[int] = ..., model_len_max: _Optional[int] = ..., sliding_blocks_total: _Optional[int] = ..., sliding_window: _Optional[int] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
     __slots__ = ("sender", "fingerprint", "term", "plan_number", "steps", "tokens", "blocks_free", "num_running", "num_paused", "prompts_done", "undelivered", "completions", "state", "hello", "refused_orders", "experts_missing", "sliding_blocks_free", "blocks_cached", "sliding_blocks_cached", "kept", "evicted")
