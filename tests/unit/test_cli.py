@@ -82,6 +82,12 @@ def test_dtype_and_numerics_are_one_choice_for_both_pools(capsys: pytest.Capture
     assert {tree[pool]["numerics"] for pool in ("attention", "expert")} == {"fast"}
 
 
+def test_the_prefix_cache_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, is_on in (([], True), (["--no-prefix-cache"], False), (["--prefix-cache"], True)):
+        assert main(["serve", "--model", "m", *flags, "--print-config"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["attention"]["prefix_cache"] is is_on
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

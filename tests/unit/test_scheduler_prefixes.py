@@ -1,4 +1,4 @@
-"""Promises of placing by prefix: who has most goes first, unless waiting there costs more; hints are only hints."""
+"""Promises of placing by prefix: where most is cached, unless waiting there costs more; hints are only hints."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_hints_are_bounded_and_the_longest_unused_is_forgotten() -> None:
 
 
 def test_the_scheduler_calls_blocks_what_workers_do() -> None:
-    """One hash, of the fingerprint, the salt and the tokens, wherever it is computed; and kept for a submission."""
+    """One hash of fingerprint, salt and tokens, wherever it is computed; and kept for a submission."""
     asked = replace(submission("a", 100), cache_salt="s")
     assert hints_of(asked, 16) == hints(100, salt="s")
     assert hints_of(asked, 16) is hints_of(asked, 16)
