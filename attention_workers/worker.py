@@ -9,9 +9,10 @@ from torch import Tensor
 
 from attention_workers import sampler
 from attention_workers.attention_model import AttentionModel, Microbatch
-from attention_workers.book import Book, Sequence
+from attention_workers.book import Book
 from attention_workers.decode import Experts, decode_step
 from attention_workers.microbatch import split
+from attention_workers.sequence import Sequence
 from attention_workers.staging import StagedExperts, to_host
 from attention_workers.step import StepResult, TokenDelta
 from router.dispatcher import Dispatcher

@@ -49,7 +49,7 @@ class Answer:
 class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
                  sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None,
-                 keep=("dequantised",), transport="local", device=HOST):  # fmt: skip
+                 keep=("dequantised",), transport="local", device=HOST, prefix_cache=True):  # fmt: skip
         """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid.
 
         `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers. `transport`: or
@@ -71,7 +71,7 @@ class LocalCluster:
         self._threads = [threading.Thread(target=self._answer, args=(e,), daemon=True) for e in self.experts]
         for thread in self._threads:
             thread.start()
-        self._model_len = model_len
+        self._model_len, self._prefix_cache = model_len, prefix_cache
         pools = {FULL: blocks, SLIDING: sliding_blocks}
         self.workers = [
             self._attention(i, microbatches, pools, numerics, keep[i % len(keep)]) for i in range(attention)
@@ -107,8 +107,9 @@ class LocalCluster:
         window = self.checkpoint.config.sliding_window
         sliding = None if window is None else KvBlocks(pools[SLIDING], window)
         book = Book(
-            self.checkpoint.fingerprint, 1, KvBlocks(pools[FULL]), TILE, 256, self._model_len, sliding=sliding
-        )
+            self.checkpoint.fingerprint, 1, KvBlocks(pools[FULL]), TILE, 256, self._model_len, sliding=sliding,
+            prefix_cache=self._prefix_cache,
+        )  # fmt: skip
         member = Member(f"a{index}", 1)
         end = attention_end(self._transport, self._identity(member), self.router, self.hub)
         dispatcher = Dispatcher(end, member, self.router, lambda peer: None)
@@ -160,7 +161,7 @@ class LocalCluster:
             thread.join(10)
             assert not thread.is_alive()
         for worker in self.workers:
-            assert all(space.num_free == space.total for space in worker.book.spaces.values())
+            assert all(space.num_available == space.total for space in worker.book.spaces.values())
             worker.dispatcher.close()
         for expert in self.experts:
             expert.end.close()
