@@ -25,3 +25,11 @@ class ExpertConfig(BaseModel):
 
     batch_rows_max: int = Field(4096, ge=1)
     """Routes joined into one computation of a layer."""
+
+    batch_parcels_max: int = Field(64, ge=1)
+    """Parcels in hand at most, waiting to be joined. What more there is waits in its sender's link."""
+
+    join_wait_s: float = Field(0.002, ge=0, le=0.1)
+    """How long at most a parcel is held for another attention worker that is expected to ask for the same layer;
+    0: only what waits already is joined. Longer joins more, and lets a fast attention worker wait for a slow one
+    at each layer. On two busy cores it is hard to tell from 0 (docs/architecture.md)."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
 from model.checkpoint import Checkpoint, expert_weight_names
@@ -50,7 +51,7 @@ class LiveWorker:
         self.load(FIRST, experts)
         self.end = stage.expert_end(who(member), CONFIG)
         self.placed = PlacedWorker(member, self.end.address, EVERY)
-        self._worker = ExpertWorker(self.residency, self.end, rows_max=100)
+        self._worker = ExpertWorker(self.residency, self.end, ExpertConfig())
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._turn, name=f"expert {member.id}")
 
