@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECKPOINT ?= checkpoints/demo
 PROTOS := $(wildcard proto/expertmesh/v1/*.proto)
 
-.PHONY: setup serve test check proto clean
+.PHONY: setup serve test soak check proto clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ serve: setup $(CHECKPOINT)/config.json
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Longer than `make test`: ten times as many topologies.
+soak: setup
+	$(BIN)/python -m pytest tests/equivalence/test_grand.py --topologies 500
 
 check: setup
 	$(BIN)/ruff check .

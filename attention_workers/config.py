@@ -32,6 +32,10 @@ class AttentionConfig(BaseModel):
     kv_sequence_tokens: int = Field(1024, ge=1)
     """Hybrids: the length of sequence for which the memory is divided between full and sliding layers."""
 
+    prefix_cache: bool = True
+    """Whether keys and values stay where they are after their sequence has ended, until the room is wanted, so
+    that a prompt that begins alike need not compute them again."""
+
     model_len_max: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0: what the checkpoint allows."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from expertmesh.v1 import step_pb2
 
 from attention_workers import wire
 from attention_workers.attention_model import AttentionModel
@@ -105,10 +106,12 @@ class AttentionService:
         if worker is not None:
             gauges = {
                 "kv_blocks_total": worker.book.spaces[FULL].total,
-                "kv_blocks_free": counts.blocks_free,
+                "kv_blocks_free": counts.blocks_free - counts.blocks_cached,
+                "kv_blocks_cached": counts.blocks_cached,
                 "kv_block_tokens": TILE,
                 "kv_block_bytes": worker.model.kv_bytes_per_block(FULL),
-                **_sliding_gauges(worker, counts.sliding_blocks_free),
+                **_sliding_gauges(worker, counts),
+                **_prefix_gauges(worker.book),
                 "sequences": counts.num_running,
                 "sequences_paused": counts.num_paused,
                 "steps_total": counts.steps,
@@ -206,6 +209,7 @@ class AttentionService:
             model_len,
             router.rows_max,
             sliding,
+            config.prefix_cache,
         )
         rows, replies = router.rows_sent(config.numerics), router.answers(config.numerics)
         identity = LinkIdentity(
@@ -338,13 +342,25 @@ def _kv_bytes_default(device: torch.device) -> int:
     return min(free // 4, _KV_BYTES_DEFAULT_MAX) if device.type == "cpu" else free // 5 * 4
 
 
-def _sliding_gauges(worker: AttentionWorker, num_free: int) -> dict[str, float]:
+def _prefix_gauges(book: Book) -> dict[str, float]:
+    """From another thread than the one that counts: each number is of one moment, all of them nearly so."""
+    cache = book.prefixes
+    return {
+        "prefix_tokens_total": cache.num_tokens,
+        "prefix_hit_tokens_total": cache.num_hit_tokens,
+        "prefix_hits_total": cache.num_hits,
+        "kv_evictions_total": sum(space.num_evicted for space in book.spaces.values()),
+    }
+
+
+def _sliding_gauges(worker: AttentionWorker, counts: step_pb2.WorkerReport) -> dict[str, float]:
     space = worker.book.spaces.get(SLIDING)
     if space is None:
         return {}
     return {
         "kv_sliding_blocks_total": space.total,
-        "kv_sliding_blocks_free": num_free,
+        "kv_sliding_blocks_free": counts.sliding_blocks_free - counts.sliding_blocks_cached,
+        "kv_sliding_blocks_cached": counts.sliding_blocks_cached,
         "kv_sliding_block_bytes": worker.model.kv_bytes_per_block(SLIDING),
         "kv_sliding_window": space.window or 0,
     }

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from attention_workers import sampler
 from attention_workers.attention_model import AttentionModel, Microbatch
-from attention_workers.book import Book, Sequence, Span
+from attention_workers.book import Book
 from attention_workers.decode import Experts, decode_step
 from attention_workers.microbatch import split
 from attention_workers.microbatch_choice import MICROBATCHES_MAX, MicrobatchChoice, kind_of
+from attention_workers.sequence import Sequence, Span
 from attention_workers.staging import StagedExperts, to_host
 from attention_workers.step import StepResult, TokenDelta
 from attention_workers.step_trace import StepTrace

@@ -144,7 +144,7 @@ class _Attention:
         )  # fmt: skip
         residency = Residency(self._checkpoint, member, self._model.dtype, self._told.numerics, HOST)
         residency.prepare(placement)
-        return ExpertWorker(residency, end, _ROUTES_MAX), placement
+        return ExpertWorker(residency, end, ExpertConfig(batch_rows_max=_ROUTES_MAX)), placement
 
     def _identity(self, member: Member) -> LinkIdentity:
         hidden = self._checkpoint.config.hidden_size

@@ -72,7 +72,7 @@ class WaitingModel:
 
     config = SimpleNamespace(num_layers=LAYERS)
 
-    def attend(self, _layer: int, mb: Any) -> Tensor:
+    def attend(self, _layer: int, mb: Any) -> Any:
         wait_until(time.perf_counter_ns() + ATTENTION.at(len(mb.hidden)))
         return mb.hidden
 
@@ -82,7 +82,7 @@ class WaitingModel:
     def gate(self, _layer: int, normed: Tensor) -> Routes:
         return Routes(torch.zeros(len(normed), 1, dtype=torch.int64), torch.ones(len(normed), 1))
 
-    def unembed(self, mb: Any) -> Tensor:
+    def unembed(self, mb: Any) -> Any:
         return mb.hidden
 
 
@@ -109,9 +109,12 @@ class Pair:
 
     @torch.inference_mode()
     def step(self, rows: int, microbatches: int) -> Phases:
-        parts = [SimpleNamespace(hidden=part) for part in torch.zeros(rows, HIDDEN).bfloat16().chunk(microbatches)]
+        model: Any = WaitingModel()
+        parts: list[Any] = [
+            SimpleNamespace(hidden=part) for part in torch.zeros(rows, HIDDEN).bfloat16().chunk(microbatches)
+        ]
         self.trace.begin(kind_of(rows, False), rows, rows)
-        decode_step(WaitingModel(), parts, self.dispatcher, self.trace)
+        decode_step(model, parts, self.dispatcher, self.trace)
         return self.trace.end(microbatches)
 
 

@@ -103,6 +103,8 @@ class ExpertService:
             "slots_used": float(residency.num_slots_used),
             "rows_total": float(worker.rows),
             "batches_total": float(worker.batches),
+            "parcels_total": float(worker.parcels),
+            "join_wait_seconds_total": worker.held_s,
             "parcels_refused_total": float(worker.refused),
         }
         return Health(
@@ -139,7 +141,7 @@ class ExpertService:
         )
         router = self._router.fitted(model.experts_per_token, model.hidden_size, dtype.itemsize)
         self._end = expert_end(self._transport, identity, router, host=self._host)
-        self._worker = ExpertWorker(self._residency, self._end, self._config.batch_rows_max, rows)
+        self._worker = ExpertWorker(self._residency, self._end, self._config, rows)
         self._state, self._detail = HealthState.LOADING, "waiting for a placement"
 
     # --- loader thread -----------------------------------------------------------------------

@@ -9,40 +9,55 @@ import torch
 from torch import Tensor
 
 from expert_workers.batcher import Batcher
+from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.staging import Staging
 from model.experts import Expert, grouped
 from router.rows import RowsSent, sums, unpack
 from router.transport.base import ExpertEnd, Parcel, RefusalReason, Spent
 
-_JOIN_MAX = 64  # parcels taken in before computing; what more there is waits in its sender's ring
-
 
 class ExpertWorker:
-    def __init__(self, residency: Residency, end: ExpertEnd, rows_max: int, rows_sent: RowsSent = "plain") -> None:
+    def __init__(
+        self, residency: Residency, end: ExpertEnd, config: ExpertConfig, rows_sent: RowsSent = "plain"
+    ) -> None:
         """`rows_sent`: as the end's links carry them."""
         self._rows_sent = rows_sent
         self.residency = residency
         self.end = end
-        self.batcher = Batcher(rows_max)
+        num_layers = residency.checkpoint.config.num_layers
+        self.batcher = Batcher(num_layers, config.batch_rows_max, config.batch_parcels_max, config.join_wait_s)
         self._staging = Staging(residency.device)
         self._taken_ns: dict[int, int] = {}  # when each parcel in hand, by its id(), was taken in
         self.rows = 0
         self.batches = 0
+        self.parcels = 0  # answered; divided by `batches`: how many are joined
+        self.held_s = 0.0  # waited, with parcels in hand, for others to join them
         self.refused = 0
         self.experts = 0  # computed, each with its rows of one batch
 
     def turn(self, timeout_s: float) -> bool:
-        """Take in what waits and answer one batch. False when nothing came within `timeout_s`."""
-        wait_s = timeout_s if not len(self.batcher) else 0.0
-        while len(self.batcher) < _JOIN_MAX and (parcel := self.end.receive(wait_s)) is not None:
+        """Take in what waits and answer one batch. False when none was answered: nothing came within `timeout_s`,
+        or what came is held for others to join, for as long as the next turn's wait."""
+        self._take_in(timeout_s)
+        batch = self.batcher.next_batch(time.monotonic())
+        if batch:
+            self._answer(batch)
+        return bool(batch)
+
+    def _take_in(self, timeout_s: float) -> None:
+        """What more there is than `batch_parcels_max` waits in its sender's link."""
+        if self.batcher.is_full:
+            return
+        now_s = time.monotonic()
+        held_s = self.batcher.wait_s(now_s)
+        parcel = self.end.receive(timeout_s if held_s is None else min(timeout_s, held_s))
+        if held_s:
+            self.held_s += time.monotonic() - now_s
+        while parcel is not None:
             self._taken_ns[id(parcel)] = time.perf_counter_ns()
-            self.batcher.add(parcel)
-            wait_s = 0.0
-        if not len(self.batcher):
-            return False
-        self._answer(self.batcher.next_batch())
-        return True
+            self.batcher.add(parcel, time.monotonic())
+            parcel = None if self.batcher.is_full else self.end.receive(0.0)
 
     @torch.inference_mode()
     def _answer(self, batch: list[Parcel]) -> None:
@@ -59,6 +74,7 @@ class ExpertWorker:
         self.rows += len(out)
         self.batches += 1
         computed_ns = time.perf_counter_ns() - began_ns
+        self.parcels += len(batch)
         for parcel, part in zip(batch, out.split([len(p.route_rows) for p in batch]), strict=True):
             self.end.reply(parcel, _answer(parcel, part), Spent(queued_ns[id(parcel)], computed_ns))
 

@@ -58,6 +58,9 @@ class GenerateBody(Body):
     priority: int | None = Field(
         None, ge=-_INT32, lt=_INT32, description="an integer from -2^31 to 2^31 - 1; lower runs earlier"
     )
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=256, description="a string of 1 to 256 characters"
+    )
     return_token_ids: bool | None = Field(None, description="true or false")
     return_tokens_as_token_ids: bool | None = Field(None, description="true or false")
 

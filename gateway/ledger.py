@@ -259,4 +259,5 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         request.priority,
         resume,
         request.min_tokens,
+        request.cache_salt,
     )

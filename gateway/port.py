@@ -43,6 +43,7 @@ class Submission:
     priority: int = 0
     resume: bool = False  # further attempts, or a claim after a gap: never refused for load
     min_tokens: int = 0
+    cache_salt: str = ""
 
 
 class Receiver(Protocol):

@@ -48,6 +48,7 @@ class GenerateRequest:
     num_logprobs: int | None = None  # None: none; 0: the sampled token's; k: and the k likeliest
     priority: int = 0  # lower runs earlier
     min_tokens: int = 0  # generated tokens before which neither a stop token nor a stop string ends a sequence
+    cache_salt: str = ""  # cached prefixes are shared among requests of one salt
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class TokenDelta:
 
     `logprobs` and `top_logprobs` have one entry per token where asked for, else none; a `top_logprobs`
     entry is (token, logprob) pairs, likeliest first. `finish` belongs to the last token, or to none when
-    a resumed sequence turns out to be over.
+    a resumed sequence turns out to be over. `num_cached`: with position 0, prompt tokens that were not computed.
     """
 
     request_id: str
@@ -68,6 +69,7 @@ class TokenDelta:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish: FinishReason | None = None
     detail: str = ""
+    num_cached: int = 0
 
     def since(self, position: int) -> TokenDelta:
         """The same without what lies before `position` (which is inside it, or at its end)."""
@@ -82,6 +84,7 @@ class TokenDelta:
             self.top_logprobs[skip:],
             self.finish,
             self.detail,
+            0 if skip else self.num_cached,
         )
 
 

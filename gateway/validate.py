@@ -144,6 +144,7 @@ class Validator:
                 num_logprobs=num_logprobs,
                 priority=body.priority or 0,
                 min_tokens=self._min_tokens(body, limit, stop_token_ids),
+                cache_salt=body.cache_salt or "",
             )
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         )

@@ -8,6 +8,7 @@ RouterError
     ├── FrameError        bytes that are no frame of this link
     ├── RingError         counters in shared memory that cannot be
     ├── LinkRefused       the handshake ended without a welcome: says why
+    ├── PeerGone          its socket or stream has ended, as by its death; all else above it broke a rule
     └── EndClosed         used after `close`
 """
 
@@ -46,6 +47,10 @@ class RingError(TransportError):
 
 
 class LinkRefused(TransportError):
+    pass
+
+
+class PeerGone(TransportError):
     pass
 
 

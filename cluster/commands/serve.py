@@ -42,6 +42,9 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
 }  # fmt: skip
 
 
+_PREFIX_CACHE = "attention.prefix_cache"
+
+
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
@@ -55,6 +58,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML; see --print-config for all settings")
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and end")
     parser.add_argument("--dashboard", action="store_true", help="Ray's dashboard and job server, on port 8265")
+    parser.add_argument(
+        "--prefix-cache", action=argparse.BooleanOptionalAction, dest=_PREFIX_CACHE,
+        help=f"keep keys and values of prompts that may come again (default) [{_PREFIX_CACHE}]",
+    )  # fmt: skip
     for flag, (names, metavar, explained) in _SETTINGS.items():
         shown = f"{explained} [{', '.join(names)}]"
         parser.add_argument(flag, dest=names[0], metavar=metavar, help=shown)
@@ -76,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _overrides(given: dict[str, Any]) -> dict[str, Any]:
     """Dotted name -> value of every flag that was given."""
     overrides: dict[str, Any] = {"cluster.dashboard": True} if given["dashboard"] else {}
+    if given[_PREFIX_CACHE] is not None:
+        overrides[_PREFIX_CACHE] = given[_PREFIX_CACHE]
     if key := os.environ.get(API_KEY_VARIABLE):
         overrides["gateway.api_key"] = key
     for flag, (names, _, _) in _SETTINGS.items():

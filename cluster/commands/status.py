@@ -122,6 +122,7 @@ def _kv(gauges: dict[str, float]) -> str:
     spaces = {"": "", "sliding_": "in windows "} if "kv_sliding_blocks_total" in gauges else {"": ""}
     return ", ".join(
         f"{words}{gauges[f'kv_{space}blocks_free']:g} of {gauges[f'kv_{space}blocks_total']:g} blocks free, "
+        f"{gauges[f'kv_{space}blocks_cached']:g} cached, "
         f"{show_size(gauges[f'kv_{space}block_bytes'])} each"
         for space, words in spaces.items()
     )

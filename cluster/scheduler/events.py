@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 
@@ -85,6 +85,9 @@ class Submission:
     priority: int  # lower runs earlier
     resume: bool  # a further attempt, or one said again to a scheduler that may not know it
     num_bytes: int  # encoded: no less than what starting any one sibling takes in a plan
+    cache_salt: str = ""  # cached blocks are shared among those of one salt
+    hints: dict[int, list[int]] = field(default_factory=dict, compare=False, repr=False)
+    """By tokens of a block: what `prefixes.hints_of` made of the prompt, kept."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,8 @@ class WorkerLimits:
     sliding_blocks_total: int = 0
     sliding_window: int = 0
     """Tokens that a sliding layer sees, the current one included; 0 where no layer slides."""
+    prefix_cache: bool = False
+    """Whether it keeps blocks cached."""
 
     @property
     def tokens_max(self) -> int:
@@ -200,6 +205,8 @@ class WorkerReported:
     completions: tuple[Completion, ...] = ()
     state: tuple[Running, ...] | None = None  # everything it runs
     sliding_blocks_free: int = 0
+    kept: Sequence[int] = ()  # hints of blocks that have been cached since it last said so; of all, with `state`
+    evicted: Sequence[int] = ()  # and of those that are so no more
 
 
 @dataclass(frozen=True)

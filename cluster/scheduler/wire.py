@@ -77,6 +77,8 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
         undelivered=tuple(map(_attempt, message.undelivered)),
         completions=tuple(map(_completion, message.completions)),
         state=tuple(map(_running, message.state.running)) if message.HasField("state") else None,
+        kept=message.kept,
+        evicted=message.evicted,
     )
     if not message.HasField("hello"):
         return report
@@ -89,7 +91,7 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
     _check_range("sliding_blocks_free", report.sliding_blocks_free, 0, hello.sliding_blocks_total)
     limits = WorkerLimits(
         hello.block_tokens, hello.blocks_total, hello.sequences_max, hello.model_len_max,
-        hello.sliding_blocks_total, hello.sliding_window,
+        hello.sliding_blocks_total, hello.sliding_window, hello.prefix_cache,
     )  # fmt: skip
     return WorkerJoined(worker, message.fingerprint, limits, report)
 
@@ -179,6 +181,7 @@ def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: Scheduler
         priority=submit.priority,
         resume=submit.resume,
         num_bytes=num_bytes,
+        cache_salt=submit.spec.cache_salt,
     )
 
 

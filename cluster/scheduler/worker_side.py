@@ -65,7 +65,9 @@ class WorkerSide:
             return
         for other in others:
             yield from self._lose(other, f"worker {other} was replaced by {worker}")
-        book = self._books.workers.get(worker) or WorkerBook(worker, self._config.chunk_tokens_max)
+        book = self._books.workers.get(worker) or WorkerBook(
+            worker, self._config.chunk_tokens_max, self._config.prefix_hints_max
+        )
         yield from self._endings(book, event.report, now_s)
         gone = book.link(event.limits, event.report, self._term)
         self._books.workers[worker] = book

@@ -8,18 +8,21 @@ trying, not by its address.
 
 from __future__ import annotations
 
+import logging
 import select
 import time
 from collections.abc import Sequence
 
 from router.config import RouterConfig
-from router.errors import EndClosed, LinkRefused, TransportError
+from router.errors import EndClosed, LinkRefused, PeerGone, TransportError
 from router.placement import Member
 from router.transport.base import LinkIdentity, Parcel, Peer, Prepared, Refusal, RefusalReason, Ticket
 from router.transport.link import AttentionLink, Dialer, Greeting, Span
 from router.transport.patience import Patience
 from router.transport.tickets import Outcome, TicketBook
 from router.transport.watch import Watch
+
+_log = logging.getLogger(__name__)
 
 ADDRESS_SEPARATOR = ","  # between the addresses of a peer that listens in several ways
 
@@ -101,6 +104,13 @@ class LinkedAttentionEnd:
         self._spans.clear()
         self._watch.close()
 
+    def _break(self, link: AttentionLink, error: TransportError) -> None:
+        """Once per link, and links come with placements: the log is bounded."""
+        why = str(error)
+        level = logging.INFO if isinstance(error, PeerGone) else logging.WARNING
+        _log.log(level, "%s: link to %s broke: %s", self._identity.member, link.peer.member, why)
+        self._lose(link, why)
+
     def _lose(self, link: AttentionLink, why: str) -> None:
         if self._links.pop(link.peer.member, None) is None:
             return
@@ -128,7 +138,7 @@ class LinkedAttentionEnd:
         try:
             return link.send(parcel, index)
         except TransportError as error:
-            self._lose(link, str(error))
+            self._break(link, error)
             return Refusal(RefusalReason.PEER_LOST, str(error))
 
     def combine(self, ticket: Ticket, timeout_s: float) -> list[Outcome]:
@@ -157,7 +167,7 @@ class LinkedAttentionEnd:
                     else:
                         link.free(answer.span)  # too late
             except TransportError as error:
-                self._lose(link, str(error))
+                self._break(link, error)
 
     def release(self, ticket: Ticket) -> None:
         self._book.drop(ticket)

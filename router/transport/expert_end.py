@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from router.config import RouterConfig
-from router.errors import EndClosed, TransportError
+from router.errors import EndClosed, PeerGone, TransportError
 from router.placement import Member
 from router.transport import frame
 from router.transport.attention_end import ADDRESS_SEPARATOR
 from router.transport.base import UNTIMED, LinkIdentity, Parcel, RefusalReason, Spent
+from router.transport.complaints import Complaints
 from router.transport.handshake import superseded
 from router.transport.link import Door, ExpertLink, LinkedParcel
 from router.transport.patience import PULSES
@@ -36,6 +37,7 @@ class LinkedExpertEnd:
         self.address = ADDRESS_SEPARATOR.join(door.address for door in doors)
         self._limits = frame.limits_of(identity, config)
         self._doors = doors
+        self._complaints = Complaints(_log, self.address)
         self._turns: deque[ExpertLink] = deque()
         self._unserved = 0
         self._pulse_every_s = config.combine_timeout_s / PULSES
@@ -52,6 +54,7 @@ class LinkedExpertEnd:
         if self._closed:
             raise EndClosed(f"expert end at {self.address!r}: closed")
         deadline_s = time.monotonic() + timeout_s
+        is_over = False
         while True:
             if self._unserved >= _UNSERVED_MAX:
                 self._serve(0.0)
@@ -62,9 +65,11 @@ class LinkedExpertEnd:
             if parcel is not None:
                 self._unserved += 1
                 return parcel
-            left_s = deadline_s - time.monotonic()
-            if not self._serve(max(0.0, left_s)) and left_s <= 0:
+            if is_over:  # whatever goes on ringing
                 return None
+            left_s = deadline_s - time.monotonic()
+            is_over = left_s <= 0
+            self._serve(max(0.0, left_s))
 
     def _next(self) -> LinkedParcel | None:
         for _ in range(len(self._turns)):
@@ -73,15 +78,15 @@ class LinkedExpertEnd:
             try:
                 parcel = link.poll()
             except TransportError as error:
-                self._drop(link, str(error))
+                self._drop(link, error)
                 continue
             if parcel is not None:
                 return parcel
         return None
 
-    def _serve(self, wait_s: float) -> bool:
+    def _serve(self, wait_s: float) -> None:
         self._unserved = 0
-        return self._watch.wait(wait_s)
+        self._watch.wait(wait_s)
 
     def _hear_bell(self) -> None:
         os.eventfd_read(self._wake_bell)
@@ -94,7 +99,7 @@ class LinkedExpertEnd:
         """It takes the place of earlier links of the same worker."""
         gone = superseded(link.sender, self._linked())
         for earlier in [earlier for earlier in self._turns if earlier.sender in gone]:
-            self._drop(earlier, "superseded by a new link")
+            self._drop(earlier, PeerGone("superseded by a new link"))
         self._turns.append(link)
         link.join(self._watch)
 
@@ -114,7 +119,7 @@ class LinkedExpertEnd:
         try:
             send(parcel)
         except TransportError as error:
-            self._drop(link, str(error))
+            self._drop(link, error)
 
     def pulse(self) -> None:
         now_s = time.monotonic()
@@ -127,7 +132,7 @@ class LinkedExpertEnd:
                 try:
                     link.pulse()
                 except TransportError as error:
-                    self._drop(link, str(error))
+                    self._drop(link, error)
 
     def wake(self) -> None:
         if not self._closed:
@@ -140,12 +145,16 @@ class LinkedExpertEnd:
         for door in self._doors:
             door.close()  # first: it sees to it that what was answered is sent
         while self._turns:
-            self._drop(self._turns[0], "closed")
+            self._drop(self._turns[0], PeerGone("closed"))
+        self._complaints.close()
         self._watch.close()
         os.close(self._wake_bell)
 
-    def _drop(self, link: ExpertLink, why: str) -> None:
-        _log.info("%s: link to %s dropped: %s", self.address, link.sender, why)
+    def _drop(self, link: ExpertLink, why: TransportError) -> None:
+        if isinstance(why, PeerGone):
+            _log.info("%s: link to %s dropped: %s", self.address, link.sender, str(why))
+        else:
+            self._complaints.note(f"{why}, from {link.sender}")
         link.closed = True
         self._turns.remove(link)
         link.close()

@@ -39,6 +39,9 @@ def listen(
     own = [
         ("grpc.so_reuseport", 0),  # an occupied port is an error
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(config.keepalive_s / 2)),
+        # A stranger who connects and then says nothing, or nothing that asks for us, does not stay.
+        ("grpc.server_handshake_timeout_ms", _milliseconds(config.connect_timeout_s)),
+        ("grpc.max_connection_idle_ms", _milliseconds(config.connect_timeout_s)),
     ]
     server = grpc.server(
         executor, [handler], options=_options(config) + own, maximum_concurrent_rpcs=2 * config.peers_max

@@ -24,6 +24,7 @@ from router.errors import LinkRefused, TransportError
 from router.placement import Member
 from router.transport import frame
 from router.transport.base import LinkIdentity, RefusalReason, Spent
+from router.transport.complaints import Complaints
 from router.transport.grpc_channel import HELLO_KEY, METHOD, SCHEME, listen
 from router.transport.grpc_stream import FrameStream, join_all
 from router.transport.handshake import Hello, Welcome, why_refused
@@ -62,6 +63,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             os.close(self._bell)
             raise
         self.address = SCHEME + where
+        self._complaints = Complaints(_log, self.address)
 
     def open(self, watch: Watch, linked: Callable[[], Collection[Member]], admit: Admit) -> None:
         self._linked, self._admit = linked, admit
@@ -81,6 +83,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         self._executor.shutdown()
         join_all(list(self._server_threads), _JOIN_S)
         os.close(self._bell)
+        self._complaints.close()
 
     # --- gRPC's threads ----------------------------------------------------------------------
 
@@ -99,7 +102,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             if not context.add_callback(stream.hang_up):
                 raise LinkRefused("hello: the caller has left")
         except LinkRefused as error:
-            _log.warning("%s: refused a link: %s", self.address, error)
+            self._complaints.note(str(error))
             yield welcome_to_bytes(Welcome(self._identity.member, str(error)))
             return
         self._callers.append(caller)
@@ -127,7 +130,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             refused = why_refused(self._identity, caller.hello, self._linked(), self._config)
             caller.stream.say(welcome_to_bytes(Welcome(self._identity.member, refused)))
             if refused:
-                _log.warning("%s: refused a link: %s", self.address, refused)
+                self._complaints.note(refused)
                 caller.stream.hang_up()
                 continue
             caller.reader.start()

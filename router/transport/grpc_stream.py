@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator
 import grpc
 
 from router.config import RouterConfig
-from router.errors import FrameError, TransportError
+from router.errors import FrameError, PeerGone, TransportError
 from router.transport import frame
 from router.transport.link import Incoming, Span, occupied_bytes_max
 
 FRAMES_MAX = 512  # held or waiting, on one link in one direction
+PULSES_PER_S_MAX = 1000  # heard on one link; a worker sends four in its `combine_timeout_s`
 
 
 class FrameStream:
@@ -31,16 +32,17 @@ class FrameStream:
         """`bell`: an eventfd, rung when something came or the stream ended."""
         self.frames: deque[bytes] = deque()  # arrived, not yet taken
         self.gone = ""  # why the stream has ended, once it has
+        self._overran = False  # the peer, what it may send
         self.heard_s = time.monotonic()  # when the last message came
-        self.pulse = b""  # a message that says only that the peer is at work
+        self.pulse: bytes | None = None  # a message that says only that the peer is at work
         self._bytes_max = occupied_bytes_max(config)
         self._bell = bell
         self.cancel = cancel  # ends the call at once
-        self._is_overrun = False
         self._speech: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._said_bytes = 0  # in all: written by the end's thread
         self._sent_bytes = 0  # of them taken by gRPC: written by its thread
         self._came = [0, 0]  # frames and bytes in all: written by gRPC's thread
+        self._pulses, self._pulses_since_s = 0, self.heard_s
         self._let_go = [0, 0]  # of them read no more: written by the end's thread
 
     @property
@@ -56,7 +58,7 @@ class FrameStream:
         """Queue it. Raises TransportError if the peer does not take what it asked for."""
         unsent = self._said_bytes - self._sent_bytes
         if unsent + len(message) > 2 * self._bytes_max:  # one peer's credit, and pulses
-            raise TransportError(f"the peer has not taken {unsent} bytes")
+            raise TransportError(f"link: the peer has not taken {unsent} bytes")
         self._said_bytes += len(message)
         self._speech.put(message)
 
@@ -65,7 +67,7 @@ class FrameStream:
         gone = self.gone  # read first: what came before the end still counts
         if not self.frames:
             if gone:
-                raise TransportError(gone)
+                raise TransportError(gone) if self._overran else PeerGone(gone)
             return None
         message = self.frames[0]
         if len(message) < frame.HEADER_BYTES:
@@ -90,26 +92,35 @@ class FrameStream:
 
     def arrive(self, message: bytes) -> bytes:
         """gRPC's thread, which takes this for what decodes a message."""
-        self.heard_s = time.monotonic()
-        if message != self.pulse and not self._is_overrun:
-            self._take_in(message)
+        if not self._overran:
+            self._overran = not (self._hear_pulse() if message == self.pulse else self._take_in(message))
         return message
 
-    def _take_in(self, message: bytes) -> None:
+    def _hear_pulse(self) -> bool:
+        """Pulses take no room, so they are bounded by their number."""
+        now_s = time.monotonic()
+        self.heard_s = now_s
+        if now_s - self._pulses_since_s > 1.0:
+            self._pulses, self._pulses_since_s = 0, now_s
+        self._pulses += 1
+        return self._pulses <= PULSES_PER_S_MAX
+
+    def _take_in(self, message: bytes) -> bool:
+        self.heard_s = time.monotonic()
         frames, nbytes = self.held
         if frames >= FRAMES_MAX or nbytes + len(message) > self._bytes_max:
-            self._is_overrun = True
-            return
+            return False
         self._came = [self._came[0] + 1, self._came[1] + len(message)]
         self.frames.append(message)
         self.ring()
+        return True
 
     def read(self, messages: Iterator[bytes]) -> None:
         """The reader's thread: has each message come, until the stream ends."""
         try:
             for _ in messages:
-                if self._is_overrun:
-                    self.gone = "the peer did not keep to the link's capacity"
+                if self._overran:
+                    self.gone = "link: the peer did not keep to its capacity"
                     self.cancel()
                     break
         except grpc.RpcError as error:

@@ -12,6 +12,8 @@ from router.placement import Member
 from router.transport.base import LinkIdentity
 from router.transport.frame import VERSION
 
+_TOLD_MAX = 200  # characters of a stranger's word that we repeat
+
 
 @dataclass(frozen=True)
 class Hello:
@@ -61,7 +63,7 @@ def why_refused(own: LinkIdentity, greeting: Hello, linked: Collection[Member], 
         ("replies", greeting.replies, own.replies),
     ):
         if theirs != ours:
-            return f"{name}: {theirs}; must be {ours}"
+            return f"{name}: {str(theirs)[:_TOLD_MAX]}; must be {ours}"
     if greeting.ring_bytes > config.link_bytes_max:
         return f"ring_bytes: {greeting.ring_bytes}; at most {config.link_bytes_max} (link_bytes_max)"
     newest = max((member.incarnation for member in superseded(greeting.sender, linked)), default=0)

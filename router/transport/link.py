@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from router.config import RouterConfig
-from router.errors import FrameError
+from router.errors import FrameError, TransportError
 from router.placement import EpochId, Member
 from router.transport import frame
 from router.transport.base import LinkIdentity, Parcel, Peer, Refusal, RefusalReason, Spent
@@ -150,6 +150,8 @@ class ExpertLink(ABC):
     def __init__(self, sender: Member, identity: LinkIdentity, config: RouterConfig) -> None:
         self.sender = sender
         self.closed = False
+        self._unanswered = 0  # parcels taken
+        self._parcels_max = config.parcels_in_flight_max
         self._own = identity.member
         self._limits = frame.limits_of(identity, config)
 
@@ -163,7 +165,10 @@ class ExpertLink(ABC):
             raise FrameError(f"frame: kind {header.kind}; must be {frame.PARCEL}, a parcel")
         if header.sender != self.sender.incarnation or header.to != self._own.incarnation:
             raise FrameError(f"frame: from incarnation {header.sender} to {header.to}")
+        if self._unanswered >= self._parcels_max:
+            raise TransportError(f"link: more than {self._parcels_max} parcels in flight (parcels_in_flight_max)")
         read = frame.read_parcel(found.region, found.offset, header, self._limits)
+        self._unanswered += 1
         return LinkedParcel(
             self.sender, self._own, EpochId(header.term, header.number), header.ticket, header.layer,
             read.rows, read.route_rows, read.route_experts, self, header.parcel_index, self._take(found.nbytes),
@@ -183,6 +188,7 @@ class ExpertLink(ABC):
     def _refuse_twice(self, parcel: LinkedParcel) -> None:
         if parcel.span.freed:
             raise ValueError(f"parcel {parcel.index} of ticket {parcel.ticket}: answered already")
+        self._unanswered -= 1
 
     @property
     @abstractmethod

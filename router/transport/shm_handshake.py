@@ -3,7 +3,8 @@
 The attention end connects, sends LinkHello with three descriptors (segment, bell of the parcels, bell of the
 replies), and is answered with LinkWelcome. The socket keeps message boundaries, so a hello is one bounded
 receive and needs no length. An abstract name belongs to its sockets: any death leaves nothing behind. Both
-sides ask the kernel for the other's user before they say anything. Nothing here blocks.
+sides ask the kernel for the other's user before they say anything. What was handed over is looked at before it is
+used: a descriptor may be anything. Nothing here blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from router.errors import LinkRefused
 from router.placement import Member
 from router.transport.base import LinkIdentity, Peer
 from router.transport.handshake import Welcome, hello, refuse_unless_welcome, why_refused
+from router.transport.shm_bell import check_bell, new_bell
 from router.transport.shm_link import ShmAttentionLink, ShmExpertLink, Wiring
 from router.transport.shm_ring import create_segment, map_segment
 from router.transport.wire import (
@@ -30,6 +32,7 @@ from router.transport.wire import (
 
 SCHEME = "unix-abstract:"
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_DESCRIPTORS = 3  # segment, bell of the parcels, bell of the replies
 
 
 def listen(identity: LinkIdentity, config: RouterConfig) -> tuple[socket.socket, str]:
@@ -79,10 +82,10 @@ def _say_hello(peer: Peer, address: str, identity: LinkIdentity, config: RouterC
     descriptors: list[int] = []
     try:
         sock.connect("\0" + address.removeprefix(SCHEME))
-        _refuse_other_user(sock)
+        refuse_other_user(sock)
         segment_fd = create_segment(config.link_bytes_max)
         descriptors += [segment_fd]
-        descriptors += [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
+        descriptors += [new_bell(), new_bell()]
         greeting = hello_to_bytes(hello(identity, peer.member, config.link_bytes_max))
         segment = map_segment(segment_fd, config.link_bytes_max)
         socket.send_fds(sock, [greeting], descriptors)
@@ -110,18 +113,18 @@ def answer(
     """Judge the hello that has arrived. Raises LinkRefused, having told the peer and closed its socket."""
     descriptors: list[int] = []
     try:
-        _refuse_other_user(sock)
-        data, descriptors, flags, _ = socket.recv_fds(sock, HELLO_BYTES_MAX, 3, socket.MSG_CMSG_CLOEXEC)
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != 3:
-            raise LinkRefused(f"hello: {len(data)} bytes, {len(descriptors)} descriptors; "
-                              f"at most {HELLO_BYTES_MAX} bytes, 3 descriptors")  # fmt: skip
+        data, descriptors, flags, _ = socket.recv_fds(sock, HELLO_BYTES_MAX, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != _DESCRIPTORS:
+            more = "or more" if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) else ""
+            raise LinkRefused(f"hello: {len(data)} bytes, {len(descriptors)} descriptors {more}; "
+                              f"must be at most {HELLO_BYTES_MAX} bytes, {_DESCRIPTORS} descriptors")  # fmt: skip
         greeting = hello_from_bytes(data)
         refused = why_refused(identity, greeting, linked, config)
         if refused:
             raise LinkRefused(refused)
         segment = map_segment(descriptors[0], greeting.ring_bytes)
         for bell in descriptors[1:]:
-            os.set_blocking(bell, False)
+            check_bell(bell)
         sock.send(welcome_to_bytes(Welcome(identity.member, "")))
     except (OSError, LinkRefused) as error:
         refusal = _refused("hello", error)
@@ -143,7 +146,7 @@ def _new_socket() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 
-def _refuse_other_user(sock: socket.socket) -> None:
+def refuse_other_user(sock: socket.socket) -> None:
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(credentials)
     if uid != os.geteuid():

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from router.config import RouterConfig
-from router.errors import TransportError
+from router.errors import PeerGone, TransportError
 from router.placement import Member
 from router.transport import frame
 from router.transport.base import LinkIdentity, Parcel, Peer, RefusalReason, Spent
 from router.transport.link import AttentionLink, ExpertLink, Incoming, LinkedParcel, Span
+from router.transport.shm_bell import ring
 from router.transport.shm_ring import ENTRIES, RingReader, RingWriter, Segment, aligned
 from router.transport.watch import HUNG_UP, RUNG, Watch
 
@@ -44,7 +45,8 @@ class _Wires:
 
     def __init__(self, wiring: Wiring, bell: int) -> None:
         self.wiring = wiring
-        self.gone = ""  # why the peer is, once it is
+        self._gone = ""  # why the peer is, once it is
+        self._interrupted = False
         self._bell = bell
         self._watch: Watch | None = None
         self._closed = False
@@ -61,13 +63,16 @@ class _Wires:
         except BlockingIOError:
             return
         except OSError as error:
-            self.gone = f"the peer's socket: {error}"
+            self._gone = f"the peer's socket: {error}"
         else:
-            self.gone = "the peer speaks out of turn" if said else "the peer has closed its socket"
+            self._interrupted = bool(said)
+            self._gone = "the peer has closed its socket"
 
     def refuse_gone(self) -> None:
-        if self.gone:
-            raise TransportError(self.gone)
+        if self._interrupted:
+            raise TransportError("link: the peer speaks out of turn")
+        if self._gone:
+            raise PeerGone(self._gone)
 
     def close(self) -> None:
         if self._closed:
@@ -116,7 +121,7 @@ class ShmAttentionLink(AttentionLink):
             return False
         frame.write_parcel(self._parcels_region, offset, parcel, index, self._limits)
         self._parcels.publish()
-        os.eventfd_write(self._wires.wiring.parcels_bell, 1)
+        ring(self._wires.wiring.parcels_bell)
         return True
 
     def _next(self) -> Incoming | None:
@@ -190,4 +195,4 @@ class ShmExpertLink(ExpertLink):
         self._ring()
 
     def _ring(self) -> None:
-        os.eventfd_write(self._wires.wiring.replies_bell, 1)
+        ring(self._wires.wiring.replies_bell)

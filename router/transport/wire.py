@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from expertmesh.v1 import exchange_pb2
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from router.errors import LinkRefused
 from router.transport.handshake import Hello, Welcome
@@ -23,10 +23,7 @@ def hello_to_bytes(hello: Hello) -> bytes:
 def hello_from_bytes(data: bytes) -> Hello:
     """Raises LinkRefused for bytes that are no LinkHello."""
     message = exchange_pb2.LinkHello()
-    try:
-        message.ParseFromString(data)
-    except DecodeError as error:
-        raise LinkRefused("hello: not a LinkHello") from error
+    _parse(message, data, "hello")
     return Hello(
         message.version, member_from_pb(message.sender), member_from_pb(message.to), message.fingerprint,
         message.token, message.hidden, message.dtype, message.rows, message.replies,
@@ -43,8 +40,14 @@ def welcome_to_bytes(welcome: Welcome) -> bytes:
 def welcome_from_bytes(data: bytes) -> Welcome:
     """Raises LinkRefused for bytes that are no LinkWelcome."""
     message = exchange_pb2.LinkWelcome()
+    _parse(message, data, "welcome")
+    return Welcome(member_from_pb(message.sender), message.refused)
+
+
+def _parse(message: Message, data: bytes, name: str) -> None:
+    if len(data) > HELLO_BYTES_MAX:
+        raise LinkRefused(f"{name}: {len(data)} bytes; at most {HELLO_BYTES_MAX}")
     try:
         message.ParseFromString(data)
     except DecodeError as error:
-        raise LinkRefused("welcome: not a LinkWelcome") from error
-    return Welcome(member_from_pb(message.sender), message.refused)
+        raise LinkRefused(f"{name}: not a {message.DESCRIPTOR.name}") from error

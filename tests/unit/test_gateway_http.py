@@ -70,6 +70,21 @@ async def test_choices_are_numbered_over_prompts_and_n(card: ModelCard) -> None:
     assert {choice["finish_reason"] for choice in choices} == {"length"}
 
 
+async def test_cached_tokens_are_those_that_no_choice_had_to_compute(card: ModelCard) -> None:
+    """A prompt is billed once for its choices, so the fewest of them count; prompts of one call add up."""
+    async with gateway(card) as (_, engine, client):
+        for cached, n, expected in (({}, 1, 0), ({0: 4}, 1, 4), ({0: 2, 1: 4}, 2, 2), ({0: 0, 1: 4}, 2, 0)):
+            engine.cached = cached
+            answer = await client.post("/v1/completions", json={"prompt": [5, 6, 7, 8, 9], "n": n})
+            usage = Completion.model_validate(answer.json(), strict=True).usage
+            assert usage is not None
+            assert usage.prompt_tokens_details is not None
+            assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (5, expected)
+        engine.cached = {0: 2}
+        answer = await client.post("/v1/completions", json={"prompt": [[5, 6, 7], [8, 9, 5]]})
+        assert answer.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+
+
 async def test_the_seed_decides(card: ModelCard) -> None:
     """The same seed gives the same tokens; siblings have seeds of their own."""
     body = {
