@@ -174,7 +174,9 @@ class Book:
         """Go on behind what is cached of what it would compute, all but its last token."""
         prefix_names.follow(sequence.names, sequence.tokens, self.block_tokens, sequence.root)
         at, end = sequence.computed, len(sequence.tokens) - 1
-        reach = self.prefixes.reach(sequence.names, sequence.tables, at, end)
+        reach, furthest = self.prefixes.reach(sequence.names, sequence.tables, at, end)
+        if furthest > at:
+            sequence.parted = furthest
         if reach == at:
             return
         self.prefixes.skip(sequence.names, sequence.tables, at, reach)
@@ -255,10 +257,8 @@ class Book:
             sequence.reached = max(sequence.reached, sequence.computed)
             prefix_names.follow(sequence.names, sequence.tokens, self.block_tokens, sequence.root)
             self.prefixes.keep(sequence.names, sequence.tables, span.first, sequence.computed)
-            for kind, space in self.spaces.items():
-                seen = space.first_seen(sequence.computed) // self.block_tokens
-                space.give_back(sequence.tables[kind].leave(seen))
             given = len(sequence.start.prompt) + len(sequence.start.accepted)
+            self.prefixes.leave(sequence.tables, sequence.computed, given, sequence.parted)
             if not sequence.is_prompt_done and sequence.computed >= given:
                 sequence.is_prompt_done = True
                 result.prompts_done.append(sequence.start.attempt)

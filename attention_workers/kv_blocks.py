@@ -5,7 +5,8 @@ a table in each space, and the table of a window moves: blocks leave it at the f
 
 A whole block may be named after the tokens that it stands for (`prefix_names.py`). Then others may hold it too,
 and when nobody holds it any more it is not free but cached: it can still be asked for by its name, until room is
-wanted and it is the one that has waited longest.
+wanted and it is the one that has waited longest. Those that a window has only passed by are given up before all
+others: most prompts that begin alike part elsewhere.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class KvBlocks:
         self._free = list(range(total))
         self._held: dict[int, int] = {}  # block to how many hold it
         self._cached: OrderedDict[int, None] = OrderedDict()  # named and held by nobody, longest first
+        self._passed: OrderedDict[int, None] = OrderedDict()  # the same, to be given up before those
         self._block_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
 
@@ -42,12 +44,12 @@ class KvBlocks:
 
     @property
     def num_cached(self) -> int:
-        return len(self._cached)
+        return len(self._cached) + len(self._passed)
 
     @property
     def num_available(self) -> int:
         """Blocks that can be taken: free, or cached and given up for it."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self.num_cached
 
     @property
     def names(self) -> list[bytes]:
@@ -61,8 +63,8 @@ class KvBlocks:
         """A block, or None when the pool is dry."""
         if self._free:
             block = heapq.heappop(self._free)
-        elif self._cached:
-            block, _ = self._cached.popitem(last=False)
+        elif waiting := self._passed or self._cached:
+            block, _ = waiting.popitem(last=False)
             self._forget(block)
             self.num_evicted += 1
         else:
@@ -70,14 +72,16 @@ class KvBlocks:
         self._held[block] = 1
         return block
 
-    def give_back(self, blocks: list[int]) -> None:
-        """`blocks` in their sequence's order: the last of them is the first to be given up."""
+    def give_back(self, blocks: list[int], *, is_passed: bool = False) -> None:
+        """`blocks` in their sequence's order: the last of them is the first to be given up. `is_passed`: and all
+        of them before what is not."""
+        cached = self._passed if is_passed else self._cached
         for block in reversed(blocks):
             self._held[block] -= 1  # KeyError: freed twice, a bug worth stopping for
             if not self._held[block]:
                 del self._held[block]
                 if block in self._name_of:
-                    self._cached[block] = None
+                    cached[block] = None
                 else:
                     heapq.heappush(self._free, block)
 
@@ -87,6 +91,7 @@ class KvBlocks:
         """The block of this name, held once more. KeyError: there is none."""
         block = self._block_of[name]
         self._cached.pop(block, None)
+        self._passed.pop(block, None)
         self._held[block] = self._held.get(block, 0) + 1
         return block
 
@@ -136,10 +141,11 @@ class KvBlocks:
     def check(self, holders: dict[int, int]) -> None:
         """`holders`: how many hold each block, by the tables of those that run."""
         assert self._held == holders
-        assert len(self._free) + len(self._held) + len(self._cached) == self.total
-        assert {*self._free, *self._held, *self._cached} == set(range(self.total))
+        cached = {*self._cached, *self._passed}
+        assert len(self._free) + len(self._held) + self.num_cached == self.total
+        assert {*self._free, *self._held, *cached} == set(range(self.total))
         assert {block: name for name, block in self._block_of.items()} == self._name_of
-        assert self._cached.keys() <= self._name_of.keys() <= {*self._held, *self._cached}
+        assert cached <= self._name_of.keys() <= {*self._held, *cached}
 
 
 @dataclass

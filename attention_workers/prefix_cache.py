@@ -3,6 +3,10 @@
 A sequence can go on from P, a whole number of blocks, if every block before P that a token there sees is at
 hand: of full layers all of them, of sliding layers those that overlap [P - W + 1, P - 1]. The blocks before
 those are not needed and not asked for. The furthest such P counts.
+
+Of a long prompt a window passes by many blocks, and there is room for few. Those are kept longest that a later
+prompt is likely to go on from: before the end of a prompt (the next turn of a conversation has it, but its last
+tokens may differ), before the end of its answer, and where a prompt was seen to part from one before it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from attention_workers import prefix_names
 from attention_workers.kv_blocks import BlockTable, KvBlocks
 from model.layer_types import FULL, LayerType
+
+TAIL_WINDOWS = 2
+"""How many windows before the end of a prompt are kept longest."""
 
 HINTS_MAX = 16_384
 """Names that have come or gone and of which the scheduler has not heard; further ones it hears of only with the
@@ -35,27 +42,28 @@ class PrefixCache:
 
     def reach(
         self, names: Sequence[bytes], tables: Mapping[LayerType, BlockTable], computed: int, end: int
-    ) -> int:
-        """The furthest position to go on from, at most `end`; `computed` where nothing further is known.
+    ) -> tuple[int, int]:
+        """The furthest position to go on from, at most `end`, and the furthest that full layers would allow;
+        `computed` where nothing further is known.
 
         `names`: of all whole blocks of the sequence; `tables`: its own, which hold what `computed` sees.
         """
         own, last = computed // self._block_tokens, end // self._block_tokens
         if not self.enabled:
-            return computed
+            return computed, computed
         full, others = self._spaces[FULL], [kind for kind in self._spaces if kind != FULL]
         begins = {kind: tables[kind].first for kind in others}  # since which block none is missing
-        best = computed
+        best = furthest = computed
         for number in range(own, last):
             if names[number] not in full:
                 break
-            position = (number + 1) * self._block_tokens
+            position = furthest = (number + 1) * self._block_tokens
             for kind in others:
                 if names[number] not in self._spaces[kind]:
                     begins[kind] = number + 1
             if all(self._first(kind, position) >= begins[kind] for kind in others):
                 best = position
-        return best
+        return best, furthest
 
     def skip(
         self, names: Sequence[bytes], tables: Mapping[LayerType, BlockTable], computed: int, position: int
@@ -86,6 +94,18 @@ class PrefixCache:
                 at = number - table.first
                 table.blocks[at] = space.name(table.blocks[at], names[number])
             self._change(names[number], is_here=True)
+
+    def leave(self, tables: Mapping[LayerType, BlockTable], computed: int, given: int, parted: int) -> None:
+        """Give back what no later token sees. `given`: tokens that came with the sequence; `parted`: how far some
+        other had begun alike."""
+        for kind, space in self._spaces.items():
+            table, number = tables[kind], tables[kind].first
+            for block in table.leave(self._first(kind, computed)):
+                at, window = number * self._block_tokens, space.window or 0
+                end = at + self._block_tokens
+                is_likely = given - TAIL_WINDOWS * window < end <= given or parted - window < end <= parted
+                space.give_back([block], is_passed=not is_likely)
+                number += 1
 
     def disown(self, tables: Mapping[LayerType, BlockTable]) -> None:
         """What these hold is not to be trusted."""

@@ -22,6 +22,7 @@ class Sequence:
     names: list[bytes] = field(default_factory=list)  # of its whole blocks
     computed: int = 0
     reached: int = 0  # the furthest `computed` has been
+    parted: int = 0  # how far an earlier one had begun alike
     num_cached: int = 0  # prompt tokens that were cached when they were first needed
     is_paused: bool = False
     is_prompt_done: bool = False

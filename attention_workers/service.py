@@ -248,6 +248,7 @@ class AttentionService:
             sequences_max=config.sequences_max,
             sequence_tokens=config.kv_sequence_tokens,
             model_len_max=model_len,
+            prefix_cache=config.prefix_cache,
         )
         model.make_kv(blocks)
         return KvBlocks(blocks[FULL]), None if window is None else KvBlocks(blocks[SLIDING], window)

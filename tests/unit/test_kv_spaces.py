@@ -166,7 +166,8 @@ def test_blocks_are_conserved_in_both_spaces_after_every_event(events, full, win
 
 # --- sizes -----------------------------------------------------------------------------------------
 
-SIZES = {"window": 128, "block_tokens": 32, "sequences_max": 256, "sequence_tokens": 1024, "model_len_max": 32768}
+SIZES = {"window": 128, "block_tokens": 32, "sequences_max": 256, "sequence_tokens": 1024, "model_len_max": 32768,
+         "prefix_cache": True}  # fmt: skip
 
 
 def sizes(kv_bytes, full=1000, sliding=1000, **changed):
@@ -183,6 +184,12 @@ def test_both_spaces_run_dry_together_under_sequences_of_the_length_named():
     blocks = sizes(5_000_000)
     assert blocks[FULL] / 32 == pytest.approx((blocks[SLIDING] - 8) / 5, rel=0.01)
     assert 4_999_000 <= sum(blocks.values()) * 1000 <= 5_000_000
+
+
+def test_without_a_prefix_cache_the_sliding_space_has_what_running_sequences_need():
+    """With one, windows of those that have ended are worth keeping: it grows with the memory."""
+    assert sizes(10**9, prefix_cache=False)[SLIDING] == 256 * 5 + 8
+    assert sizes(10**9)[SLIDING] > 100_000
 
 
 @given(

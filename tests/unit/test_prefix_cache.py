@@ -275,3 +275,28 @@ def test_hints_that_nobody_hears_are_bounded():
     for number in range(HINTS_MAX + 100):
         b.prefixes._gone(number.to_bytes(32, "little"))
     assert len(b.prefixes.changes()[1]) == HINTS_MAX
+
+
+# --- what is kept longest of a window's blocks -----------------------------------------------------
+
+
+def test_blocks_that_a_window_passed_by_are_given_up_before_the_ends_of_prompts():
+    """So a few conversations with long prompts do not push each other's next turns out of a small space."""
+    b = book(full=400, sliding=30, window=9)
+    for talk in range(3):
+        run(b, prompt_of(range(1000 * talk, 1000 * talk + 150), f"t{talk}", max_tokens=1))
+    for talk in range(3):
+        turn = [*range(1000 * talk, 1000 * talk + 150), 7, 8, 9, 10, 11]
+        assert run(b, prompt_of(turn, f"t{talk}", max_tokens=1)) == {f"t{talk}": 148}
+
+
+def test_where_prompts_part_is_learnt_and_kept():
+    """The second that begins alike finds no window there any more, computes it, and leaves it for the third."""
+    b = book(full=1000, sliding=24, window=9)
+    stem = list(range(10, 90))
+    found = []
+    for number in range(4):
+        run(b, prompt_of(range(5000 + 200 * number, 5100 + 200 * number), f"x{number}", max_tokens=1))
+        prompt = [*stem, *range(1000 * number + 1000, 1000 * number + 1060)]
+        found += run(b, prompt_of(prompt, f"r{number}", max_tokens=1)).values()
+    assert found == [0, 0, 80, 80]
