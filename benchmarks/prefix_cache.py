@@ -102,17 +102,21 @@ def main() -> None:
     parser.add_argument("trace", type=Path, help="JSON lines with input_length and hash_ids")
     parser.add_argument("--requests", type=int, help="only so many from its beginning")
     parser.add_argument("--millions", type=float, nargs="+", default=MILLIONS, help="of tokens that fit, in turn")
+    parser.add_argument(
+        "--block-tokens", type=int, default=BLOCK_TOKENS, help="larger is faster; default %(default)s"
+    )
     parser.add_argument("--svg", type=Path, help="where to draw the curve")
     arguments = parser.parse_args()
     requests = read(arguments.trace, arguments.requests)
     num_tokens = sum(request.num_tokens for request in requests)
-    best = ideal(requests) / num_tokens
+    block_tokens = arguments.block_tokens
+    best = ideal(requests, block_tokens) / num_tokens
     print(f"{len(requests)} requests, {num_tokens} prompt tokens; a cache without bounds has {best:.4f} of them")
     forms = {"full layers": None, f"every other layer with a window of {WINDOW}": WINDOW}
     curves = [Curve(name, []) for name in forms]
     for millions in arguments.millions:
         for curve, window in zip(curves, forms.values(), strict=True):
-            share = cached(book_of(int(millions * 1e6), window), requests) / num_tokens
+            share = cached(book_of(int(millions * 1e6), window, block_tokens), requests) / num_tokens
             curve.points.append((millions, share))
             print(
                 f"{millions:8g} M tokens of memory, {curve.name}: {share:.4f}, {share / best:.3f} of that",

@@ -73,6 +73,25 @@ def tokens(server: Served) -> list[int]:
     return ids
 
 
+def test_a_prompt_that_comes_again_is_found_and_says_so(server: Served) -> None:
+    """With the same tokens as computing it, which another salt asks for; and status counts it."""
+    body = {"prompt": [(13 * i) % 90 + 20 for i in range(200)], "return_token_ids": True, **GREEDY}
+    answers = [server.post("/v1/completions", {**body, **salt}) for salt in ({}, {}, {"cache_salt": "mine"})]
+    found = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert found == [0, 192, 0]
+    assert answers[0]["choices"][0]["token_ids"] == answers[1]["choices"][0]["token_ids"]
+    assert answers[0]["choices"][0]["token_ids"] == answers[2]["choices"][0]["token_ids"]
+    server.wait_for_status(
+        lambda document: is_whole(document) and _gauge(document, "prefix_hit_tokens_total") >= 192
+    )
+    assert _gauge(server.status(), "kv_blocks_cached") >= 2 * 6
+
+
+def _gauge(document: dict[str, Any], name: str) -> float:
+    gauge: float = workers(document)["attention-0"]["gauges"][name]
+    return gauge
+
+
 def test_pools_are_separate_processes_that_hold_their_own_weights(server: Served) -> None:
     """No expert worker reads attention weights, and no attention worker expert weights."""
     document = server.status()
