@@ -22,6 +22,7 @@ Replies = Literal["rows", "sums"]
 GROUP = 128
 _CODE_MAX = 448.0  # the largest finite float8_e4m3fn
 _SCALE_BYTES = 4
+_SCALE_MIN = 2.0**-126  # below it a float32 loses bits, and may be zero
 
 
 def sent_width(hidden: int, dtype: torch.dtype, rows: RowsSent) -> int:
@@ -35,7 +36,7 @@ def pack(rows: Tensor) -> Tensor:
     groups = _groups(hidden)
     padded = F.pad(rows.float(), (0, groups * GROUP - hidden)).view(num_rows, groups, GROUP)
     amax = padded.abs().amax(-1, keepdim=True)  # [n, G, 1]
-    scales = torch.where(amax == 0, 1.0, amax / _CODE_MAX)
+    scales = torch.where(amax == 0, 1.0, amax / _CODE_MAX).clamp_min(_SCALE_MIN)  # NaN stays NaN
     codes = (padded / scales).to(torch.float8_e4m3fn).view(num_rows, groups * GROUP)
     width = sent_width(hidden, rows.dtype, "fp8")
     packed = torch.zeros(num_rows, width * rows.dtype.itemsize, dtype=torch.uint8, device=rows.device)

@@ -45,6 +45,15 @@ def test_zeros_stay_zeros() -> None:
     assert not unpack(pack(torch.zeros(2, 200)), 200).any()
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-44, 1e-42, 1e-38, 3e38])
+def test_rows_of_any_size_stay_finite(size: float) -> None:
+    """Also where a scale would be no number, or nothing."""
+    rows = torch.full((1, 130), size)
+    back = unpack(pack(rows), 130)
+    assert torch.isfinite(back).all()
+    assert ((back - rows).abs() <= torch.clamp(rows / 16, min=2.0**-135)).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_so(bad: float) -> None:
     """A poisoned row must not come back looking sound; other rows and groups are untouched."""
