@@ -13,7 +13,7 @@ import torch
 
 from router.placement import EpochId, Member
 from router.transport import frame, grpc_channel, shm_handshake
-from router.transport.base import LinkIdentity, Parcel, Peer
+from router.transport.base import UNTIMED, LinkIdentity, Parcel, Peer
 from router.transport.grpc_channel import HELLO_KEY, METHOD
 from router.transport.handshake import Welcome, hello
 from router.transport.shm_bell import ring
@@ -75,7 +75,7 @@ def honest_reply(me: LinkIdentity, asked: bytes) -> bytes:
     routes = torch.zeros(header.num_routes, dtype=torch.int32)
     rows = torch.zeros(header.num_routes, me.hidden, dtype=me.dtype)
     answered = Parcel(sender, own, EpochId(7, 2), header.ticket, header.layer, rows, routes, routes)
-    return frame.reply_message(answered, header.parcel_index, rows, limits)
+    return frame.reply_message(answered, header.parcel_index, rows, UNTIMED, limits)
 
 
 def rude_attention(kind: str, peer: Peer, name: str, words: list[bytes]) -> None:
