@@ -9,6 +9,7 @@ used: a descriptor may be anything. Nothing here blocks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -91,7 +92,7 @@ def _say_hello(peer: Peer, address: str, identity: LinkIdentity, config: RouterC
         socket.send_fds(sock, [greeting], descriptors)
     except (OSError, LinkRefused) as error:
         _discard(sock, descriptors)
-        raise _refused(address, error) from error
+        raise LinkRefused(_why(address, error)) from error
     os.close(segment_fd)
     return Wiring(sock, descriptors[1], descriptors[2], segment)
 
@@ -101,7 +102,7 @@ def _read_welcome(sock: socket.socket, peer: Peer) -> None:
     try:
         data = sock.recv(HELLO_BYTES_MAX)
     except OSError as error:
-        raise _refused("welcome", error) from error
+        raise LinkRefused(_why("welcome", error)) from error
     if not data:
         raise LinkRefused("closed before it answered")
     refuse_unless_welcome(welcome_from_bytes(data), peer.member)
@@ -122,23 +123,25 @@ def answer(
         refused = why_refused(identity, greeting, linked, config)
         if refused:
             raise LinkRefused(refused)
-        segment = map_segment(descriptors[0], greeting.ring_bytes)
         for bell in descriptors[1:]:
             check_bell(bell)
+        segment = map_segment(descriptors[0], greeting.ring_bytes)
         sock.send(welcome_to_bytes(Welcome(identity.member, "")))
     except (OSError, LinkRefused) as error:
-        refusal = _refused("hello", error)
-        _tell(sock, Welcome(identity.member, str(refusal)))
+        why = _why("hello", error)
+        _tell(sock, Welcome(identity.member, why))
         _discard(sock, descriptors)
-        raise refusal from error
+        raise LinkRefused(why) from error
     os.close(descriptors[0])
     wiring = Wiring(sock, descriptors[1], descriptors[2], segment)
     return ShmExpertLink(greeting.sender, identity, config, wiring)
 
 
 def turn_away(sock: socket.socket, own: Member, why: str) -> None:
-    """Refuse a stranger whose hello will not be read."""
+    """Refuse a stranger whose hello will not be read. It is dropped: left unread, it would undo our answer."""
     _tell(sock, Welcome(own, why))
+    with contextlib.suppress(OSError):  # it has not said it yet
+        sock.recv(1)
     sock.close()
 
 
@@ -161,10 +164,10 @@ def _tell(sock: socket.socket, welcome: Welcome) -> None:
 
 
 def _discard(sock: socket.socket, descriptors: list[int]) -> None:
-    sock.close()
     for descriptor in descriptors:
         os.close(descriptor)
+    sock.close()  # last: once the peer sees it, nothing is left
 
 
-def _refused(where: str, error: Exception) -> LinkRefused:
-    return error if isinstance(error, LinkRefused) else LinkRefused(f"{where}: {error}")
+def _why(where: str, error: Exception) -> str:
+    return str(error) if isinstance(error, LinkRefused) else f"{where}: {error}"
