@@ -144,11 +144,17 @@ class _Attention:
         )  # fmt: skip
         residency = Residency(self._checkpoint, member, self._model.dtype, self._told.numerics, HOST)
         residency.prepare(placement)
-        return ExpertWorker(residency, end, ExpertConfig(batch_rows_max=_ROUTES_MAX)), placement
+        return ExpertWorker(
+            residency, end, ExpertConfig(batch_rows_max=_ROUTES_MAX), self._identity(member).rows
+        ), placement
 
     def _identity(self, member: Member) -> LinkIdentity:
         hidden = self._checkpoint.config.hidden_size
-        return LinkIdentity(member, self._checkpoint.fingerprint, _TOKEN, hidden, self._model.dtype)
+        numerics = self._told.numerics
+        return LinkIdentity(
+            member, self._checkpoint.fingerprint, _TOKEN, hidden, self._model.dtype,
+            self._config.rows_sent(numerics), self._config.answers(numerics),
+        )  # fmt: skip
 
     def obey(self, order: Open | Begin | Burst | Finish) -> object:
         """The answer; None where it is done that is told."""
@@ -176,7 +182,7 @@ class _Attention:
         else:
             assert order.placement is not None
             placement, end = order.placement, attention_end(order.transport, identity, self._config)
-        dispatcher = Dispatcher(end, member, self._config, lambda _: None)
+        dispatcher = Dispatcher(end, member, self._config, lambda _: None, identity.rows, identity.replies)
         dispatcher.prepare(placement)
         dispatcher.adopt()
         if dispatcher.lost:

@@ -169,12 +169,12 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for outcome in measure(cases, asked.rounds, lambda said: print(said, file=sys.stderr)):
         case = outcome.case
-        print(
-            f"| {case.kind} | {case.workers} | {case.tokens} x {case.hidden} | {outcome.rows}, {outcome.replies} | "
-            f"{outcome.p50_us:.0f} | {outcome.ratio:.2f} | {outcome.bytes_out / 1e3:.0f} | "
-            f"{outcome.bytes_back / 1e3:.0f} |",
-            flush=True,
-        )
+        cells = (
+            case.kind, case.workers, f"{case.tokens} x {case.hidden}", f"{outcome.rows}, {outcome.replies}",
+            f"{outcome.p50_us:.0f}", f"{outcome.ratio:.2f}", f"{outcome.bytes_out / 1e3:.0f}",
+            f"{outcome.bytes_back / 1e3:.0f}",
+        )  # fmt: skip
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

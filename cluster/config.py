@@ -219,6 +219,12 @@ class Config(_Section):
         return self
 
     @model_validator(mode="after")
+    def _encodes_exactly(self) -> Config:
+        self.router.rows_sent(self.attention.numerics)
+        self.router.answers(self.attention.numerics)
+        return self
+
+    @model_validator(mode="after")
     def _one_arithmetic(self) -> Config:
         for name in ("numerics", "dtype"):
             ours, theirs = getattr(self.attention, name), getattr(self.expert, name)

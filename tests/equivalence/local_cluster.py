@@ -51,7 +51,7 @@ class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
                  sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None,
                  keep=("dequantised",), transport="local", device=HOST, prefix_cache=True, join_wait_s=0.0,
-                 dies_after=None):  # fmt: skip
+                 dies_after=None, router=None):  # fmt: skip
         """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid.
 
         `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers. `transport`: or
@@ -61,7 +61,8 @@ class LocalCluster:
         self.checkpoint, self.device = checkpoint, device
         config = checkpoint.config
         self.dtype = dtype or getattr(torch, config.dtype)
-        self.hub, self.router = LocalHub(), RouterConfig(combine_timeout_s=30.0)
+        self.hub, self.router = LocalHub(), router or RouterConfig(combine_timeout_s=30.0)
+        self._encoding = self.router.rows_sent(numerics), self.router.answers(numerics)
         self._transport = "auto" if transport == "mixed" else transport
         self._stopping = threading.Event()
         self._join_wait_s, self._retired = join_wait_s, None
@@ -94,13 +95,18 @@ class LocalCluster:
 
     def _identity(self, member):
         return LinkIdentity(
-            member, self.checkpoint.fingerprint, "token", self.checkpoint.config.hidden_size, self.dtype
+            member,
+            self.checkpoint.fingerprint,
+            "token",
+            self.checkpoint.config.hidden_size,
+            self.dtype,
+            *self._encoding,
         )
 
     def _expert(self, member, numerics):
         residency = Residency(self.checkpoint, member, self.dtype, numerics, self.device)
         end = expert_end(self._transport, self._identity(member), self.router, self.hub)
-        return ExpertWorker(residency, end, ExpertConfig(join_wait_s=self._join_wait_s))
+        return ExpertWorker(residency, end, ExpertConfig(join_wait_s=self._join_wait_s), self._encoding[0])
 
     def _attention(self, index, microbatches, pools, numerics, keep):
         model = AttentionModel(
@@ -121,7 +127,7 @@ class LocalCluster:
         )  # fmt: skip
         member = Member(f"a{index}", 1)
         end = attention_end(self._transport, self._identity(member), self.router, self.hub)
-        dispatcher = Dispatcher(end, member, self.router, lambda peer: None)
+        dispatcher = Dispatcher(end, member, self.router, lambda peer: None, *self._encoding)
         dispatcher.prepare(self.placement)
         dispatcher.adopt()
         return AttentionWorker(model, book, dispatcher, microbatches)

@@ -93,3 +93,4 @@ def test_exact_numerics_refuse_what_is_not_exact() -> None:
     assert RouterConfig(dispatch_rows="fp8").rows_sent("fast") == "fp8"
     assert RouterConfig(replies="sums").answers("fast") == "sums"
     assert (RouterConfig().rows_sent("exact"), RouterConfig().answers("exact")) == ("plain", "rows")
+    assert (RouterConfig().rows_sent("fast"), RouterConfig().answers("fast")) == ("plain", "sums")
