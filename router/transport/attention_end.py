@@ -12,11 +12,13 @@ import select
 import time
 from collections.abc import Sequence
 
+import torch
+
 from router.config import RouterConfig
 from router.errors import EndClosed, LinkRefused, TransportError
 from router.placement import Member
 from router.transport.base import LinkIdentity, Parcel, Peer, Prepared, Refusal, RefusalReason, Ticket
-from router.transport.link import AttentionLink, Dialer, Greeting, Span
+from router.transport.link import HOST, AttentionLink, Dialer, Greeting, Span
 from router.transport.patience import Patience
 from router.transport.tickets import Outcome, TicketBook
 from router.transport.watch import Watch
@@ -25,8 +27,12 @@ ADDRESS_SEPARATOR = ","  # between the addresses of a peer that listens in sever
 
 
 class LinkedAttentionEnd:
-    def __init__(self, identity: LinkIdentity, config: RouterConfig, dialers: Sequence[Dialer]) -> None:
-        """`dialers`: the preferred first."""
+    def __init__(
+        self, identity: LinkIdentity, config: RouterConfig, dialers: Sequence[Dialer],
+        device: torch.device = HOST,
+    ) -> None:  # fmt: skip
+        """`dialers`: the preferred first, all for rows on `device`."""
+        self.device = device
         self._identity = identity
         self._config = config
         self._dialers = dialers
@@ -100,6 +106,8 @@ class LinkedAttentionEnd:
             self._lose(link, "closed")
         self._spans.clear()
         self._watch.close()
+        for dialer in self._dialers:
+            dialer.close()
 
     def _lose(self, link: AttentionLink, why: str) -> None:
         if self._links.pop(link.peer.member, None) is None:
@@ -181,9 +189,15 @@ def _await_welcomes(greeted: dict[int, tuple[Peer, Greeting]], prepared: Prepare
                 peer, greeting = greeted.pop(descriptor)
                 waiting.unregister(descriptor)
                 try:
-                    prepared.links[peer] = greeting.welcomed()
+                    found = greeting.welcomed()
                 except LinkRefused as error:
                     prepared.failed[peer.member] = str(error)
+                    continue
+                if isinstance(found, AttentionLink):
+                    prepared.links[peer] = found
+                else:
+                    greeted[found.fileno()] = (peer, found)
+                    waiting.register(found.fileno(), select.EPOLLIN)
             if not answered:
                 break
     for peer, greeting in greeted.values():

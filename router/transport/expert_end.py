@@ -11,8 +11,9 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from router.config import RouterConfig
@@ -22,7 +23,7 @@ from router.transport import frame
 from router.transport.attention_end import ADDRESS_SEPARATOR
 from router.transport.base import LinkIdentity, Parcel, RefusalReason
 from router.transport.handshake import superseded
-from router.transport.link import Door, ExpertLink, LinkedParcel
+from router.transport.link import HOST, Door, ExpertLink, LinkedParcel
 from router.transport.patience import PULSES
 from router.transport.watch import READABLE, Watch
 
@@ -32,7 +33,11 @@ _UNSERVED_MAX = 16  # parcels taken in a row before doors and the dead get a loo
 
 
 class LinkedExpertEnd:
-    def __init__(self, identity: LinkIdentity, config: RouterConfig, doors: Sequence[Door]) -> None:
+    def __init__(
+        self, identity: LinkIdentity, config: RouterConfig, doors: Sequence[Door], device: torch.device = HOST
+    ) -> None:
+        """`doors`: all for rows on `device`."""
+        self.device = device
         self.address = ADDRESS_SEPARATOR.join(door.address for door in doors)
         self._limits = frame.limits_of(identity, config)
         self._doors = doors
@@ -120,17 +125,20 @@ class LinkedExpertEnd:
             self._drop(link, str(error))
 
     def pulse(self) -> None:
+        self._for_each(lambda link: link.begin())
         now_s = time.monotonic()
         if now_s < self._pulse_due_s:
             return
         self._pulse_due_s = now_s + self._pulse_every_s
         self._serve(0.0)
+        self._for_each(lambda link: link.pulse() if link.owes else None)
+
+    def _for_each(self, act: Callable[[ExpertLink], None]) -> None:
         for link in list(self._turns):
-            if link.owes:
-                try:
-                    link.pulse()
-                except TransportError as error:
-                    self._drop(link, str(error))
+            try:
+                act(link)
+            except TransportError as error:
+                self._drop(link, str(error))
 
     def wake(self) -> None:
         if not self._closed:
@@ -144,6 +152,8 @@ class LinkedExpertEnd:
             door.close()  # first: it sees to it that what was answered is sent
         while self._turns:
             self._drop(self._turns[0], "closed")
+        for door in self._doors:
+            door.let_go()
         self._watch.close()
         os.close(self._wake_bell)
 

@@ -67,26 +67,33 @@ class FrameLimits:
     routes_max: int
     hidden: int
     dtype: torch.dtype
-    row_bytes: int
+    row_bytes: int  # in a frame
+    apart_bytes: int  # of a row that travels beside its frame, not in it
     prefix: bytes
 
 
-def limits_of(identity: LinkIdentity, config: RouterConfig) -> FrameLimits:
+def limits_of(identity: LinkIdentity, config: RouterConfig, *, rows_apart: bool = False) -> FrameLimits:
+    """`rows_apart`: frames hold no rows, not even room for them (lane.py)."""
     if identity.dtype not in _CODES:
         raise ValueError(f"dtype: {identity.dtype}; must be one of {list(_CODES)}")
     fingerprint = identity.fingerprint.encode()[:8]
     prefix = _PREFIX.pack(_MAGIC, VERSION, _CODES[identity.dtype], identity.hidden, fingerprint)
     row_bytes = identity.hidden * identity.dtype.itemsize
-    return FrameLimits(config.rows_max, config.routes_max, identity.hidden, identity.dtype, row_bytes, prefix)
+    in_frame, apart = (0, row_bytes) if rows_apart else (row_bytes, 0)
+    return FrameLimits(
+        config.rows_max, config.routes_max, identity.hidden, identity.dtype, in_frame, apart, prefix
+    )
 
 
 class Region:
     """Memory in which frames are written and read. Tensors read from it keep it alive."""
 
-    def __init__(self, buffer: memoryview, limits: FrameLimits) -> None:
+    def __init__(self, buffer: memoryview, limits: FrameLimits, elements: Tensor | None = None) -> None:
+        """elements: where rows lie, at the same offsets, if not in `buffer`."""
         self.view = buffer
-        self._elements = torch.frombuffer(buffer, dtype=limits.dtype, count=len(buffer) // limits.dtype.itemsize)
-        self.address = self._elements.data_ptr()
+        own = torch.frombuffer(buffer, dtype=limits.dtype, count=len(buffer) // limits.dtype.itemsize)
+        self.address = own.data_ptr()
+        self._elements = own if elements is None else elements
         self._hidden = limits.hidden
         self._rows: dict[tuple[int, int], Tensor] = {}
 
@@ -101,6 +108,9 @@ class Region:
             rows = self._elements.as_strided((num_rows, self._hidden), (self._hidden, 1), start)
             self._rows[offset, num_rows] = rows
         return rows
+
+    def put_rows(self, offset: int, rows: Tensor, nbytes: int) -> None:
+        _copy(self.address + offset, rows, nbytes)
 
 
 def parcel_bytes(num_rows: int, num_routes: int, limits: FrameLimits) -> int:
@@ -139,8 +149,8 @@ def write_parcel(region: Region, offset: int, parcel: Parcel, index: int, limits
     num_rows, num_routes = parcel.rows.shape[0], parcel.route_rows.shape[0]
     routes_at = _routes_at(num_rows, limits)
     _HEADER.pack_into(region.view, offset, *_parcel_header(parcel, index, limits))
+    region.put_rows(offset + HEADER_BYTES, parcel.rows, num_rows * limits.row_bytes)
     payload = region.address + offset + HEADER_BYTES
-    _copy(payload, parcel.rows, num_rows * limits.row_bytes)
     _copy(payload + routes_at, parcel.route_rows, 4 * num_routes)
     _copy(payload + routes_at + 4 * num_routes, parcel.route_experts, 4 * num_routes)
 
@@ -151,7 +161,7 @@ def write_reply(
     """rows: [r, H]. The caller has room for `reply_bytes` at `offset`."""
     num_routes = rows.shape[0]
     _HEADER.pack_into(region.view, offset, *_reply_header(parcel, index, num_routes, limits))
-    _copy(region.address + offset + HEADER_BYTES, rows, num_routes * limits.row_bytes)
+    region.put_rows(offset + HEADER_BYTES, rows, num_routes * limits.row_bytes)
 
 
 def encode_detail(detail: str) -> bytes:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from router.config import RouterConfig
@@ -78,6 +79,8 @@ class LocalParcel(Parcel):
 
 
 class LocalAttentionEnd:
+    device = torch.device("cpu")
+
     def __init__(self, hub: LocalHub, identity: LinkIdentity, config: RouterConfig) -> None:
         self._hub = hub
         self._identity = identity
@@ -192,6 +195,8 @@ class LocalAttentionEnd:
 
 
 class LocalExpertEnd:
+    device = torch.device("cpu")
+
     def __init__(self, hub: LocalHub, identity: LinkIdentity, config: RouterConfig) -> None:
         self.address = f"local:{identity.member.id}.{identity.member.incarnation}"
         self.arrived = threading.Condition(hub.lock)

@@ -19,6 +19,7 @@ from router.errors import TransportError
 from router.placement import Member
 from router.transport import frame
 from router.transport.base import LinkIdentity, Parcel, Peer, RefusalReason
+from router.transport.lane import Lane
 from router.transport.link import AttentionLink, ExpertLink, Incoming, LinkedParcel, Span
 from router.transport.shm_ring import ENTRIES, RingReader, RingWriter, Segment, aligned
 from router.transport.watch import HUNG_UP, RUNG, Watch
@@ -42,9 +43,11 @@ class Wiring:
 class _Wires:
     """One side's hold on the wiring: hears of the peer's end, and lets go once."""
 
-    def __init__(self, wiring: Wiring, bell: int) -> None:
+    def __init__(self, wiring: Wiring, bell: int, lane: Lane | None) -> None:
         self.wiring = wiring
+        self._lane = lane
         self.gone = ""  # why the peer is, once it is
+        self._has_left = False
         self._bell = bell
         self._watch: Watch | None = None
         self._closed = False
@@ -53,6 +56,8 @@ class _Wires:
         self._watch = watch
         watch.add(self.wiring.sock.fileno(), HUNG_UP, self._hear)
         watch.add(self._bell, RUNG)
+        if self._lane is not None:
+            self._lane.join(watch)
 
     def _hear(self) -> None:
         """The socket became readable, on which the peer has nothing to say."""
@@ -61,8 +66,10 @@ class _Wires:
         except BlockingIOError:
             return
         except OSError as error:
+            self._has_left = True
             self.gone = f"the peer's socket: {error}"
         else:
+            self._has_left = not said
             self.gone = "the peer speaks out of turn" if said else "the peer has closed its socket"
 
     def refuse_gone(self) -> None:
@@ -76,26 +83,35 @@ class _Wires:
         if self._watch is not None:
             self._watch.remove(self.wiring.sock.fileno())
             self._watch.remove(self._bell)
+        if self._lane is not None:  # before the socket, whose closing says that it was done
+            self._lane.close(peer_has_left=self._has_left)
         self.wiring.close()
 
 
 class ShmAttentionLink(AttentionLink):
-    kind = "shm"
-
-    def __init__(self, peer: Peer, identity: LinkIdentity, config: RouterConfig, wiring: Wiring) -> None:
-        super().__init__(peer, identity, config)
-        self._wires = _Wires(wiring, wiring.replies_bell)
+    def __init__(
+        self, peer: Peer, identity: LinkIdentity, config: RouterConfig, wiring: Wiring, lane: Lane | None = None
+    ) -> None:
+        super().__init__(peer, identity, config, lane)
+        self.kind = lane.kind if lane else "shm"
+        self._wires = _Wires(wiring, wiring.replies_bell, lane)
         self._pulses = wiring.segment.pulses
         self._pulses_seen = 0
         self._parcels = RingWriter(wiring.segment.parcels)
-        self._parcels_region = frame.Region(wiring.segment.parcels.frames, self._limits)
+        self._parcels_region = (lane.outgoing if lane else frame.Region)(
+            wiring.segment.parcels.frames, self._limits
+        )
         self._replies = RingReader(wiring.segment.replies)
-        self._replies_region = frame.Region(wiring.segment.replies.frames, self._limits)
+        self._replies_region = (lane.incoming if lane else frame.Region)(
+            wiring.segment.replies.frames, self._limits
+        )
 
     def join(self, watch: Watch) -> None:
         self._wires.join(watch)
 
     def free(self, span: Span) -> None:
+        if self._lane is not None and not span.freed:
+            self._lane.done_reading(span.apart_bytes)
         self._replies.free(span)
 
     def close(self) -> None:
@@ -135,14 +151,21 @@ class ShmAttentionLink(AttentionLink):
 
 
 class ShmExpertLink(ExpertLink):
-    def __init__(self, sender: Member, identity: LinkIdentity, config: RouterConfig, wiring: Wiring) -> None:
-        super().__init__(sender, identity, config)
-        self._wires = _Wires(wiring, wiring.parcels_bell)
+    def __init__(
+        self, sender: Member, identity: LinkIdentity, config: RouterConfig, wiring: Wiring,
+        lane: Lane | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(sender, identity, config, lane)
+        self._wires = _Wires(wiring, wiring.parcels_bell, lane)
         self._pulses = wiring.segment.pulses
         self._parcels = RingReader(wiring.segment.parcels)
-        self._parcels_region = frame.Region(wiring.segment.parcels.frames, self._limits)
+        self._parcels_region = (lane.incoming if lane else frame.Region)(
+            wiring.segment.parcels.frames, self._limits
+        )
         self._replies = RingWriter(wiring.segment.replies)
-        self._replies_region = frame.Region(wiring.segment.replies.frames, self._limits)
+        self._replies_region = (lane.outgoing if lane else frame.Region)(
+            wiring.segment.replies.frames, self._limits
+        )
 
     @property
     def owes(self) -> bool:
@@ -185,6 +208,8 @@ class ShmExpertLink(ExpertLink):
         return offset
 
     def _publish(self, parcel: LinkedParcel) -> None:
+        if self._lane is not None:
+            self._lane.done_reading(parcel.span.apart_bytes)
         self._parcels.free(parcel.span)
         self._replies.publish()
         self._ring()

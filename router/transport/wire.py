@@ -16,7 +16,7 @@ def hello_to_bytes(hello: Hello) -> bytes:
     return exchange_pb2.LinkHello(
         version=hello.version, sender=incarnation_to_pb(hello.sender), to=incarnation_to_pb(hello.to),
         fingerprint=hello.fingerprint, token=hello.token, hidden=hello.hidden, dtype=hello.dtype,
-        ring_bytes=hello.ring_bytes,
+        ring_bytes=hello.ring_bytes, lane_key=hello.lane_key,
     ).SerializeToString()  # fmt: skip
 
 
@@ -29,13 +29,13 @@ def hello_from_bytes(data: bytes) -> Hello:
         raise LinkRefused("hello: not a LinkHello") from error
     return Hello(
         message.version, member_from_pb(message.sender), member_from_pb(message.to), message.fingerprint,
-        message.token, message.hidden, message.dtype, message.ring_bytes,
+        message.token, message.hidden, message.dtype, message.ring_bytes, message.lane_key,
     )  # fmt: skip
 
 
 def welcome_to_bytes(welcome: Welcome) -> bytes:
     return exchange_pb2.LinkWelcome(
-        sender=incarnation_to_pb(welcome.sender), refused=welcome.refused
+        sender=incarnation_to_pb(welcome.sender), refused=welcome.refused, lane_key=welcome.lane_key
     ).SerializeToString()
 
 
@@ -46,4 +46,4 @@ def welcome_from_bytes(data: bytes) -> Welcome:
         message.ParseFromString(data)
     except DecodeError as error:
         raise LinkRefused("welcome: not a LinkWelcome") from error
-    return Welcome(member_from_pb(message.sender), message.refused)
+    return Welcome(member_from_pb(message.sender), message.refused, message.lane_key)
