@@ -12,7 +12,7 @@ from attention_workers.attention_model import AttentionModel, Microbatch
 from attention_workers.book import Book, Sequence
 from attention_workers.decode import Experts, decode_step
 from attention_workers.microbatch import split
-from attention_workers.staging import StagedExperts, to_host
+from attention_workers.staging import DirectExperts, StagedExperts, to_host
 from attention_workers.step import StepResult, TokenDelta
 from router.dispatcher import Dispatcher
 
@@ -25,9 +25,7 @@ class AttentionWorker:
         self.book = book
         self.dispatcher = dispatcher
         self.microbatches = microbatches
-        self._experts: Experts[Any] = (
-            dispatcher if model.device.type == "cpu" else _staged(model, dispatcher, microbatches)
-        )
+        self._experts = _experts(model, dispatcher, microbatches)
         self.steps = 0
         self.tokens = 0
 
@@ -72,7 +70,12 @@ class AttentionWorker:
             self.tokens += 1
 
 
-def _staged(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -> StagedExperts:
+def _experts(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -> Experts[Any]:
+    """The dispatcher, with what lies between the model's device and the links."""
+    if model.device.type == "cpu":
+        return dispatcher
+    if dispatcher.device == model.device:
+        return DirectExperts(dispatcher)
     config = model.config
     return StagedExperts(
         dispatcher, model.device, microbatches=microbatches, hidden=config.hidden_size,

@@ -18,7 +18,7 @@ class ExpertWorker:
         self.residency = residency
         self.end = end
         self.batcher = Batcher(rows_max)
-        self._staging = Staging(residency.device)
+        self._staging = Staging(residency.device, end.device)
         self.rows = 0
         self.batches = 0
         self.refused = 0
@@ -42,7 +42,7 @@ class ExpertWorker:
         batch = [parcel for parcel in batch if self._may_answer(parcel, held)]
         if not batch:
             return
-        rows = torch.cat([p.rows[p.route_rows.long()] for p in batch])  # [r, H]
+        rows = torch.cat([p.rows[p.route_rows.long().to(p.rows.device)] for p in batch])  # [r, H]
         experts = torch.cat([p.route_experts for p in batch])
         out = self._staging.to_host(grouped(held, self._staging.to_device(rows), experts, self._between))
         self.rows += len(rows)

@@ -67,6 +67,11 @@ class Dispatcher:
         return self._placement
 
     @property
+    def device(self) -> torch.device:
+        """Where rows lie that links carry, and their sum."""
+        return self._end.device
+
+    @property
     def rows_max(self) -> int:
         """Most rows of one dispatch."""
         return self._config.rows_max
@@ -118,7 +123,8 @@ class Dispatcher:
         return placement.epoch
 
     def dispatch(self, layer: int, rows: Tensor, routes: Routes) -> Pending:
-        """rows [T, H] of the link's dtype, unchanged until combined. Does not wait.
+        """rows [T, H] of the link's dtype, on `device`, unchanged until combined; routes: expert ids on the host.
+        Does not wait.
 
         Raises ExpertsUnavailable, with nothing sent.
         """
@@ -135,9 +141,9 @@ class Dispatcher:
         `combine_timeout_s`, `combine_total_s` at most. Raises
         ExpertsUnavailable or ParcelMalformed; then nothing of the pending is in flight.
         """
-        weights = pending.routes.weights  # [T, K]
+        weights = pending.routes.weights.to(pending.rows.device)  # [T, K]
         num_tokens, num_ranks = weights.shape
-        ranks = empty_ranks(num_tokens, num_ranks, pending.rows.shape[1])
+        ranks = empty_ranks(num_tokens, num_ranks, pending.rows.shape[1], pending.rows.device)
         for attempt in range(self._config.replans_max + 1):
             failed = self._gather(pending, ranks)
             if not failed:
@@ -185,7 +191,7 @@ class Dispatcher:
                     epoch=self.epoch,
                     ticket=self._tickets,
                     layer=layer,
-                    rows=rows if every else rows.index_select(0, parcel.tokens),
+                    rows=rows if every else rows.index_select(0, parcel.tokens.to(rows.device)),
                     route_rows=parcel.route_rows,
                     route_experts=parcel.route_experts,
                 )

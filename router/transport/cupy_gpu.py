@@ -59,7 +59,9 @@ class CupyMemory:
         self.handle = handle
         owned = cupy.cuda.UnownedMemory(pointer, nbytes, _Freed(free), device.index)
         array = cupy.ndarray((nbytes,), cupy.uint8, cupy.cuda.MemoryPointer(owned, 0))
-        self.tensor: Tensor = torch.as_tensor(array, device=device)  # shares it, and keeps `array`
+        self.tensor: Tensor = torch.from_dlpack(array)  # keeps `array`
+        if self.tensor.data_ptr() != pointer:
+            raise GpuError(f"memory at {pointer:#x} cannot be viewed without a copy")
 
     def close(self) -> None:
         self.tensor = torch.empty(0)

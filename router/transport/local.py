@@ -22,6 +22,7 @@ from router.placement import Member
 from router.transport import frame
 from router.transport.base import LinkIdentity, Parcel, Peer, Prepared, Refusal, RefusalReason, Reply, Ticket
 from router.transport.handshake import hello, superseded, why_refused
+from router.transport.link import HOST
 from router.transport.patience import PULSES, Patience
 from router.transport.tickets import Outcome, TicketBook
 
@@ -29,7 +30,9 @@ from router.transport.tickets import Outcome, TicketBook
 class LocalHub:
     """Stands for the network: the addresses, and one lock. Give it to every end of the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = HOST) -> None:
+        """`device`: where rows lie."""
+        self.device = device
         self.lock = threading.Lock()
         self.expert_ends: dict[str, LocalExpertEnd] = {}
 
@@ -79,10 +82,9 @@ class LocalParcel(Parcel):
 
 
 class LocalAttentionEnd:
-    device = torch.device("cpu")
-
     def __init__(self, hub: LocalHub, identity: LinkIdentity, config: RouterConfig) -> None:
         self._hub = hub
+        self.device = hub.device
         self._identity = identity
         self._config = config
         self._limits = frame.limits_of(identity, config)
@@ -195,12 +197,11 @@ class LocalAttentionEnd:
 
 
 class LocalExpertEnd:
-    device = torch.device("cpu")
-
     def __init__(self, hub: LocalHub, identity: LinkIdentity, config: RouterConfig) -> None:
         self.address = f"local:{identity.member.id}.{identity.member.incarnation}"
         self.arrived = threading.Condition(hub.lock)
         self._hub = hub
+        self.device = hub.device
         self._identity = identity
         self._config = config
         self._limits = frame.limits_of(identity, config)

@@ -231,4 +231,3 @@ class PairLanes:
 
     def close(self) -> None:
         self.aside.close(_GRACE_S)
-

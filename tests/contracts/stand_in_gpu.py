@@ -23,6 +23,7 @@ from torch import Tensor
 from router.errors import GpuError
 from router.transport.cuda import UNIQUE_ID_BYTES
 
+
 class StandInMemory:
     def __init__(self, descriptor: int, nbytes: int, *, is_own: bool) -> None:
         if os.fstat(descriptor).st_size != nbytes:

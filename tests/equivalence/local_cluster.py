@@ -49,16 +49,17 @@ class Answer:
 class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
                  sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None,
-                 keep=("dequantised",), transport="local", device=HOST):  # fmt: skip
+                 keep=("dequantised",), transport="local", device=HOST, rows_on=HOST):  # fmt: skip
         """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid.
 
         `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers. `transport`: or
-        "mixed", where every other expert worker looks as if it were on another host.
+        "mixed", where every other expert worker looks as if it were on another host. `rows_on`: what local links
+        carry; elsewhere than on `device`, rows are staged.
         """
         self.checkpoint, self.device = checkpoint, device
         config = checkpoint.config
         self.dtype = dtype or getattr(torch, config.dtype)
-        self.hub, self.router = LocalHub(), RouterConfig(combine_timeout_s=30.0)
+        self.hub, self.router = LocalHub(rows_on), RouterConfig(combine_timeout_s=30.0)
         self._transport = "auto" if transport == "mixed" else transport
         self._stopping = threading.Event()
         self.experts = [self._expert(Member(f"e{i}", 1), numerics) for i in range(experts)]
