@@ -181,6 +181,10 @@ class GrpcExpertLink(ExpertLink):
             self._lane.close()
         self._stream.end()
 
+    def _refuse_gone(self) -> None:
+        if self._stream.gone:
+            raise TransportError(self._stream.gone)
+
     def _next(self) -> Incoming | None:
         return self._stream.next(self._limits)
 

@@ -110,6 +110,7 @@ class AttentionLink(ABC):
         """The next answer, if one is there. Raises TransportError once the peer is gone and all is read."""
         if self._lane is None:
             return self._read()
+        self._lane.is_open()  # or raises
         return arrived_in_turn(self._lane, self._arriving, self._read)
 
     def _read(self) -> Answer | None:
@@ -186,6 +187,9 @@ class ExpertLink(ABC):
         """The next parcel, if one is there. Raises TransportError once the peer is gone and all is read."""
         if self._lane is None:
             return self._read()
+        if not self._lane.is_open():
+            self._refuse_gone()
+            return None
         return arrived_in_turn(self._lane, self._arriving, self._read)
 
     def begin(self) -> None:
@@ -227,6 +231,10 @@ class ExpertLink(ABC):
     def _refuse_twice(self, parcel: LinkedParcel) -> None:
         if parcel.span.freed:
             raise ValueError(f"parcel {parcel.index} of ticket {parcel.ticket}: answered already")
+
+    @abstractmethod
+    def _refuse_gone(self) -> None:
+        """Raises TransportError once the peer has gone."""
 
     @property
     @abstractmethod
@@ -277,9 +285,7 @@ def apart_counted(lane: Lane | None, read: Callable[[], R]) -> tuple[R, int]:
 
 
 def arrived_in_turn(lane: Lane, arriving: deque[tuple[int, R]], read: Callable[[], R | None]) -> R | None:
-    """The next of what was read whose rows are there. Raises TransportError once the lane is broken."""
-    if not lane.is_open():
-        return None
+    """The next of what was read whose rows are there."""
     while not (arriving and arriving[0][0] <= lane.arrived):
         if not begin_next(lane, arriving, read):
             return None

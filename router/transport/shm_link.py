@@ -181,6 +181,9 @@ class ShmExpertLink(ExpertLink):
     def close(self) -> None:
         self._wires.close()
 
+    def _refuse_gone(self) -> None:
+        self._wires.refuse_gone()
+
     def _next(self) -> Incoming | None:
         found = self._parcels.next()
         if found is None:

@@ -27,6 +27,7 @@ from router.transport.base import (
 from tests.contracts.exchange_link_suite import LinkSuite
 from tests.contracts.exchange_parties import (
     CONFIG,
+    DEVICE,
     PATIENCE_S,
     answer,
     computed,
@@ -85,7 +86,7 @@ class ExchangeSuite(LinkSuite):
         [reply] = end.combine(end.dispatch([parcel(me, expert.member, rows=bits.view(dtype))]), PATIENCE_S)
         assert isinstance(reply, Reply)
         assert reply.rows.dtype == dtype
-        assert torch.equal(reply.rows.view(torch.int16), bits)
+        assert torch.equal(reply.rows.view(torch.int16), bits.to(DEVICE))
 
     def test_an_empty_parcel_gets_an_empty_reply(self) -> None:
         """Nothing to do is an answer too: who waits must not wait for the deadline."""

@@ -91,13 +91,15 @@ class StandInGpu:
             raise GpuError(f"join: {error}") from error
         finally:
             if listener is not None:
-                self._made.pop(unique_id).close()
+                self._made.pop(unique_id, listener).close()
         return StandInComm(sock, rank, self)
 
     def end_joining(self) -> None:
-        """What a test needs and NCCL has not: joins that wait for a peer fail."""
-        for listener in self._made.values():
-            listener.shutdown(socket.SHUT_RDWR)
+        """What a test needs and NCCL has not: joins that wait for a peer fail, and ids not joined are let go."""
+        for listener in list(self._made.values()):
+            with contextlib.suppress(OSError):  # joined meanwhile
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
 
 
 def _name(unique_id: bytes) -> bytes:
