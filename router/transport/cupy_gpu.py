@@ -31,6 +31,9 @@ before it begins is in the worker's environment: CUDA_DEVICE_MAX_CONNECTIONS and
 _PROCESS = os.urandom(16)
 """A process may not open its own handle: it knows them by this."""
 _POLL_S = 0.0005
+_ERRORS: tuple[type[Exception], ...] = (runtime.CUDARuntimeError, cupy.cuda.memory.OutOfMemoryError)
+if nccl.available:
+    _ERRORS += (nccl.NcclError,)
 _DTYPES = {torch.float32: "NCCL_FLOAT32", torch.bfloat16: "NCCL_BFLOAT16", torch.uint8: "NCCL_UINT8"}
 
 
@@ -38,8 +41,15 @@ _DTYPES = {torch.float32: "NCCL_FLOAT32", torch.bfloat16: "NCCL_BFLOAT16", torch
 def _as_gpu_error() -> Iterator[None]:
     try:
         yield
-    except (nccl.NcclError, runtime.CUDARuntimeError, cupy.cuda.memory.OutOfMemoryError) as error:
+    except _ERRORS as error:
         raise GpuError(str(error)) from error
+
+
+def _require_nccl() -> None:
+    if not nccl.available:
+        raise GpuError(
+            "cupy finds no libnccl.so.2; torch built for CUDA brings it, or the package nvidia-nccl-cu12"
+        )
 
 
 class _Freed:
@@ -71,7 +81,7 @@ class CupyGpu:
     def __init__(self, device: torch.device) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self.device = device
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
         self._arriving = cupy.cuda.Stream(non_blocking=True)
         self._arrivals = torch.cuda.ExternalStream(self._arriving.ptr, device=device)
 
@@ -103,11 +113,13 @@ class CupyGpu:
         torch.cuda.current_stream(self.device).synchronize()
 
     def unique_id(self) -> bytes:
+        _require_nccl()
         with _as_gpu_error():
             unique_id: bytes = nccl.get_unique_id()
         return unique_id
 
     def join(self, unique_id: bytes, rank: int) -> CupyComm:
+        _require_nccl()
         with _as_gpu_error(), cupy.cuda.Device(self.device.index):
             return CupyComm(nccl.NcclCommunicator(2, unique_id, rank), rank, self)
 
