@@ -17,6 +17,7 @@ import cupy
 import torch
 from cupy.cuda import nccl, runtime
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from router.errors import GpuError
 
@@ -69,7 +70,7 @@ class CupyMemory:
         self.handle = handle
         owned = cupy.cuda.UnownedMemory(pointer, nbytes, _Freed(free), device.index)
         array = cupy.ndarray((nbytes,), cupy.uint8, cupy.cuda.MemoryPointer(owned, 0))
-        self.tensor: Tensor = torch.from_dlpack(array)  # keeps `array`
+        self.tensor: Tensor = from_dlpack(array)  # keeps `array`
         if self.tensor.data_ptr() != pointer:
             raise GpuError(f"memory at {pointer:#x} cannot be viewed without a copy")
 

@@ -143,6 +143,14 @@ class TestCudaIpcAlone:
             assert "peer access" in connect(end, [expert.peer])[expert.member]
             expert.leave()
 
+    def test_auto_goes_on_to_nccl_where_gpus_do_not_reach_each_other(self) -> None:
+        """Whichever end finds out: the next way is tried, and what serves is told."""
+        for gpus in ((Apart(), StandInGpu()), (StandInGpu(), Apart())):
+            expert, end = self.expert(gpus[0], kind="auto"), self.attention(gpus[1], kind="auto")
+            assert connect(end, [expert.peer]) == {}
+            assert end.transports() == {expert.member: "nccl"}
+            expert.leave()
+
     @pytest.mark.parametrize("key", [b"", b"1/1", b"\xff" * 64, b"0/99999"])
     def test_a_handle_that_is_none_is_refused(self, key: bytes) -> None:
         lanes = MirrorLanes(StandInGpu(), CONFIG)
