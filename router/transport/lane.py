@@ -7,6 +7,7 @@ the device. What it needs to agree on goes as bytes with the hello and the welco
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from typing import Protocol
 
@@ -73,16 +74,22 @@ class Lanes(Protocol):
 
 
 class Pairs:
-    """How many pairs a GPU serves at once: each costs memory and, with NCCL, hardware queues."""
+    """How many pairs a worker serves at once, by lanes of any kind: each costs memory, with NCCL hardware queues too.
+    From any thread."""
 
     def __init__(self, config: RouterConfig) -> None:
         self._max = config.gpu_pairs_max
-        self.taken = 0
+        self._taken = 0
+        self._guard = threading.Lock()
 
     def take(self) -> None:
-        if self.taken >= self._max:
-            raise LinkRefused(f"pairs: this GPU serves {self.taken} already; at most {self._max} (gpu_pairs_max)")
-        self.taken += 1
+        with self._guard:
+            if self._taken >= self._max:
+                raise LinkRefused(
+                    f"pairs: this GPU serves {self._taken} already; at most {self._max} (gpu_pairs_max)"
+                )
+            self._taken += 1
 
     def give_back(self) -> None:
-        self.taken -= 1
+        with self._guard:
+            self._taken -= 1

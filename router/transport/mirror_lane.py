@@ -75,9 +75,9 @@ class MirrorLane(Lane):
 class MirrorLanes:
     kind = "cuda_ipc"
 
-    def __init__(self, gpu: Gpu, config: RouterConfig) -> None:
+    def __init__(self, gpu: Gpu, config: RouterConfig, pairs: Pairs) -> None:
         self.gpu = gpu
-        self._pairs = Pairs(config)
+        self._pairs = pairs
         self._grace_s = config.connect_timeout_s
         self._retired: deque[tuple[float, Memory]] = deque()  # when it may be freed
 

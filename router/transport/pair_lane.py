@@ -174,7 +174,7 @@ class PairLane(Lane):
             thread.start()
         for thread in threads:
             thread.join()
-        self._lanes.give_back()
+        self._lanes.pairs.give_back()
 
     def _arrive(self) -> None:
         with self._guard:
@@ -199,35 +199,26 @@ class PairLane(Lane):
 class PairLanes:
     kind = "nccl"
 
-    def __init__(self, gpu: Gpu, identity: LinkIdentity, config: RouterConfig) -> None:
+    def __init__(self, gpu: Gpu, identity: LinkIdentity, config: RouterConfig, pairs: Pairs) -> None:
         self.gpu, self.identity = gpu, identity
         self.held_max = occupied_bytes_max(config)
         self.join_timeout_s = config.connect_timeout_s
         self.aside = Aside()
-        self._pairs = Pairs(config)
-        self._guard = threading.Lock()  # of the pairs
+        self.pairs = pairs
 
     def offer(self, ring_bytes: int) -> Lane:  # noqa: ARG002
-        self._take()
+        self.pairs.take()
         return PairLane(self)
 
     def accept(self, key: bytes, ring_bytes: int) -> Lane:  # noqa: ARG002
-        self._take()
+        self.pairs.take()
         try:
             lane = PairLane(self, (self.gpu.unique_id(), self.gpu.unique_id()))
         except GpuError as error:
-            self.give_back()
+            self.pairs.give_back()
             raise LinkRefused(f"nccl: {error}") from error
         lane.begin()
         return lane
-
-    def _take(self) -> None:
-        with self._guard:
-            self._pairs.take()
-
-    def give_back(self) -> None:
-        with self._guard:
-            self._pairs.give_back()
 
     def close(self) -> None:
         self.aside.close(_GRACE_S)

@@ -11,7 +11,7 @@ from router.transport.cuda import GPU_KINDS, Gpu
 from router.transport.expert_end import LinkedExpertEnd
 from router.transport.grpc_dialer import GrpcDialer
 from router.transport.grpc_door import GrpcDoor
-from router.transport.lane import Lanes
+from router.transport.lane import Lanes, Pairs
 from router.transport.link import HOST
 from router.transport.local import LocalAttentionEnd, LocalExpertEnd, LocalHub
 from router.transport.mirror_lane import MirrorLanes
@@ -70,13 +70,13 @@ def _ways(kind: str, identity: LinkIdentity, config: RouterConfig, gpu: Gpu | No
         raise ValueError(f"gpu: none; the transport {kind!r} needs one that rows lie on")
     if gpu is None or kind in ("shm", "grpc"):
         return [_Way(is_shm, None) for is_shm in (True, False) if kind in ("auto", "shm" if is_shm else "grpc")]
-    ways = []
+    ways, pairs = [], Pairs(config)
     if kind in ("auto", "cuda_ipc"):
-        ways.append(_Way(True, MirrorLanes(gpu, config)))
+        ways.append(_Way(True, MirrorLanes(gpu, config, pairs)))
     if kind in ("auto", "nccl"):
-        pairs = PairLanes(gpu, identity, config)
-        ways += [_Way(True, pairs)] if kind == "nccl" else []
-        ways.append(_Way(False, pairs))
+        lanes = PairLanes(gpu, identity, config, pairs)
+        ways += [_Way(True, lanes)] if kind == "nccl" else []
+        ways.append(_Way(False, lanes))
     return ways
 
 

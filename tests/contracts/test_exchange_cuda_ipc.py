@@ -12,6 +12,7 @@ import torch
 from router.config import RouterConfig
 from router.errors import GpuError, LinkRefused
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Reply
+from router.transport.lane import Pairs
 from router.transport.mirror_lane import MirrorLanes
 from router.transport.select import attention_end, expert_end
 from tests.contracts.exchange_link_suite import assert_nothing_left, footprint
@@ -153,7 +154,7 @@ class TestCudaIpcAlone:
 
     @pytest.mark.parametrize("key", [b"", b"1/1", b"\xff" * 64, b"0/99999"])
     def test_a_handle_that_is_none_is_refused(self, key: bytes) -> None:
-        lanes = MirrorLanes(StandInGpu(), CONFIG)
+        lanes = MirrorLanes(StandInGpu(), CONFIG, Pairs(CONFIG))
         with pytest.raises(LinkRefused, match="cannot be mapped"):
             lanes.accept(key, CONFIG.link_bytes_max)
         lanes.close()

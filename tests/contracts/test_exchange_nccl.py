@@ -17,6 +17,7 @@ from router.config import RouterConfig
 from router.errors import GpuError, LinkRefused, TransportError
 from router.transport import frame
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Parcel, Refusal, RefusalReason, Reply
+from router.transport.lane import Pairs
 from router.transport.pair_lane import PairLanes
 from router.transport.select import attention_end, expert_end
 from router.transport.shm_handshake import ShmDialer
@@ -198,7 +199,7 @@ class TestNcclAlone:
     def test_more_rows_than_a_link_may_hold_end_it(self) -> None:
         """Device memory is bounded by who receives, whatever the headers say."""
         who = identity()
-        lane = PairLanes(StandInGpu(), who, CONFIG).offer(0)
+        lane = PairLanes(StandInGpu(), who, CONFIG, Pairs(CONFIG)).offer(0)
         limits = frame.limits_of(who, CONFIG, rows_apart=True)
         region = lane.incoming(memoryview(bytearray(8)), limits)
         row_bytes = who.hidden * who.dtype.itemsize
@@ -208,7 +209,7 @@ class TestNcclAlone:
 
     def test_a_key_of_another_length_is_refused(self) -> None:
         """Before anything joins."""
-        lane = PairLanes(StandInGpu(), identity(), CONFIG).offer(0)
+        lane = PairLanes(StandInGpu(), identity(), CONFIG, Pairs(CONFIG)).offer(0)
         with pytest.raises(LinkRefused, match="a key of 3 bytes; must be 256"):
             lane.complete(b"abc")
         lane.close()
