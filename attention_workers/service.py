@@ -24,6 +24,7 @@ from attention_workers.kv_sizes import size_spaces
 from attention_workers.preparing import Preparing
 from attention_workers.step import Plan, StepResult
 from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
+from attention_workers.trace_records import BYTES_MAX
 from attention_workers.worker import AttentionWorker
 from model.attention import TILE
 from model.checkpoint import Checkpoint, attention_tensor_names
@@ -115,10 +116,19 @@ class AttentionService:
                 "tokens_total": counts.tokens,
                 "orders_refused_total": counts.refused_orders,
                 **worker.dispatcher.counters(),
+                **worker.gauges(),
             }
             links = {member.id: kind for member, kind in worker.dispatcher.transports().items()}
         kept = (worker.model.bytes_kept, worker.model.kept_as) if worker is not None else (0, "")
         return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept, links)
+
+    def trace(self, seconds: float, bytes_max: int) -> bytes:
+        """What the step trace holds of the last `seconds`, at most `bytes_max` of it, encoded. From any thread."""
+        worker = self._worker
+        if worker is None:
+            return b""
+        snapshot = worker.snapshot(self.member.id)
+        return snapshot.since(snapshot.now_ns - int(seconds * 1e9), min(bytes_max, BYTES_MAX)).encode()
 
     def turns(self) -> dict[str, int]:
         """What grows while the threads turn, from the first placement on."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from expert_workers.batcher import Batcher
 from expert_workers.residency import Residency
 from expert_workers.staging import Staging
 from model.experts import Expert, grouped
-from router.transport.base import ExpertEnd, Parcel, RefusalReason
+from router.transport.base import ExpertEnd, Parcel, RefusalReason, Spent
 
 _JOIN_MAX = 64  # parcels taken in before computing; what more there is waits in its sender's ring
 
@@ -19,6 +21,7 @@ class ExpertWorker:
         self.end = end
         self.batcher = Batcher(rows_max)
         self._staging = Staging(residency.device, end.device)
+        self._taken_ns: dict[int, int] = {}  # when each parcel in hand, by its id(), was taken in
         self.rows = 0
         self.batches = 0
         self.refused = 0
@@ -28,6 +31,7 @@ class ExpertWorker:
         """Take in what waits and answer one batch. False when nothing came within `timeout_s`."""
         wait_s = timeout_s if not len(self.batcher) else 0.0
         while len(self.batcher) < _JOIN_MAX and (parcel := self.end.receive(wait_s)) is not None:
+            self._taken_ns[id(parcel)] = time.perf_counter_ns()
             self.batcher.add(parcel)
             wait_s = 0.0
         if not len(self.batcher):
@@ -37,7 +41,8 @@ class ExpertWorker:
 
     @torch.inference_mode()
     def _answer(self, batch: list[Parcel]) -> None:
-        layer = batch[0].layer
+        layer, began_ns = batch[0].layer, time.perf_counter_ns()
+        queued_ns = {id(parcel): began_ns - self._taken_ns.pop(id(parcel)) for parcel in batch}
         held = self.residency.layer(layer)  # read once: a retirement replaces the table, it does not change it
         batch = [parcel for parcel in batch if self._may_answer(parcel, held)]
         if not batch:
@@ -47,8 +52,9 @@ class ExpertWorker:
         out = self._staging.to_host(grouped(held, self._staging.to_device(rows), experts, self._between))
         self.rows += len(rows)
         self.batches += 1
+        computed_ns = time.perf_counter_ns() - began_ns
         for parcel, part in zip(batch, out.split([len(p.route_rows) for p in batch]), strict=True):
-            self.end.reply(parcel, part)
+            self.end.reply(parcel, part, Spent(queued_ns[id(parcel)], computed_ns))
 
     def _between(self) -> None:
         """After each expert: a long batch is no silence."""

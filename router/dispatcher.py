@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +24,30 @@ from router.errors import ExpertsUnavailable, ParcelMalformed, PlacementError
 from router.merge import empty_ranks, merge, place
 from router.placement import EpochId, Member, Placement
 from router.plan import DispatchPlan, plan
-from router.transport.base import AttentionEnd, Parcel, Peer, Prepared, Refusal, RefusalReason, Reply, Ticket
+from router.transport.base import (
+    AttentionEnd,
+    Parcel,
+    Peer,
+    Prepared,
+    Refusal,
+    RefusalReason,
+    Reply,
+    Spent,
+    Ticket,
+)
 
 _LOSSES = frozenset({RefusalReason.PEER_LOST, RefusalReason.DEADLINE})
 _NOT_HERE = frozenset({RefusalReason.STALE_EPOCH, RefusalReason.NOT_RESIDENT, RefusalReason.WRONG_INCARNATION})
 _Failure = tuple[Parcel, Tensor, Refusal]  # with the positions of its routes
+
+
+class Heard(NamedTuple):
+    """One reply, for the step trace. Times by `time.perf_counter_ns`; of the peer's, spans alone are known."""
+
+    peer: Member
+    sent_ns: int
+    heard_ns: int  # when it was found: not before its ticket was waited for
+    spent: Spent
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,7 @@ class Pending:
     plan: DispatchPlan
     ticket: Ticket | None  # None: there were no routes
     avoided: frozenset[Member]  # who refused these rows, though alive
+    sent_ns: int  # by `time.perf_counter_ns`
 
 
 class Dispatcher:
@@ -58,6 +79,8 @@ class Dispatcher:
         self._adopting = threading.Lock()  # of the field above, and of what the end knows of its peers
         self._tickets = 0
         self.waits = 0  # for replies, ended one way or the other; grows while a step does
+        self.waited_ns = 0  # for replies, in the last combine
+        self.heard: list[Heard] = []  # its replies
         self._counts: Counter[str] = Counter()
 
     @property
@@ -141,6 +164,7 @@ class Dispatcher:
         `combine_timeout_s`, `combine_total_s` at most. Raises
         ExpertsUnavailable or ParcelMalformed; then nothing of the pending is in flight.
         """
+        self.waited_ns, self.heard = 0, []
         weights = pending.routes.weights.to(pending.rows.device)  # [T, K]
         num_tokens, num_ranks = weights.shape
         ranks = empty_ranks(num_tokens, num_ranks, pending.rows.shape[1], pending.rows.device)
@@ -199,19 +223,23 @@ class Dispatcher:
             self._counts["rows"] += len(parcel.tokens)
             self._counts["routes"] += len(parcel.positions)
         self._counts["parcels"] += len(parcels)
+        sent_ns = time.perf_counter_ns()
         ticket = self._end.dispatch(parcels) if parcels else None
-        return Pending(layer, rows, routes, planned, ticket, avoided)
+        return Pending(layer, rows, routes, planned, ticket, avoided, sent_ns)
 
     def _gather(self, pending: Pending, ranks: Tensor) -> list[_Failure]:
         """Place the replies of one ticket, release it, and say what must be planned again."""
         if pending.ticket is None:
             return []
         failed: list[_Failure] = []
+        began_ns = time.perf_counter_ns()
         outcomes = self._end.combine(pending.ticket, self._config.combine_timeout_s)
+        self.waited_ns += time.perf_counter_ns() - began_ns
         self.waits += 1
         for parcel, planned, outcome in zip(pending.ticket.parcels, pending.plan.parcels, outcomes, strict=True):
             if isinstance(outcome, Reply):
                 place(ranks, planned.positions, outcome.rows)
+                self.heard.append(Heard(parcel.to, pending.sent_ns, outcome.heard_ns, outcome.spent))
             else:
                 self._counts[f"refused_{outcome.reason.name.lower()}"] += 1
                 failed.append((parcel, planned.positions, outcome))

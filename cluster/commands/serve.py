@@ -30,6 +30,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "exact: same tokens wherever they run (default); fast may trade that away",
     ),
     "--threads": (("attention.threads", "expert.threads"), "N", "compute threads of each worker; default 1"),
+    "--microbatches": (("attention.microbatches",), "N", "slices of a step in flight: auto (default) or 1 to 4"),
     "--max-model-len": (("attention.model_len_max",), "TOKENS", "prompt and answer together"),
     "--kv-memory": (("attention.kv_bytes",), "SIZE", "of each attention worker, as 2GiB or 512MB"),
     "--host": (("host",), "HOST", "default 127.0.0.1"),

@@ -52,11 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def fetch(url: str, api_key: str | None) -> dict[str, Any]:
-    """Raises Unreachable."""
+    """The status document. Raises Unreachable."""
+    return fetch_document(url, api_key, "/v1/admin/status", "workers")
+
+
+def fetch_document(url: str, api_key: str | None, path: str, key: str) -> dict[str, Any]:
+    """What the gateway at `url` has at `path`, a JSON object that has `key`. Raises Unreachable."""
     if not url.startswith(("http://", "https://")):
         raise Unreachable(f"--url: {url!r}; accepted: http://host:port")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/v1/admin/status", headers=headers)
+    request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             document = json.load(answer)
@@ -64,7 +69,7 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
         raise Unreachable(f"{url} answers {error.code}: {_message(error)}") from None
     except (OSError, ValueError) as error:
         raise Unreachable(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from None
-    if not isinstance(document, dict) or "workers" not in document:
+    if not isinstance(document, dict) or key not in document:
         raise Unreachable(f"{url} is not an ExpertMesh gateway")
     return document
 
@@ -100,6 +105,8 @@ def show(document: dict[str, Any], console: Console) -> None:
         if links := worker.get("links"):
             told = ", ".join(f"{peer} {kind}" for peer, kind in sorted(links.items()))
             console.print(f"{worker['id']}: links {told}", highlight=False)
+        if worker["gauges"].get("microbatches"):
+            console.print(f"{worker['id']}: {_waits(worker['gauges'])}", highlight=False)
     gauges = (document["scheduler"] or {}).get("gauges", {})
     told = ", ".join(f"{gauges[name]:g} {name}" for name in ("running", "waiting") if name in gauges)
     console.print(f"scheduler: {told or 'not there'}")
@@ -120,6 +127,14 @@ def _kv(gauges: dict[str, float]) -> str:
         f"{words}{gauges[f'kv_{space}blocks_free']:g} of {gauges[f'kv_{space}blocks_total']:g} blocks free, "
         f"{show_size(gauges[f'kv_{space}block_bytes'])} each"
         for space, words in spaces.items()
+    )
+
+
+def _waits(gauges: dict[str, float]) -> str:
+    """Of recent steps; `expertmesh trace` says more."""
+    return (
+        f"steps wait for experts {100 * gauges['exposed_wait_share']:.0f} % of their time (exchange "
+        f"{100 * gauges['exchange_share']:.0f} %), {gauges['microbatches']:g} microbatch(es) in the last one"
     )
 
 

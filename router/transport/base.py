@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,9 +71,21 @@ class RefusalReason(enum.IntEnum):
     MALFORMED = 7  # sizes, dtype or ids that do not fit
 
 
+class Spent(NamedTuple):
+    """What an expert worker did with a parcel, by its own clock: no two machines' clocks are ever compared."""
+
+    queued_ns: int = 0  # from when it was taken in until its batch began
+    computed_ns: int = 0  # of that batch, whoever else's parcels were joined to it
+
+
+UNTIMED = Spent()
+
+
 @dataclass(frozen=True)
 class Reply:
     rows: Tensor  # [r, H], in the order of the parcel's routes
+    spent: Spent = UNTIMED
+    heard_ns: int = 0  # when the attention end found it, by `time.perf_counter_ns`
 
 
 @dataclass(frozen=True)
@@ -167,9 +179,9 @@ class ExpertEnd(Protocol):
         very object, once.
         """
 
-    def reply(self, parcel: Parcel, rows: Tensor) -> None:
+    def reply(self, parcel: Parcel, rows: Tensor, spent: Spent = UNTIMED) -> None:
         """rows: [r, H] of the link's dtype, free to be reused afterwards. A peer that has gone meanwhile is
-        not an error."""
+        not an error. `spent` is told to the peer, for its trace."""
 
     def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None:
         """Answer without rows. `detail` is cut to what a frame may carry."""

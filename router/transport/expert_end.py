@@ -21,7 +21,7 @@ from router.errors import EndClosed, TransportError
 from router.placement import Member
 from router.transport import frame
 from router.transport.attention_end import ADDRESS_SEPARATOR
-from router.transport.base import LinkIdentity, Parcel, RefusalReason
+from router.transport.base import UNTIMED, LinkIdentity, Parcel, RefusalReason, Spent
 from router.transport.handshake import superseded
 from router.transport.link import HOST, Door, ExpertLink, LinkedParcel
 from router.transport.patience import PULSES
@@ -103,24 +103,21 @@ class LinkedExpertEnd:
         self._turns.append(link)
         link.join(self._watch)
 
-    def reply(self, parcel: Parcel, rows: Tensor) -> None:
+    def reply(self, parcel: Parcel, rows: Tensor, spent: Spent = UNTIMED) -> None:
         frame.check_answer(parcel, rows, self._limits)
-        self._answer(parcel, rows)
+        self._answer(parcel, lambda own: own.link.answer(own, rows, spent))
 
     def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None:
-        self._answer(parcel, (reason, detail))
+        self._answer(parcel, lambda own: own.link.refuse(own, reason, detail))
 
-    def _answer(self, parcel: Parcel, answer: Tensor | tuple[RefusalReason, str]) -> None:
+    def _answer(self, parcel: Parcel, send: Callable[[LinkedParcel], None]) -> None:
         if not isinstance(parcel, LinkedParcel):
             raise TypeError(f"parcel: {type(parcel).__name__}; must be one that receive returned")
         link = parcel.link
         if link.closed:
             return
         try:
-            if isinstance(answer, Tensor):
-                link.answer(parcel, answer)
-            else:
-                link.refuse(parcel, *answer)
+            send(parcel)
         except TransportError as error:
             self._drop(link, str(error))
 

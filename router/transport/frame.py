@@ -25,16 +25,17 @@ from torch import Tensor
 from router.config import RouterConfig
 from router.errors import FrameError
 from router.placement import Member
-from router.transport.base import LinkIdentity, Parcel, Refusal, RefusalReason, Reply
+from router.transport.base import LinkIdentity, Parcel, Refusal, RefusalReason, Reply, Spent
 
 VERSION = 1
 PARCEL, REPLY, REFUSAL, PULSE = 1, 2, 3, 4
 DETAIL_BYTES_MAX = 512
 _VIEWS_MAX = 256
+_SPENT_NS_MAX = 3600 * 10**9  # no batch takes an hour
 _COPIED_MAX = 64 << 10
 
 _PREFIX = struct.Struct("<4sHHI8s4x")  # magic, version, dtype, hidden, fingerprint: the same on all of a link
-_HEADER = struct.Struct(f"<{_PREFIX.size}sIIIIQQQQQIIQ32x")  # rows begin a cache line
+_HEADER = struct.Struct(f"<{_PREFIX.size}sIIIIQQQQQIIQQQ16x")  # rows begin a cache line
 _MAGIC = b"EMX\x01"
 _CODES = {torch.float32: 1, torch.bfloat16: 2}
 _REASONS = frozenset(map(int, RefusalReason))
@@ -57,6 +58,8 @@ class Header(NamedTuple):
     num_rows: int
     num_routes: int
     payload_bytes: int
+    queued_ns: int = 0  # of a reply: what the expert worker spent on it
+    computed_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,11 @@ def write_parcel(region: Region, offset: int, parcel: Parcel, index: int, limits
 
 
 def write_reply(
-    region: Region, offset: int, parcel: Parcel, index: int, rows: Tensor, limits: FrameLimits
+    region: Region, offset: int, parcel: Parcel, index: int, rows: Tensor, spent: Spent, limits: FrameLimits
 ) -> None:
     """rows: [r, H]. The caller has room for `reply_bytes` at `offset`."""
     num_routes = rows.shape[0]
-    _HEADER.pack_into(region.view, offset, *_reply_header(parcel, index, num_routes, limits))
+    _HEADER.pack_into(region.view, offset, *_reply_header(parcel, index, num_routes, spent, limits))
     region.put_rows(offset + HEADER_BYTES, rows, num_routes * limits.row_bytes)
 
 
@@ -189,9 +192,9 @@ def parcel_message(parcel: Parcel, index: int, limits: FrameLimits) -> bytes:
     return b"".join((header, rows, gap, *routes))
 
 
-def reply_message(parcel: Parcel, index: int, rows: Tensor, limits: FrameLimits) -> bytes:
+def reply_message(parcel: Parcel, index: int, rows: Tensor, spent: Spent, limits: FrameLimits) -> bytes:
     """rows: [r, H]."""
-    header = _HEADER.pack(*_reply_header(parcel, index, rows.shape[0], limits))
+    header = _HEADER.pack(*_reply_header(parcel, index, rows.shape[0], spent, limits))
     return header + _bytes_of(rows, rows.shape[0] * limits.row_bytes)
 
 
@@ -205,7 +208,7 @@ def refusal_message(
 def pulse_message(sender: Member, to: Member, limits: FrameLimits) -> bytes:
     """Always the same between two lives: it is known by comparing, and never decoded."""
     return _HEADER.pack(
-        limits.prefix, PULSE, 0, 0, 0, 0, sender.incarnation, to.incarnation, 0, 0, 0, 0, 0
+        limits.prefix, PULSE, 0, 0, 0, 0, sender.incarnation, to.incarnation, 0, 0, 0, 0, 0, 0, 0
     )  # fmt: skip
 
 
@@ -219,6 +222,9 @@ def read_header(region: Region, offset: int, available: int, limits: FrameLimits
     if header.num_rows > limits.rows_max or header.num_routes > limits.routes_max:
         raise FrameError(f"frame: {header.num_rows} rows, {header.num_routes} routes; at most "
                          f"{limits.rows_max}, {limits.routes_max}")  # fmt: skip
+    if max(header.queued_ns, header.computed_ns) > _SPENT_NS_MAX:
+        raise FrameError(f"frame: {header.queued_ns} ns queued, {header.computed_ns} ns computed; at most "
+                         f"{_SPENT_NS_MAX}")  # fmt: skip
     if header.payload_bytes != _payload_bytes(header, limits):
         raise FrameError(f"frame: kind {header.kind}, {header.num_rows} rows, {header.num_routes} routes, "
                          f"payload of {header.payload_bytes} bytes: these do not agree")  # fmt: skip
@@ -238,10 +244,11 @@ def read_parcel(region: Region, offset: int, header: Header) -> tuple[Tensor, Te
     return region.rows(offset + HEADER_BYTES, header.num_rows), _int32(route_rows), _int32(route_experts)
 
 
-def read_answer(region: Region, offset: int, header: Header) -> Reply | Refusal:
+def read_answer(region: Region, offset: int, header: Header, heard_ns: int = 0) -> Reply | Refusal:
     """A reply, whose rows [r, H] are a view, or a refusal. `header` was checked."""
     if header.kind == REPLY:
-        return Reply(region.rows(offset + HEADER_BYTES, header.num_routes))
+        rows = region.rows(offset + HEADER_BYTES, header.num_routes)
+        return Reply(rows, Spent(header.queued_ns, header.computed_ns), heard_ns)
     start = offset + HEADER_BYTES
     detail = bytes(region.view[start : start + header.payload_bytes])
     return Refusal(RefusalReason(header.reason), detail.decode(errors="replace"))
@@ -276,8 +283,9 @@ def _parcel_header(parcel: Parcel, index: int, limits: FrameLimits) -> Header:
     )  # fmt: skip
 
 
-def _reply_header(parcel: Parcel, index: int, num_routes: int, limits: FrameLimits) -> Header:
-    return _answer_header(REPLY, 0, parcel, index, num_routes, num_routes * limits.row_bytes, limits)
+def _reply_header(parcel: Parcel, index: int, num_routes: int, spent: Spent, limits: FrameLimits) -> Header:
+    header = _answer_header(REPLY, 0, parcel, index, num_routes, num_routes * limits.row_bytes, limits)
+    return header._replace(queued_ns=spent.queued_ns, computed_ns=spent.computed_ns)
 
 
 def _refusal_header(

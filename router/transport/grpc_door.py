@@ -22,7 +22,7 @@ from router.config import RouterConfig
 from router.errors import LinkRefused, TransportError
 from router.placement import Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, RefusalReason
+from router.transport.base import LinkIdentity, RefusalReason, Spent
 from router.transport.grpc_channel import HELLO_KEY, METHOD, listen, scheme
 from router.transport.grpc_stream import FrameStream, join_all
 from router.transport.handshake import Hello, Welcome, why_refused
@@ -191,10 +191,10 @@ class GrpcExpertLink(ExpertLink):
     def _take(self, nbytes: int) -> Span:
         return self._stream.take(nbytes)
 
-    def _reply(self, parcel: LinkedParcel, rows: Tensor) -> None:
+    def _reply(self, parcel: LinkedParcel, rows: Tensor, spent: Spent) -> None:
         if self._lane is not None:
             self._outgoing.put_rows(0, rows, 0)
-        self._answer(parcel, frame.reply_message(parcel, parcel.index, rows, self._limits))
+        self._answer(parcel, frame.reply_message(parcel, parcel.index, rows, spent, self._limits))
 
     def _refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: bytes) -> None:
         self._answer(parcel, frame.refusal_message(parcel, parcel.index, reason, detail, self._limits))

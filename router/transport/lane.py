@@ -74,7 +74,7 @@ class Lanes(Protocol):
 
 
 class Pairs:
-    """How many pairs a worker serves at once, by lanes of any kind: each costs memory, with NCCL hardware queues too.
+    """How many pairs a worker serves at once, by lanes of any kind: each costs memory, with NCCL hardware queues.
     From any thread."""
 
     def __init__(self, config: RouterConfig) -> None:

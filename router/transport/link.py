@@ -21,7 +21,7 @@ from router.config import RouterConfig
 from router.errors import FrameError
 from router.placement import EpochId, Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, Parcel, Peer, Refusal, RefusalReason
+from router.transport.base import LinkIdentity, Parcel, Peer, Refusal, RefusalReason, Spent
 from router.transport.lane import Lane
 from router.transport.tickets import Outcome
 from router.transport.watch import Watch
@@ -126,7 +126,10 @@ class AttentionLink(ABC):
                              f"{header.parcel_index} of ticket {header.ticket}: not asked for")  # fmt: skip
         if header.sender != self.peer.member.incarnation or header.to != self._sender.incarnation:
             raise FrameError(f"frame: from incarnation {header.sender} to {header.to}")
-        outcome, apart = apart_counted(self._lane, lambda: frame.read_answer(found.region, found.offset, header))
+        outcome, apart = apart_counted(
+            self._lane,
+            lambda: frame.read_answer(found.region, found.offset, header, time.perf_counter_ns()),
+        )
         del self.unanswered[header.ticket, header.parcel_index]
         self._in_flight_bytes -= nbytes
         self._promised_bytes -= self._promise(num_routes)
@@ -218,10 +221,10 @@ class ExpertLink(ABC):
             rows, route_rows, route_experts, self, header.parcel_index, span,
         )  # fmt: skip
 
-    def answer(self, parcel: LinkedParcel, rows: Tensor) -> None:
+    def answer(self, parcel: LinkedParcel, rows: Tensor, spent: Spent) -> None:
         """rows: [r, H], checked. Raises TransportError if the peer did not keep to its capacity."""
         self._refuse_twice(parcel)
-        self._reply(parcel, rows)
+        self._reply(parcel, rows, spent)
 
     def refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: str) -> None:
         """As `answer`."""
@@ -260,7 +263,7 @@ class ExpertLink(ABC):
     def _take(self, nbytes: int) -> Span: ...
 
     @abstractmethod
-    def _reply(self, parcel: LinkedParcel, rows: Tensor) -> None: ...
+    def _reply(self, parcel: LinkedParcel, rows: Tensor, spent: Spent) -> None: ...
 
     @abstractmethod
     def _refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: bytes) -> None: ...

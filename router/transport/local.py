@@ -20,7 +20,18 @@ from router.config import RouterConfig
 from router.errors import EndClosed
 from router.placement import Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, Parcel, Peer, Prepared, Refusal, RefusalReason, Reply, Ticket
+from router.transport.base import (
+    UNTIMED,
+    LinkIdentity,
+    Parcel,
+    Peer,
+    Prepared,
+    Refusal,
+    RefusalReason,
+    Reply,
+    Spent,
+    Ticket,
+)
 from router.transport.handshake import hello, superseded, why_refused
 from router.transport.link import HOST
 from router.transport.patience import PULSES, Patience
@@ -243,9 +254,9 @@ class LocalExpertEnd:
                     return link.waiting.popleft()
             return None
 
-    def reply(self, parcel: Parcel, rows: Tensor) -> None:
+    def reply(self, parcel: Parcel, rows: Tensor, spent: Spent = UNTIMED) -> None:
         frame.check_answer(parcel, rows, self._limits)
-        self._answer(parcel, Reply(rows.clone()))
+        self._answer(parcel, Reply(rows.clone(), spent, time.perf_counter_ns()))
 
     def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None:
         self._answer(parcel, Refusal(reason, detail))

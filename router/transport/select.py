@@ -9,6 +9,8 @@ from router.transport.attention_end import LinkedAttentionEnd
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity
 from router.transport.cuda import GPU_KINDS, Gpu
 from router.transport.expert_end import LinkedExpertEnd
+from router.transport.faults import Faults
+from router.transport.faulty import FaultyAttentionEnd, FaultyExpertEnd
 from router.transport.grpc_dialer import GrpcDialer
 from router.transport.grpc_door import GrpcDoor
 from router.transport.lane import Lanes, Pairs
@@ -19,10 +21,12 @@ from router.transport.pair_lane import PairLanes
 from router.transport.shm_door import ShmDoor
 from router.transport.shm_handshake import ShmDialer
 
-KINDS = ("local", "auto", "shm", "grpc", "nccl", "cuda_ipc")
+KINDS = ("local", "auto", "shm", "grpc", "nccl", "cuda_ipc", "faulty:KIND")
 """auto: each expert worker listens in two ways, and each pair uses the first that reaches. Where rows lie on GPUs
-cuda_ipc on one host, else nccl; where they lie on the host shm, else grpc."""
+cuda_ipc on one host, else nccl; where they lie on the host shm, else grpc.
+faulty:KIND or faulty:KIND:name=value,...: any other, over a network as bad or slow as said (faults.py)."""
 
+_FAULTY = "faulty:"
 _LOOPBACK = "127.0.0.1"
 
 
@@ -37,6 +41,9 @@ def attention_end(
     kind: str, identity: LinkIdentity, config: RouterConfig, hub: LocalHub | None = None, gpu: Gpu | None = None
 ) -> AttentionEnd:
     """`hub`: for "local" alone, shared by all ends that may meet. `gpu`: where rows lie (see `gpu_for`)."""
+    if kind.startswith(_FAULTY):
+        wrapped, faults = _parted(kind)
+        return FaultyAttentionEnd(attention_end(wrapped, identity, config, hub, gpu), identity, faults)
     if kind == "local":
         return LocalAttentionEnd(_required(hub), identity, config)
     dialers = [
@@ -53,6 +60,9 @@ def expert_end(
     gpu: Gpu | None = None,
 ) -> ExpertEnd:  # fmt: skip
     """`hub`, `gpu`: as above. `host`: what grpc listens on and its address says; others must reach it there."""
+    if kind.startswith(_FAULTY):
+        wrapped, faults = _parted(kind)
+        return FaultyExpertEnd(expert_end(wrapped, identity, config, hub, host, gpu), identity, config, faults)
     if kind == "local":
         return LocalExpertEnd(_required(hub), identity, config)
     doors = [
@@ -60,6 +70,11 @@ def expert_end(
         for is_shm, lanes in _ways(kind, identity, config, gpu)
     ]
     return LinkedExpertEnd(identity, config, doors, gpu.device if gpu and kind not in ("shm", "grpc") else HOST)
+
+
+def _parted(kind: str) -> tuple[str, Faults]:
+    wrapped, _, faults = kind.removeprefix(_FAULTY).partition(":")
+    return wrapped, Faults.parse(faults)
 
 
 def _ways(kind: str, identity: LinkIdentity, config: RouterConfig, gpu: Gpu | None) -> list[_Way]:

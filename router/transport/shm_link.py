@@ -18,7 +18,7 @@ from router.config import RouterConfig
 from router.errors import TransportError
 from router.placement import Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, Parcel, Peer, RefusalReason
+from router.transport.base import LinkIdentity, Parcel, Peer, RefusalReason, Spent
 from router.transport.lane import Lane
 from router.transport.link import AttentionLink, ExpertLink, Incoming, LinkedParcel, Span
 from router.transport.shm_ring import ENTRIES, RingReader, RingWriter, Segment, aligned
@@ -194,9 +194,9 @@ class ShmExpertLink(ExpertLink):
     def _take(self, nbytes: int) -> Span:
         return self._parcels.take(nbytes)
 
-    def _reply(self, parcel: LinkedParcel, rows: Tensor) -> None:
+    def _reply(self, parcel: LinkedParcel, rows: Tensor, spent: Spent) -> None:
         offset = self._claim(frame.reply_bytes(rows.shape[0], self._limits))
-        frame.write_reply(self._replies_region, offset, parcel, parcel.index, rows, self._limits)
+        frame.write_reply(self._replies_region, offset, parcel, parcel.index, rows, spent, self._limits)
         self._publish(parcel)
 
     def _refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import psutil
 import pytest
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
+from attention_workers.trace_records import decode
+from attention_workers.trace_summary import summarise
 from tests.on_ray.served import Served
 
 pytestmark = pytest.mark.ray
@@ -87,6 +90,20 @@ def test_status_command_prints_the_gateways_document(server: Served) -> None:
     command = [sys.executable, "-m", "cluster.cli", "status", "--json", "--url", server.url]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=True)
     assert workers(json.loads(ran.stdout)).keys() == workers(server.status()).keys()
+
+
+def test_the_workers_own_trace_comes_through_gateway_and_controller(server: Served) -> None:
+    """Of steps that real processes have just computed; and the command asks the same way."""
+    server.complete([1, 2, 3], **GREEDY)
+    document = server.client.get("/v1/admin/trace?seconds=60").raise_for_status().json()
+    (trace,) = document["traces"]
+    summary = summarise(decode(base64.b64decode(trace)))
+    assert (summary["worker"], document["silent"]) == ("attention-0", [])
+    assert summary["steps"] >= GREEDY["max_tokens"]
+    assert summary["phases_us"]["experts"]["p50"] > 0
+    command = [sys.executable, "-m", "cluster.cli", "trace", "--json", "--seconds", "0.1", "--url", server.url]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=True)
+    assert [worker["worker"] for worker in json.loads(ran.stdout)["workers"]] == ["attention-0"]
 
 
 def test_readmes_grpc_client_streams_what_rest_answers(server: Served) -> None:

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from expertmesh.v1 import control_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gateway.config import GatewayConfig
@@ -169,7 +170,10 @@ def state_of(card: ModelCard, **limits: Any) -> tuple[GatewayState, EchoEngine]:
     async def status() -> dict[str, Any]:
         return {"workers": []}
 
-    return GatewayState(config, card, engine, ledger, metrics, status, "0.1.0"), engine
+    async def trace(seconds: float) -> control_pb2.TraceReply:
+        return control_pb2.TraceReply(traces=[f"{seconds:g} s".encode()], silent=["attention-1"])
+
+    return GatewayState(config, card, engine, ledger, metrics, status, trace, "0.1.0"), engine
 
 
 async def settled() -> None:

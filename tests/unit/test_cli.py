@@ -41,7 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "make-checkpoint"])
+@pytest.mark.parametrize("command", ["serve", "status", "trace", "make-checkpoint"])
 def test_help_of_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -14,7 +14,7 @@ from router.config import RouterConfig
 from router.errors import FrameError
 from router.placement import EpochId, Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, Parcel, Refusal, RefusalReason, Reply
+from router.transport.base import LinkIdentity, Parcel, Refusal, RefusalReason, Reply, Spent
 
 CONFIG = RouterConfig(rows_max=8, experts_per_row_max=2)
 LIMITS = frame.limits_of(LinkIdentity(Member("", 1), "0123456789abcdef", "", 3, torch.bfloat16), CONFIG)
@@ -70,11 +70,12 @@ def test_a_reply_and_a_refusal_survive() -> None:
     sent = parcel()
     region = new_region(frame.reply_bytes(4, LIMITS))
     rows = sent.rows[sent.route_rows] + 1
-    frame.write_reply(region, OFFSET, sent, 11, rows, LIMITS)
+    frame.write_reply(region, OFFSET, sent, 11, rows, Spent(12, 13), LIMITS)
     header = header_of(region)
     assert (header.sender, header.to, header.ticket, header.parcel_index) == (6, 5, 9, 11)
-    reply = frame.read_answer(region, OFFSET, header)
+    reply = frame.read_answer(region, OFFSET, header, heard_ns=14)
     assert isinstance(reply, Reply)
+    assert (reply.spent, reply.heard_ns) == (Spent(12, 13), 14)
     assert torch.equal(reply.rows, rows)
 
     detail = frame.encode_detail("slot 3: loading " * 99)
@@ -110,6 +111,8 @@ def changed(**fields: Any) -> frame.Region:
         ({"num_rows": 5}, "do not agree"),
         ({"num_routes": 5}, "do not agree"),
         ({"payload_bytes": 2**63}, "do not agree"),
+        ({"queued_ns": 2**63}, "ns queued"),
+        ({"computed_ns": 2**64 - 1}, "ns computed"),
         ({"num_rows": 8, "num_routes": 16, "payload_bytes": 48 + 128}, "bytes follow"),
     ],
 )
