@@ -40,6 +40,7 @@ from router.errors import ExpertsUnavailable, RouterError
 from router.membership import Adopted, Failed, Health, HealthState, MemberEvent, PeerLost
 from router.placement import Member, Placement
 from router.transport.base import LinkIdentity
+from router.transport.cuda import gpu_for
 from router.transport.select import attention_end
 
 log = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class AttentionService:
         identity = LinkIdentity(
             self.member, checkpoint.fingerprint, self._token, shape.hidden_size, dtype, rows, replies
         )
-        end = attention_end(self._transport, identity, router)
+        end = attention_end(self._transport, identity, router, gpu=gpu_for(self._transport, device))
         dispatcher = Dispatcher(
             end, self.member, router, lambda peer: self._on_event(PeerLost(peer)), rows, replies
         )

@@ -14,7 +14,7 @@ from attention_workers.decode import Experts, decode_step
 from attention_workers.microbatch import split
 from attention_workers.microbatch_choice import MICROBATCHES_MAX, MicrobatchChoice, kind_of
 from attention_workers.sequence import Sequence, Span
-from attention_workers.staging import StagedExperts, to_host
+from attention_workers.staging import DirectExperts, StagedExperts, to_host
 from attention_workers.step import StepResult, TokenDelta
 from attention_workers.step_trace import StepTrace
 from attention_workers.trace_records import Snapshot
@@ -32,9 +32,7 @@ class AttentionWorker:
         self.dispatcher = dispatcher
         self.microbatches = MicrobatchChoice(microbatches, model.config.num_layers)
         self.trace = StepTrace(dispatcher)
-        most = MICROBATCHES_MAX if microbatches == "auto" else microbatches
-        is_host = model.device.type == "cpu"
-        self._experts: Experts[Any] = dispatcher if is_host else _staged(model, dispatcher, most)
+        self._experts = _experts(model, dispatcher, MICROBATCHES_MAX if microbatches == "auto" else microbatches)
         self._parts = 0  # microbatches of the last step
         self.steps = 0
         self.tokens = 0
@@ -103,7 +101,12 @@ class AttentionWorker:
             self.tokens += 1
 
 
-def _staged(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -> StagedExperts:
+def _experts(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -> Experts[Any]:
+    """The dispatcher, with what lies between the model's device and the links."""
+    if model.device.type == "cpu":
+        return dispatcher
+    if dispatcher.device == model.device:
+        return DirectExperts(dispatcher)
     config = model.config
     return StagedExperts(
         dispatcher, model.device, microbatches=microbatches, hidden=config.hidden_size,

@@ -27,6 +27,7 @@ from router.errors import RouterError
 from router.membership import Failed, Health, HealthState, MemberEvent, Prepared
 from router.placement import EpochId, Member, Placement
 from router.transport.base import ExpertEnd, LinkIdentity
+from router.transport.cuda import gpu_for
 from router.transport.select import expert_end
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,8 @@ class ExpertService:
             self.member, checkpoint.fingerprint, self._token, model.hidden_size, dtype, rows, replies
         )
         router = self._router.fitted(model.experts_per_token, model.hidden_size, dtype.itemsize)
-        self._end = expert_end(self._transport, identity, router, host=self._host)
+        gpu = gpu_for(self._transport, self._device)
+        self._end = expert_end(self._transport, identity, router, host=self._host, gpu=gpu)
         self._worker = ExpertWorker(self._residency, self._end, self._config, rows)
         self._state, self._detail = HealthState.LOADING, "waiting for a placement"
 

@@ -27,7 +27,7 @@ class ExpertWorker:
         self.end = end
         num_layers = residency.checkpoint.config.num_layers
         self.batcher = Batcher(num_layers, config.batch_rows_max, config.batch_parcels_max, config.join_wait_s)
-        self._staging = Staging(residency.device)
+        self._staging = Staging(residency.device, end.device)
         self._taken_ns: dict[int, int] = {}  # when each parcel in hand, by its id(), was taken in
         self.rows = 0
         self.batches = 0

@@ -58,6 +58,11 @@ class RouterConfig:
     """What experts send back: a row for each route, or for each row of the parcel its weighted sum; those not in
     exact numerics. auto: sums where numerics are fast."""
 
+    gpu_pairs_max: int = 15
+    """Most pairs whose rows go from GPU to GPU, at one worker. Each costs memory: by cuda_ipc a ring of
+    `link_bytes_max`, by nccl two communicators. More than 15 pairs of nccl would have more streams than a GPU has
+    hardware queues, and could wait for one another for ever (decision 11)."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)

@@ -99,6 +99,11 @@ class Dispatcher:
         return self._placement
 
     @property
+    def device(self) -> torch.device:
+        """Where rows lie that links carry, and their sum."""
+        return self._end.device
+
+    @property
     def rows_max(self) -> int:
         """Most rows of one dispatch."""
         return self._config.rows_max
@@ -150,7 +155,8 @@ class Dispatcher:
         return placement.epoch
 
     def dispatch(self, layer: int, rows: Tensor, routes: Routes) -> Pending:
-        """rows [T, H] of the link's dtype, unchanged until combined. Does not wait.
+        """rows [T, H] of the link's dtype, on `device`, unchanged until combined; routes: expert ids on the host.
+        Does not wait.
 
         Raises ExpertsUnavailable, with nothing sent.
         """
@@ -168,11 +174,13 @@ class Dispatcher:
         ExpertsUnavailable or ParcelMalformed; then nothing of the pending is in flight.
         """
         self.waited_ns, self.heard = 0, []
-        weights = pending.routes.weights  # [T, K]
+        weights = pending.routes.weights.to(pending.rows.device)  # [T, K]
         num_tokens, num_ranks = weights.shape
-        hidden = pending.rows.shape[1]
+        hidden, device = pending.rows.shape[1], pending.rows.device
         sums = self._replies == "sums"
-        into = empty_sums(num_tokens, hidden) if sums else empty_ranks(num_tokens, num_ranks, hidden)
+        into = (
+            empty_sums(num_tokens, hidden, device) if sums else empty_ranks(num_tokens, num_ranks, hidden, device)
+        )
         for attempt in range(self._config.replans_max + 1):
             failed = self._gather(pending, into)
             if not failed:
@@ -221,7 +229,7 @@ class Dispatcher:
                     epoch=self.epoch,
                     ticket=self._tickets,
                     layer=layer,
-                    rows=sent if every else sent.index_select(0, parcel.tokens),
+                    rows=sent if every else sent.index_select(0, parcel.tokens.to(rows.device)),
                     route_rows=parcel.route_rows,
                     route_experts=parcel.route_experts,
                     route_weights=self._weights(routes, parcel),
@@ -235,7 +243,7 @@ class Dispatcher:
         return Pending(layer, rows, routes, planned, ticket, avoided, sent_ns)
 
     def _weights(self, routes: Routes, parcel: PlannedParcel) -> Tensor | None:
-        return routes.weights.t().reshape(-1)[parcel.positions] if self._replies == "sums" else None
+        return routes.weights.cpu().t().reshape(-1)[parcel.positions] if self._replies == "sums" else None
 
     def _gather(self, pending: Pending, into: Tensor) -> list[_Failure]:
         """Place the replies of one ticket, release it, and say what must be planned again."""

@@ -4,6 +4,8 @@ RouterError
 ├── PlacementError        a placement that contradicts itself, or is older than the one in use
 ├── ExpertsUnavailable    nobody will compute them now: wait for a better placement, or give the step up
 ├── ParcelMalformed       a peer or a link could not read our parcel: a bug, never retried
+├── GpuUnavailable        rows cannot travel between GPUs here: what is missing
+├── GpuError              a call to CUDA or NCCL failed
 └── TransportError        one link, not the whole exchange
     ├── FrameError        bytes that are no frame of this link
     ├── RingError         counters in shared memory that cannot be
@@ -31,6 +33,14 @@ class ExpertsUnavailable(RouterError):
 
 
 class ParcelMalformed(RouterError):
+    pass
+
+
+class GpuUnavailable(RouterError):
+    pass
+
+
+class GpuError(RouterError):
     pass
 
 

@@ -18,7 +18,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "--attention-workers": (("pools.attention_workers",), "N", "default 1"),
     "--expert-workers": (("pools.expert_workers",), "M", "default 2"),
     "--replicas": (("pools.replicas",), "R", "expert workers that hold each expert; default 1"),
-    "--transport": (("transport",), "KIND", "between the pools: auto (default), shm or grpc"),
+    "--transport": (("transport",), "KIND", "between the pools: auto (default), shm, grpc, nccl or cuda_ipc"),
     "--device": (("device",), "KIND", "cpu (default) or cuda, one GPU for each worker"),
     "--dtype": (("attention.dtype", "expert.dtype"), "KIND", "auto, float32 or bfloat16"),
     "--weights": (

@@ -102,6 +102,9 @@ def show(document: dict[str, Any], console: Console) -> None:
     for worker in document["workers"]:
         if "kv_blocks_total" in worker["gauges"]:
             console.print(f"{worker['id']}: keys and values {_kv(worker['gauges'])}", highlight=False)
+        if links := worker.get("links"):
+            told = ", ".join(f"{peer} {kind}" for peer, kind in sorted(links.items()))
+            console.print(f"{worker['id']}: links {told}", highlight=False)
         if worker["gauges"].get("microbatches"):
             console.print(f"{worker['id']}: {_waits(worker['gauges'])}", highlight=False)
     gauges = (document["scheduler"] or {}).get("gauges", {})

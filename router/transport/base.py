@@ -127,6 +127,8 @@ class Prepared:
 
 
 class AttentionEnd(Protocol):
+    device: torch.device  # where rows of parcels and replies lie
+
     def prepare(self, peers: Sequence[Peer], timeout_s: float) -> Prepared:
         """Shake hands with those of `peers` that are not linked yet. Links in use notice nothing.
 
@@ -173,6 +175,7 @@ class AttentionEnd(Protocol):
 
 class ExpertEnd(Protocol):
     address: str  # what Peer.address says
+    device: torch.device  # where rows of parcels and replies lie
 
     def receive(self, timeout_s: float) -> Parcel | None:
         """The next parcel of any peer, fairly between them; None when none came in time.

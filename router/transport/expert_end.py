@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from router.config import RouterConfig
@@ -23,7 +24,7 @@ from router.transport.attention_end import ADDRESS_SEPARATOR
 from router.transport.base import UNTIMED, LinkIdentity, Parcel, RefusalReason, Spent
 from router.transport.complaints import Complaints
 from router.transport.handshake import superseded
-from router.transport.link import Door, ExpertLink, LinkedParcel
+from router.transport.link import HOST, Door, ExpertLink, LinkedParcel
 from router.transport.patience import PULSES
 from router.transport.watch import READABLE, Watch
 
@@ -33,7 +34,11 @@ _UNSERVED_MAX = 16  # parcels taken in a row before doors and the dead get a loo
 
 
 class LinkedExpertEnd:
-    def __init__(self, identity: LinkIdentity, config: RouterConfig, doors: Sequence[Door]) -> None:
+    def __init__(
+        self, identity: LinkIdentity, config: RouterConfig, doors: Sequence[Door], device: torch.device = HOST
+    ) -> None:
+        """`doors`: all for rows on `device`."""
+        self.device = device
         self.address = ADDRESS_SEPARATOR.join(door.address for door in doors)
         self._limits = frame.limits_of(identity, config)
         self._doors = doors
@@ -122,17 +127,20 @@ class LinkedExpertEnd:
             self._drop(link, error)
 
     def pulse(self) -> None:
+        self._for_each(lambda link: link.begin())
         now_s = time.monotonic()
         if now_s < self._pulse_due_s:
             return
         self._pulse_due_s = now_s + self._pulse_every_s
         self._serve(0.0)
+        self._for_each(lambda link: link.pulse() if link.owes else None)
+
+    def _for_each(self, act: Callable[[ExpertLink], None]) -> None:
         for link in list(self._turns):
-            if link.owes:
-                try:
-                    link.pulse()
-                except TransportError as error:
-                    self._drop(link, error)
+            try:
+                act(link)
+            except TransportError as error:
+                self._drop(link, error)
 
     def wake(self) -> None:
         if not self._closed:
@@ -147,6 +155,8 @@ class LinkedExpertEnd:
         while self._turns:
             self._drop(self._turns[0], PeerGone("closed"))
         self._complaints.close()
+        for door in self._doors:
+            door.let_go()
         self._watch.close()
         os.close(self._wake_bell)
 

@@ -57,6 +57,7 @@ class _Flight(NamedTuple):
 
 class FaultyAttentionEnd:
     def __init__(self, end: AttentionEnd, identity: LinkIdentity, faults: Faults) -> None:
+        self.device = end.device
         self._end = end
         self._own = identity.member
         self._faults = faults
@@ -154,6 +155,7 @@ class _Link:
 
 class FaultyExpertEnd:
     def __init__(self, end: ExpertEnd, identity: LinkIdentity, config: RouterConfig, faults: Faults) -> None:
+        self.device = end.device
         self.address = end.address
         self._end = end
         self._own = identity.member

@@ -73,9 +73,11 @@ class FrameLimits:
     routes_max: int
     hidden: int
     dtype: torch.dtype
-    row_bytes: int  # of a reply
+    row_bytes: int  # of a reply, in a frame
+    row_apart_bytes: int  # of a reply, beside its frame
     sent_width: int  # P, of a parcel's rows
-    sent_row_bytes: int
+    sent_row_bytes: int  # in a frame
+    sent_apart_bytes: int  # beside its frame
     route_bytes: int
     sums: bool  # a reply has a row for each of the parcel's rows instead of each of its routes
     prefix: bytes
@@ -84,21 +86,24 @@ class FrameLimits:
         return parcel.rows.shape[0] if self.sums else parcel.route_rows.shape[0]
 
 
-def limits_of(identity: LinkIdentity, config: RouterConfig) -> FrameLimits:
+def limits_of(identity: LinkIdentity, config: RouterConfig, *, rows_apart: bool = False) -> FrameLimits:
+    """`rows_apart`: frames hold no rows, not even room for them (lane.py)."""
     if identity.dtype not in _CODES:
         raise ValueError(f"dtype: {identity.dtype}; must be one of {list(_CODES)}")
     fingerprint = identity.fingerprint.encode()[:8]
     code = _CODES[identity.dtype] | _FP8 * (identity.rows == "fp8") | _SUMS * (identity.replies == "sums")
     width = sent_width(identity.hidden, identity.dtype, identity.rows)
-    item_bytes = identity.dtype.itemsize
+    row_bytes, sent_row_bytes = identity.hidden * identity.dtype.itemsize, width * identity.dtype.itemsize
     return FrameLimits(
         rows_max=config.rows_max,
         routes_max=config.routes_max,
         hidden=identity.hidden,
         dtype=identity.dtype,
-        row_bytes=identity.hidden * item_bytes,
+        row_bytes=0 if rows_apart else row_bytes,
+        row_apart_bytes=row_bytes if rows_apart else 0,
         sent_width=width,
-        sent_row_bytes=width * item_bytes,
+        sent_row_bytes=0 if rows_apart else sent_row_bytes,
+        sent_apart_bytes=sent_row_bytes if rows_apart else 0,
         route_bytes=12 if identity.replies == "sums" else 8,
         sums=identity.replies == "sums",
         prefix=_PREFIX.pack(_MAGIC, VERSION, code, identity.hidden, fingerprint),
@@ -108,10 +113,12 @@ def limits_of(identity: LinkIdentity, config: RouterConfig) -> FrameLimits:
 class Region:
     """Memory in which frames are written and read. Tensors read from it keep it alive."""
 
-    def __init__(self, buffer: memoryview, limits: FrameLimits) -> None:
+    def __init__(self, buffer: memoryview, limits: FrameLimits, elements: Tensor | None = None) -> None:
+        """elements: where rows lie, at the same offsets, if not in `buffer`."""
         self.view = buffer
-        self._elements = torch.frombuffer(buffer, dtype=limits.dtype, count=len(buffer) // limits.dtype.itemsize)
-        self.address = self._elements.data_ptr()
+        own = torch.frombuffer(buffer, dtype=limits.dtype, count=len(buffer) // limits.dtype.itemsize)
+        self.address = own.data_ptr()
+        self._elements = own if elements is None else elements
         self._rows: dict[tuple[int, int, int], Tensor] = {}
 
     def rows(self, offset: int, num_rows: int, width: int) -> Tensor:
@@ -125,6 +132,9 @@ class Region:
             rows = self._elements.as_strided((num_rows, width), (width, 1), start)
             self._rows[offset, num_rows, width] = rows
         return rows
+
+    def put_rows(self, offset: int, rows: Tensor, nbytes: int) -> None:
+        _copy(self.address + offset, rows, nbytes)
 
 
 def parcel_bytes(num_rows: int, num_routes: int, limits: FrameLimits) -> int:
@@ -166,8 +176,8 @@ def write_parcel(region: Region, offset: int, parcel: Parcel, index: int, limits
     num_rows, num_routes = parcel.rows.shape[0], parcel.route_rows.shape[0]
     routes_at = _routes_at(num_rows, limits)
     _HEADER.pack_into(region.view, offset, *_parcel_header(parcel, index, limits))
+    region.put_rows(offset + HEADER_BYTES, parcel.rows, num_rows * limits.sent_row_bytes)
     payload = region.address + offset + HEADER_BYTES
-    _copy(payload, parcel.rows, num_rows * limits.sent_row_bytes)
     for place, tensor in enumerate(_of_routes(parcel, limits)):
         _copy(payload + routes_at + 4 * num_routes * place, tensor, 4 * num_routes)
 
@@ -178,7 +188,7 @@ def write_reply(
     """rows: [r, H]. The caller has room for `reply_bytes` at `offset`."""
     num_routes = rows.shape[0]
     _HEADER.pack_into(region.view, offset, *_reply_header(parcel, index, num_routes, spent, limits))
-    _copy(region.address + offset + HEADER_BYTES, rows, num_routes * limits.row_bytes)
+    region.put_rows(offset + HEADER_BYTES, rows, num_routes * limits.row_bytes)
 
 
 def encode_detail(detail: str) -> bytes:

@@ -12,6 +12,7 @@ import grpc
 
 from router.config import RouterConfig
 from router.errors import TransportError
+from router.transport.lane import Lanes
 from router.transport.link import occupied_bytes_max
 
 METHOD = "/expertmesh.v1.Exchange/Link"
@@ -20,6 +21,11 @@ SCHEME = "grpc:"
 
 Handler: TypeAlias = "grpc.GenericRpcHandler[bytes, bytes]"
 Options = list[tuple[str, int]]
+
+
+def scheme(lanes: Lanes | None) -> str:
+    """What addresses begin with where rows travel by such lanes; None: in the messages."""
+    return f"{lanes.kind}+{SCHEME}" if lanes else SCHEME
 
 
 def dial(target: str, config: RouterConfig) -> grpc.Channel:

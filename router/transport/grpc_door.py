@@ -25,9 +25,10 @@ from router.placement import Member
 from router.transport import frame
 from router.transport.base import LinkIdentity, RefusalReason, Spent
 from router.transport.complaints import Complaints
-from router.transport.grpc_channel import HELLO_KEY, METHOD, SCHEME, listen
+from router.transport.grpc_channel import HELLO_KEY, METHOD, listen, scheme
 from router.transport.grpc_stream import FrameStream, join_all
 from router.transport.handshake import Hello, Welcome, why_refused
+from router.transport.lane import Lane, Lanes
 from router.transport.link import Admit, ExpertLink, Incoming, LinkedParcel, Span
 from router.transport.watch import READABLE, Watch
 from router.transport.wire import hello_from_bytes, welcome_to_bytes
@@ -48,9 +49,11 @@ class _Caller:
 
 
 class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    def __init__(self, identity: LinkIdentity, config: RouterConfig, host: str) -> None:
+    def __init__(
+        self, identity: LinkIdentity, config: RouterConfig, host: str, lanes: Lanes | None = None
+    ) -> None:
         """Listens at once. Raises TransportError if `host` is none of this machine's addresses."""
-        self._identity, self._config = identity, config
+        self._identity, self._config, self._lanes = identity, config, lanes
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._callers: deque[_Caller] = deque()  # not yet judged
         self._admitted: list[_Caller] = []
@@ -62,7 +65,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         except TransportError:
             os.close(self._bell)
             raise
-        self.address = SCHEME + where
+        self.address = scheme(lanes) + where
         self._complaints = Complaints(_log, self.address)
 
     def open(self, watch: Watch, linked: Callable[[], Collection[Member]], admit: Admit) -> None:
@@ -84,6 +87,10 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         join_all(list(self._server_threads), _JOIN_S)
         os.close(self._bell)
         self._complaints.close()
+
+    def let_go(self) -> None:
+        if self._lanes is not None:
+            self._lanes.close()
 
     # --- gRPC's threads ----------------------------------------------------------------------
 
@@ -127,8 +134,14 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
         os.eventfd_read(self._bell)
         while self._callers:
             caller = self._callers.popleft()
-            refused = why_refused(self._identity, caller.hello, self._linked(), self._config)
-            caller.stream.say(welcome_to_bytes(Welcome(self._identity.member, refused)))
+            refused, lane = why_refused(self._identity, caller.hello, self._linked(), self._config), None
+            if self._lanes is not None and not refused:
+                try:
+                    lane = self._lanes.accept(caller.hello.lane_key, caller.hello.ring_bytes)
+                except LinkRefused as error:
+                    refused = str(error)
+            key = lane.key if lane else b""
+            caller.stream.say(welcome_to_bytes(Welcome(self._identity.member, refused, key)))
             if refused:
                 self._complaints.note(refused)
                 caller.stream.hang_up()
@@ -136,15 +149,21 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
             caller.reader.start()
             self._admitted = [other for other in self._admitted if other.reader.is_alive()]
             self._admitted.append(caller)
-            self._admit(GrpcExpertLink(caller.hello.sender, self._identity, self._config, caller.stream))
+            self._admit(GrpcExpertLink(caller.hello.sender, self._identity, self._config, caller.stream, lane))
 
 
 class GrpcExpertLink(ExpertLink):
     """Has no descriptor of its own: the door's bell rings for all its links."""
 
-    def __init__(self, sender: Member, identity: LinkIdentity, config: RouterConfig, stream: FrameStream) -> None:
-        super().__init__(sender, identity, config)
+    def __init__(
+        self, sender: Member, identity: LinkIdentity, config: RouterConfig, stream: FrameStream,
+        lane: Lane | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(sender, identity, config, lane, rows_apart=lane is not None)
         self._stream = stream
+        if lane is not None:
+            stream.region = lane.incoming
+            self._outgoing = lane.outgoing(memoryview(bytearray(8)), self._limits)
         self._unsent_max = config.parcels_in_flight_max
         self._pulse = frame.pulse_message(identity.member, sender, self._limits)
 
@@ -157,10 +176,17 @@ class GrpcExpertLink(ExpertLink):
             self._stream.say(self._pulse)
 
     def join(self, watch: Watch) -> None:
-        pass
+        if self._lane is not None:
+            self._lane.join(watch)
 
     def close(self) -> None:
+        if self._lane is not None:
+            self._lane.close()
         self._stream.end()
+
+    def _refuse_gone(self) -> None:
+        if self._stream.gone:
+            raise TransportError(self._stream.gone)
 
     def _next(self) -> Incoming | None:
         return self._stream.next(self._limits)
@@ -169,6 +195,8 @@ class GrpcExpertLink(ExpertLink):
         return self._stream.take(nbytes)
 
     def _reply(self, parcel: LinkedParcel, rows: Tensor, spent: Spent) -> None:
+        if self._lane is not None:
+            self._outgoing.put_rows(0, rows, 0)
         self._answer(parcel, frame.reply_message(parcel, parcel.index, rows, spent, self._limits))
 
     def _refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: bytes) -> None:
@@ -176,5 +204,7 @@ class GrpcExpertLink(ExpertLink):
 
     def _answer(self, parcel: LinkedParcel, message: bytes) -> None:
         parcel.span.freed = True
+        if self._lane is not None:
+            self._lane.done_reading(parcel.span.apart_bytes)
         self._stream.let_go(parcel.span.nbytes)
         self._stream.say(message)

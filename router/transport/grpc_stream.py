@@ -34,6 +34,7 @@ class FrameStream:
         self.gone = ""  # why the stream has ended, once it has
         self._overran = False  # the peer, what it may send
         self.heard_s = time.monotonic()  # when the last message came
+        self.region: Callable[[memoryview, frame.FrameLimits], frame.Region] = frame.Region  # of what comes
         self.pulse: bytes | None = None  # a message that says only that the peer is at work
         self._bytes_max = occupied_bytes_max(config)
         self._bell = bell
@@ -73,7 +74,7 @@ class FrameStream:
         if len(message) < frame.HEADER_BYTES:
             raise FrameError(f"frame: {len(message)} bytes; a header alone has {frame.HEADER_BYTES}")
         # A copy: what gRPC gives may not be written to, and tensors may only view what may.
-        return Incoming(frame.Region(memoryview(bytearray(message)), limits), 0, len(message))
+        return Incoming(self.region(memoryview(bytearray(message)), limits), 0, len(message))
 
     def take(self, nbytes: int) -> Span:
         """Pass the frame that `next` found."""

@@ -29,6 +29,7 @@ class Hello:
     rows: str  # plain or fp8: how they are sent
     replies: str  # rows or sums
     ring_bytes: int  # the link's bound of each direction; shm: the ring's size; else 0
+    lane_key: bytes = b""  # of rows that go from GPU to GPU (lane.py)
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,13 @@ class Welcome:
 
     sender: Member
     refused: str  # why; empty: welcome
+    lane_key: bytes = b""
 
 
-def hello(identity: LinkIdentity, to: Member, ring_bytes: int = 0) -> Hello:
+def hello(identity: LinkIdentity, to: Member, ring_bytes: int = 0, lane_key: bytes = b"") -> Hello:
     return Hello(
         VERSION, identity.member, to, identity.fingerprint, identity.token, identity.hidden,
-        dtype_name(identity), identity.rows, identity.replies, ring_bytes,
+        dtype_name(identity), identity.rows, identity.replies, ring_bytes, lane_key,
     )  # fmt: skip
 
 

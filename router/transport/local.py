@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from router.config import RouterConfig
@@ -32,6 +33,7 @@ from router.transport.base import (
     Ticket,
 )
 from router.transport.handshake import hello, superseded, why_refused
+from router.transport.link import HOST
 from router.transport.patience import PULSES, Patience
 from router.transport.tickets import Outcome, TicketBook
 
@@ -39,7 +41,9 @@ from router.transport.tickets import Outcome, TicketBook
 class LocalHub:
     """Stands for the network: the addresses, and one lock. Give it to every end of the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = HOST) -> None:
+        """`device`: where rows lie."""
+        self.device = device
         self.lock = threading.Lock()
         self.expert_ends: dict[str, LocalExpertEnd] = {}
 
@@ -91,6 +95,7 @@ class LocalParcel(Parcel):
 class LocalAttentionEnd:
     def __init__(self, hub: LocalHub, identity: LinkIdentity, config: RouterConfig) -> None:
         self._hub = hub
+        self.device = hub.device
         self._identity = identity
         self._config = config
         self._limits = frame.limits_of(identity, config)
@@ -207,6 +212,7 @@ class LocalExpertEnd:
         self.address = f"local:{identity.member.id}.{identity.member.incarnation}"
         self.arrived = threading.Condition(hub.lock)
         self._hub = hub
+        self.device = hub.device
         self._identity = identity
         self._config = config
         self._limits = frame.limits_of(identity, config)

@@ -13,6 +13,7 @@ from router.errors import LinkRefused, TransportError
 from router.placement import Member
 from router.transport.base import LinkIdentity
 from router.transport.complaints import Complaints
+from router.transport.lane import Lanes
 from router.transport.link import Admit
 from router.transport.shm_handshake import answer, listen, refuse_other_user, turn_away
 from router.transport.watch import READABLE, Watch
@@ -21,9 +22,9 @@ _log = logging.getLogger(__name__)
 
 
 class ShmDoor:
-    def __init__(self, identity: LinkIdentity, config: RouterConfig) -> None:
-        self._identity, self._config = identity, config
-        self._listener, self.address = listen(identity, config)
+    def __init__(self, identity: LinkIdentity, config: RouterConfig, lanes: Lanes | None = None) -> None:
+        self._identity, self._config, self._lanes = identity, config, lanes
+        self._listener, self.address = listen(identity, config, lanes)
         self._complaints = Complaints(_log, self.address)
         self._strangers: dict[int, tuple[socket.socket, float]] = {}  # by descriptor; greeting until, in s
         self._watch: Watch | None = None
@@ -38,6 +39,10 @@ class ShmDoor:
         self._strangers.clear()
         self._listener.close()
         self._complaints.close()
+
+    def let_go(self) -> None:
+        if self._lanes is not None:
+            self._lanes.close()
 
     def _let_in(self) -> None:
         assert self._watch is not None
@@ -69,7 +74,7 @@ class ShmDoor:
         sock, _ = self._strangers.pop(descriptor)
         self._watch.remove(descriptor)
         try:
-            link = answer(sock, self._identity, self._linked(), self._config)
+            link = answer(sock, self._identity, self._linked(), self._config, self._lanes)
         except LinkRefused as error:
             self._complaints.note(str(error))
             return

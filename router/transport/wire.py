@@ -16,7 +16,7 @@ def hello_to_bytes(hello: Hello) -> bytes:
     return exchange_pb2.LinkHello(
         version=hello.version, sender=incarnation_to_pb(hello.sender), to=incarnation_to_pb(hello.to),
         fingerprint=hello.fingerprint, token=hello.token, hidden=hello.hidden, dtype=hello.dtype,
-        rows=hello.rows, replies=hello.replies, ring_bytes=hello.ring_bytes,
+        rows=hello.rows, replies=hello.replies, ring_bytes=hello.ring_bytes, lane_key=hello.lane_key,
     ).SerializeToString()  # fmt: skip
 
 
@@ -27,13 +27,13 @@ def hello_from_bytes(data: bytes) -> Hello:
     return Hello(
         message.version, member_from_pb(message.sender), member_from_pb(message.to), message.fingerprint,
         message.token, message.hidden, message.dtype, message.rows, message.replies,
-        message.ring_bytes,
+        message.ring_bytes, message.lane_key,
     )  # fmt: skip
 
 
 def welcome_to_bytes(welcome: Welcome) -> bytes:
     return exchange_pb2.LinkWelcome(
-        sender=incarnation_to_pb(welcome.sender), refused=welcome.refused
+        sender=incarnation_to_pb(welcome.sender), refused=welcome.refused, lane_key=welcome.lane_key
     ).SerializeToString()
 
 
@@ -41,7 +41,7 @@ def welcome_from_bytes(data: bytes) -> Welcome:
     """Raises LinkRefused for bytes that are no LinkWelcome."""
     message = exchange_pb2.LinkWelcome()
     _parse(message, data, "welcome")
-    return Welcome(member_from_pb(message.sender), message.refused)
+    return Welcome(member_from_pb(message.sender), message.refused, message.lane_key)
 
 
 def _parse(message: Message, data: bytes, name: str) -> None:

@@ -50,18 +50,19 @@ class Answer:
 class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
                  sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None,
-                 keep=("dequantised",), transport="local", device=HOST, prefix_cache=True, join_wait_s=0.0,
-                 dies_after=None, router=None):  # fmt: skip
+                 keep=("dequantised",), transport="local", device=HOST, rows_on=HOST, prefix_cache=True,
+                 join_wait_s=0.0, dies_after=None, router=None):  # fmt: skip
         """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid.
 
         `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers. `transport`: or
-        "mixed", where every other expert worker looks as if it were on another host. `dies_after`: batches of
-        the first expert worker, which then is gone with a parcel in hand.
+        "mixed", where every other expert worker looks as if it were on another host. `rows_on`: what local links
+        carry; elsewhere than on `device`, rows are staged. `dies_after`: batches of the first expert worker, which
+        then is gone with a parcel in hand.
         """
         self.checkpoint, self.device = checkpoint, device
         config = checkpoint.config
         self.dtype = dtype or getattr(torch, config.dtype)
-        self.hub, self.router = LocalHub(), router or RouterConfig(combine_timeout_s=30.0)
+        self.hub, self.router = LocalHub(rows_on), router or RouterConfig(combine_timeout_s=30.0)
         self._encoding = self.router.rows_sent(numerics), self.router.answers(numerics)
         self._transport = "auto" if transport == "mixed" else transport
         self._stopping = threading.Event()

@@ -78,6 +78,19 @@ def test_tokens_are_those_of_the_host(tmp_path, variant, dtype):
             assert one.sampled == pytest.approx(other.sampled, abs=1e-4)
 
 
+def test_rows_that_links_carry_stay_on_the_device(plain):
+    """As with nccl and cuda_ipc: merged there too, to the same bits. Only expert ids and logits cross."""
+    topology = {"experts": 2, "replicas": 2, "microbatches": 2}
+    with LocalCluster(plain, device=BOARD) as cluster:
+        staged = cluster.run([me()])["me"]
+    with LocalCluster(plain, device=BOARD, rows_on=BOARD, **topology) as cluster:
+        other_device.to_host.clear()
+        assert cluster.run([me(), *strangers()[:2]], step_tokens=48, chunk_tokens=32)["me"] == staged
+    width = plain.config.hidden_size
+    assert other_device.to_host
+    assert not [shape for shape in other_device.to_host if shape[-1:] == (width,)]
+
+
 def test_logits_cross_once_for_each_step(plain):
     with LocalCluster(plain, device=BOARD, microbatches=2) as cluster:
         cluster.order(0, [me(), *strangers()])
