@@ -192,7 +192,7 @@ class Book:
     def _next_name(self, sequence: Sequence) -> bytes | None:
         """Of the block that it computes next from its beginning, if it could be skipped."""
         at = sequence.computed
-        if at % self.block_tokens or at + self.block_tokens >= len(sequence.tokens):
+        if not self.prefixes.enabled or at % self.block_tokens or at + self.block_tokens >= len(sequence.tokens):
             return None
         return sequence.names[at // self.block_tokens]
 
@@ -308,7 +308,7 @@ class Book:
         return None
 
     def fail(self, sequence: Sequence, why: str, result: StepResult) -> None:
-        self.prefixes.disown(sequence.tables)
+        self.prefixes.disown(sequence.names)
         delta = TokenDelta(sequence.start.attempt, sequence.num_generated, (), (), FinishReason.FAILED, why)
         self._deliver(sequence, delta, result)
         self._end(sequence, FinishReason.FAILED, result, why)

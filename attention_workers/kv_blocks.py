@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 
@@ -108,11 +108,17 @@ class KvBlocks:
             return known
         return block
 
-    def disown(self, blocks: list[int]) -> None:
-        """What these held blocks contain is not to be trusted: nobody gets them by name any more."""
-        for block in blocks:
-            if block in self._name_of:
-                self._forget(block)
+    def disown(self, names: Iterable[bytes]) -> None:
+        """What blocks of these names contain is not to be trusted: nobody gets them by name any more."""
+        for name in names:
+            block = self._block_of.get(name)
+            if block is None:
+                continue
+            self._forget(block)
+            if block not in self._held:
+                self._cached.pop(block, None)
+                self._passed.pop(block, None)
+                heapq.heappush(self._free, block)
 
     def _forget(self, block: int) -> None:
         name = self._name_of.pop(block)

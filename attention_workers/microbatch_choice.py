@@ -232,7 +232,9 @@ class MicrobatchChoice:
                     str(m): round(self._predicted(kind, known, m), 3) for m in known.arms if m != known.best
                 },
                 "measured": {
-                    str(m): round(arm.ratio, 3) for m, arm in known.arms.items() if arm.ratio is not None
+                    str(m): round(ratio, 3)
+                    for m, ratio in [(m, arm.ratio) for m, arm in known.arms.items()]
+                    if ratio is not None
                 },
                 "trials": known.trials,
                 "switches": known.switches,

@@ -107,10 +107,10 @@ class PrefixCache:
                 space.give_back([block], is_passed=not is_likely)
                 number += 1
 
-    def disown(self, tables: Mapping[LayerType, BlockTable]) -> None:
-        """What these hold is not to be trusted."""
-        for kind, space in self._spaces.items():
-            space.disown(tables[kind].blocks)
+    def disown(self, names: Sequence[bytes]) -> None:
+        """What a sequence of these names wrote is not to be trusted, not even where its windows have left it."""
+        for space in self._spaces.values():
+            space.disown(names)
 
     # --- hints -------------------------------------------------------------------------------
 

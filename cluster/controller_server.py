@@ -95,7 +95,7 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._pump: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._traces = Traces(self._send_trace)
+        self._traces = Traces(self._send_trace, controller.term)
         self._server = grpc.aio.server(
             interceptors=[TokenInterceptor(token)],
             options=[

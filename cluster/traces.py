@@ -20,11 +20,12 @@ SECONDS_MAX = 60.0
 class Traces:
     """Lives in the controller's event loop."""
 
-    def __init__(self, send: Callable[[Member, SendTrace], None]) -> None:
-        """`send`: puts the order on the member's stream, if it has one."""
+    def __init__(self, send: Callable[[Member, SendTrace], None], term: int) -> None:
+        """`send`: puts the order on the member's stream, if it has one. `term`: of the controller. No two ask
+        under the same number, so an answer to one never passes for an answer to the next."""
         self._send = send
         self._asking = asyncio.Lock()
-        self._number = 0
+        self._number = term << 32
         self._owing: set[Member] = set()
         self._came: dict[str, bytes] = {}
         self._all_came = asyncio.Event()

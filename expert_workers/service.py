@@ -115,7 +115,7 @@ class ExpertService:
 
     def turns(self) -> dict[str, int]:
         """What grows while the thread that answers turns."""
-        return {"compute": self._turns + (self._worker.experts if self._worker is not None else 0)}
+        return {"compute": self._turns + (self._worker.products if self._worker is not None else 0)}
 
     def stop(self, grace_s: float) -> None:
         """End after the batch in hand. Threads and descriptors are gone when this returns."""

@@ -34,7 +34,7 @@ class ExpertWorker:
         self.parcels = 0  # answered; divided by `batches`: how many are joined
         self.held_s = 0.0  # waited, with parcels in hand, for others to join them
         self.refused = 0
-        self.experts = 0  # computed, each with its rows of one batch
+        self.products = 0  # computed, two for each expert of a batch
 
     def turn(self, timeout_s: float) -> bool:
         """Take in what waits and answer one batch. False when none was answered: nothing came within `timeout_s`,
@@ -87,8 +87,8 @@ class ExpertWorker:
         )
 
     def _between(self) -> None:
-        """After each expert: a long batch is no silence."""
-        self.experts += 1
+        """After each product: a long batch is no silence."""
+        self.products += 1
         self.end.pulse()
 
     def _may_answer(self, parcel: Parcel, held: dict[int, Expert]) -> bool:

@@ -46,8 +46,8 @@ def grouped(
     """Route i is row route_rows[i] through expert expert_ids[i]: [r, H], in the order of the routes.
 
     rows [n, H] on the experts' device; route_rows, expert_ids [r] on the host, every id a key of `experts`.
-    bf16 is rounded after each product and the activation. `between`: called after each expert, for who must not
-    fall silent.
+    bf16 is rounded after each product and the activation. `between`: called after each of an expert's two
+    products, for who must not fall silent.
 
     One product after the other for each expert present; all that is elementwise, once for all of them.
     """
@@ -58,11 +58,15 @@ def grouped(
         return rows.new_empty(0, rows.shape[1])
     runs = list(zip(present.tolist(), counts.cumsum(0).tolist(), counts.tolist(), strict=True))
     mine = _with_room(rows, route_rows[order].to(rows.device))
-    both = torch.cat([experts[e].gate_up.rows_of(mine, end - count, count) for e, end, count in runs]).float()
+    parts = []
+    for expert_id, end, count in runs:
+        parts.append(experts[expert_id].gate_up.rows_of(mine, end - count, count))
+        between()
+    both = torch.cat(parts).float()
     width = both.shape[1] // 2
     hidden = exact.silu(both[:, :width].contiguous()) * both[:, width:]  # [r, F]
     hidden = F.pad(hidden.to(rows.dtype), (0, 0, 0, exact.ROWS_MAX))
-    parts = []
+    parts.clear()
     for expert_id, end, count in runs:
         parts.append(experts[expert_id].down.rows_of(hidden, end - count, count))
         between()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -68,8 +69,9 @@ class RouterConfig:
             value = getattr(self, field.name)
             if isinstance(value, str):
                 continue
-            least = 0 if field.name in ("replans_max", "overload_pause_s") else 1e-3
-            if value < least:
+            may_be_zero = field.name in ("replans_max", "overload_pause_s")
+            least = 0 if may_be_zero else 1 if isinstance(value, int) else 1e-3
+            if not least <= value < math.inf:
                 raise ValueError(f"{field.name}: {value}; must be at least {least:g}")
         if self.combine_total_s < self.combine_timeout_s:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -61,13 +62,13 @@ def fetch_document(url: str, api_key: str | None, path: str, key: str) -> dict[s
     if not url.startswith(("http://", "https://")):
         raise Unreachable(f"--url: {url!r}; accepted: http://host:port")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
     try:
+        request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             document = json.load(answer)
     except urllib.error.HTTPError as error:
         raise Unreachable(f"{url} answers {error.code}: {_message(error)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unreachable(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from None
     if not isinstance(document, dict) or key not in document:
         raise Unreachable(f"{url} is not an ExpertMesh gateway")

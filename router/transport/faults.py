@@ -1,8 +1,9 @@
 """What a bad network does to the messages of a link: decided from a seed, whatever the time. Pure.
 
-Exchange i of a link is its i-th parcel with the reply to it. Its fate is a hash of (seed, link, i), so two runs
-that send the same parcels meet the same faults, and a test that failed fails again. When a message arrives follows
-from its fate and from what went over the wire before; the time is an argument, real or a simulator's.
+Exchange i of a link is the i-th parcel that an end sees, with the reply to it: after a loss or a duplicate the two
+ends count differently. Its fate is a hash of (seed, link, i), so two runs that send the same parcels meet the same
+faults, and a test that failed fails again. When a message arrives follows from its fate and from what went over
+the wire before; the time is an argument, real or a simulator's.
 """
 
 from __future__ import annotations

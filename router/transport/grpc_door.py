@@ -26,7 +26,7 @@ from router.transport import frame
 from router.transport.base import LinkIdentity, RefusalReason, Spent
 from router.transport.complaints import Complaints
 from router.transport.grpc_channel import HELLO_KEY, METHOD, listen, scheme
-from router.transport.grpc_stream import FrameStream, join_all
+from router.transport.grpc_stream import REFUSED, FrameStream, join_all
 from router.transport.handshake import Hello, Welcome, why_refused
 from router.transport.lane import Lane, Lanes
 from router.transport.link import Admit, ExpertLink, Incoming, LinkedParcel, Span
@@ -110,8 +110,8 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[type-arg]
                 raise LinkRefused("hello: the caller has left")
         except LinkRefused as error:
             self._complaints.note(str(error))
-            yield welcome_to_bytes(Welcome(self._identity.member, str(error)))
-            return
+            # In the status: unlike a message, it needs no room at the stranger's, who may never give any.
+            context.abort(REFUSED, str(error))
         self._callers.append(caller)
         stream.ring()
         try:

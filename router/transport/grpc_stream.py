@@ -24,6 +24,7 @@ from router.transport import frame
 from router.transport.link import Incoming, Span, occupied_bytes_max
 
 FRAMES_MAX = 512  # held or waiting, on one link in one direction
+REFUSED = grpc.StatusCode.PERMISSION_DENIED  # the status of a call whose hello was refused; its details say why
 PULSES_PER_S_MAX = 1000  # heard on one link; a worker sends four in its `combine_timeout_s`
 
 
@@ -154,4 +155,6 @@ def _why(error: grpc.RpcError) -> str:
     code, details = getattr(error, "code", None), getattr(error, "details", None)
     if code is None or details is None:
         return "the peer has left the stream"
+    if code() is REFUSED:
+        return str(details())
     return f"the peer's stream: {code().name}, {details()}"

@@ -30,6 +30,8 @@ def main() -> int:
         return _fuzz(args.targets[0], [*of_fuzzer, *args.targets[1:]])
     from tests.fuzz.targets import TARGETS
 
+    if args.cases < 1:
+        parser.error(f"--cases: {args.cases}; must be at least 1")
     unknown = set(args.targets) - TARGETS.keys()
     if unknown:
         parser.error(f"targets: {', '.join(sorted(unknown))}; must be of {', '.join(TARGETS)}")

@@ -55,7 +55,9 @@ def test_whatever_befalls_the_messages_no_sum_is_wrong(kind: str, **faults: floa
     with ExitStack() as stack:
         stage = Stage(stack, HASTY, f"faulty:{kind}:{line}")
         stage.adopt(*[stage.expert(f"expert-{number}") for number in range(3)], replicas=2)
-        exchange_all(stage)
+        summed = exchange_all(stage)
+    if not (faults["loss"] or faults["death"] or faults["delay_s"]):
+        assert summed  # all of them, but where a busy machine makes somebody late
 
 
 def test_what_can_be_computed_is() -> None:

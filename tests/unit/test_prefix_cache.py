@@ -167,6 +167,28 @@ def test_what_cannot_be_trusted_is_not_found_again():
     assert run(b, prompt_of(range(10, 31))) == {"r": 0}
 
 
+def test_what_cannot_be_trusted_is_not_found_again_where_the_window_has_left_it():
+    """Else a fault that passes would stay: the next prompt's good blocks give way to the bad ones of the name."""
+    b = book(sliding=30, window=9)
+    b.apply(plan(1, [prompt_of(range(10, 51))], chunk_tokens_max=8), StepResult())
+    for _ in range(4):
+        run_step(b)
+    [sequence] = b.sequences.values()
+    assert sequence.tables[SLIDING].first > 0
+    b.fail(sequence, "not finite", StepResult())
+    b.check()
+    assert not any(name in space for space in b.spaces.values() for name in names_of(range(10, 51)))
+    assert run(b, prompt_of(range(10, 51))) == {"r": 0}
+
+
+def test_without_a_cache_equal_prompts_do_not_wait_for_one_another():
+    """There is nothing to be found in the next step."""
+    b = book(cache=False)
+    b.apply(plan(1, [prompt_of(range(10, 19), f"r{i}") for i in range(4)]), StepResult())
+    spans, _ = run_step(b)
+    assert len(spans) == 4
+
+
 # --- windows ---------------------------------------------------------------------------------------
 
 
@@ -207,9 +229,7 @@ def lose(b, kind, name):
     """As an eviction would."""
     space = b.spaces[kind]
     if name in space:
-        block = space.hold(name)
-        space.disown([block])
-        space.give_back([block])
+        space.disown([name])
 
 
 # --- eviction --------------------------------------------------------------------------------------
