@@ -23,7 +23,7 @@ from router.config import RouterConfig
 from router.errors import ExpertsUnavailable, ParcelMalformed, PlacementError
 from router.merge import add, empty_ranks, empty_sums, merge, place
 from router.placement import EpochId, Member, Placement
-from router.plan import DispatchPlan, PlannedParcel, plan
+from router.plan import DispatchPlan, plan
 from router.rows import Replies, RowsSent, pack
 from router.transport.base import (
     AttentionEnd,
@@ -220,6 +220,7 @@ class Dispatcher:
         parcels = []
         self._tickets += 1
         sent = rows if self._rows == "plain" else pack(rows)
+        weights = routes.weights.cpu().t().reshape(-1) if self._replies == "sums" else None  # [K * T]
         for parcel in planned.parcels:
             every = len(parcel.tokens) == len(rows)
             parcels.append(
@@ -232,7 +233,7 @@ class Dispatcher:
                     rows=sent if every else sent.index_select(0, parcel.tokens.to(rows.device)),
                     route_rows=parcel.route_rows,
                     route_experts=parcel.route_experts,
-                    route_weights=self._weights(routes, parcel),
+                    route_weights=None if weights is None else weights[parcel.positions],
                 )
             )
             self._counts["rows"] += len(parcel.tokens)
@@ -241,9 +242,6 @@ class Dispatcher:
         sent_ns = time.perf_counter_ns()
         ticket = self._end.dispatch(parcels) if parcels else None
         return Pending(layer, rows, routes, planned, ticket, avoided, sent_ns)
-
-    def _weights(self, routes: Routes, parcel: PlannedParcel) -> Tensor | None:
-        return routes.weights.cpu().t().reshape(-1)[parcel.positions] if self._replies == "sums" else None
 
     def _gather(self, pending: Pending, into: Tensor) -> list[_Failure]:
         """Place the replies of one ticket, release it, and say what must be planned again."""

@@ -185,8 +185,8 @@ class GrpcExpertLink(ExpertLink):
         self._stream.end()
 
     def _refuse_gone(self) -> None:
-        if self._stream.gone:
-            raise TransportError(self._stream.gone)
+        if (ending := self._stream.ending()) is not None:
+            raise ending
 
     def _next(self) -> Incoming | None:
         return self._stream.next(self._limits)

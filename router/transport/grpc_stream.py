@@ -66,16 +66,22 @@ class FrameStream:
 
     def next(self, limits: frame.FrameLimits) -> Incoming | None:
         """The next frame, not yet taken. Raises TransportError when there will be none."""
-        gone = self.gone  # read first: what came before the end still counts
+        ending = self.ending()  # looked at first: what came before the end still counts
         if not self.frames:
-            if gone:
-                raise TransportError(gone) if self._overran else PeerGone(gone)
+            if ending is not None:
+                raise ending
             return None
         message = self.frames[0]
         if len(message) < frame.HEADER_BYTES:
             raise FrameError(f"frame: {len(message)} bytes; a header alone has {frame.HEADER_BYTES}")
         # A copy: what gRPC gives may not be written to, and tensors may only view what may.
         return Incoming(self.region(memoryview(bytearray(message)), limits), 0, len(message))
+
+    def ending(self) -> TransportError | None:
+        """Why nothing more will come, once the stream has ended."""
+        if not self.gone:
+            return None
+        return TransportError(self.gone) if self._overran else PeerGone(self.gone)
 
     def take(self, nbytes: int) -> Span:
         """Pass the frame that `next` found."""

@@ -15,12 +15,22 @@ from router.dispatcher import Dispatcher
 from router.placement import EpochId, Member, spread
 from router.rows import Replies, RowsSent, sums, unpack
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Parcel, Refusal, RefusalReason, Reply
+from router.transport.cuda import GPU_KINDS
 from router.transport.local import LocalHub
 from router.transport.select import attention_end, expert_end
-from tests.contracts.exchange_parties import CONFIG, PATIENCE_S, ExpertThread, connect, identity, parcel
+from tests.contracts.exchange_parties import (
+    CONFIG,
+    DEVICE,
+    PATIENCE_S,
+    ExpertThread,
+    connect,
+    gpu_of,
+    identity,
+    parcel,
+)
 
 HIDDEN, EXPERTS, TOP_K, TOKENS = 200, 6, 4, 9
-KINDS = ("local", "shm", "grpc")
+KINDS = (*(("local", "shm", "grpc") if DEVICE.type == "cpu" else ()), *GPU_KINDS)
 ENCODINGS: list[tuple[RowsSent, Replies]] = [("plain", "sums"), ("fp8", "rows"), ("fp8", "sums")]
 
 
@@ -34,10 +44,10 @@ class Exchange:
         return replace(self._like, member=Member(name, 1))
 
     def attention(self, who: LinkIdentity) -> AttentionEnd:
-        return attention_end(self._kind, who, self._config, self._hub)
+        return attention_end(self._kind, who, self._config, self._hub, gpu=gpu_of(self._kind))
 
     def expert(self, who: LinkIdentity) -> ExpertEnd:
-        return expert_end(self._kind, who, self._config, self._hub)
+        return expert_end(self._kind, who, self._config, self._hub, gpu=gpu_of(self._kind))
 
     @contextlib.contextmanager
     def experts(self, count: int, deaf: str = "") -> Iterator[list[ExpertThread]]:
@@ -101,7 +111,7 @@ def test_the_sum_is_the_same_however_it_travels(kind: str, rows: RowsSent, repli
     with exchange.experts(3, deaf) as threads:
         dispatcher = exchange.dispatcher(threads, replicas=2)
         try:
-            got = dispatcher.combine(dispatcher.dispatch(0, sent, routes))
+            got = dispatcher.combine(dispatcher.dispatch(0, sent.to(DEVICE), routes)).cpu()
         finally:
             dispatcher.close()
     expected = direct(sent, routes)

@@ -119,6 +119,21 @@ class TestNcclAlone:
         gpu.end_joining()
         eventually(lambda: not connect(self.attention(StandInGpu(), identity("attention-2")), [expert.peer]))
 
+    @pytest.mark.parametrize("way", [0, 1], ids=["shm", "grpc"])
+    def test_a_peer_that_leaves_before_it_joins_has_broken_no_rule(
+        self, way: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It may have died: its link goes, and nobody complains of it."""
+        gpu = StandInGpu()
+        expert = self.expert(gpu)
+        self.stack.callback(gpu.end_joining)
+        peer = replace(expert.peer, address=expert.peer.address.split(",")[way])
+        with caplog.at_level("INFO", "router.transport"):
+            assert "it never came" in connect(self.attention(Unjoined()), [peer])[expert.member]
+            eventually(lambda: bool(caplog.records))
+        assert [record.levelname for record in caplog.records] == ["INFO"]
+        assert f"link to {identity().member} dropped" in caplog.text
+
     def test_who_waits_for_a_join_is_released_at_the_deadline(self) -> None:
         """The expert has welcomed us, and stands still before it joins; what has joined of ours is aborted."""
         stuck = threading.Event()

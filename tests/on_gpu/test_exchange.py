@@ -25,7 +25,7 @@ def test_the_exchange_contract_holds(cuda, kind):
     tests = ROOT / "tests/contracts"
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", kind, "--timeout", "120",
-        str(tests / f"test_exchange_{kind}.py"), str(tests / "test_exchange_processes.py"),
+        *(str(tests / f"test_exchange_{name}.py") for name in (kind, "processes", "encodings")),
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | ENVIRONMENT)
     assert ran.returncode == 0, ran.stdout + ran.stderr
