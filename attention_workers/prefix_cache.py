@@ -73,8 +73,9 @@ class PrefixCache:
         for kind, space in self._spaces.items():
             table, first = tables[kind], self._first(kind, position)
             found = [space.hold(names[n]) for n in range(max(first, own), position // self._block_tokens)]
-            kept = table.blocks[max(0, first - table.first) : max(0, own - table.first)]
-            rest = table.blocks[: max(0, first - table.first)], table.blocks[max(0, own - table.first) :]
+            passed = max(0, first - table.first)  # blocks that the skip leaves behind
+            computed_end = max(passed, own - table.first)
+            kept, rest = table.blocks[passed:computed_end], (table.blocks[:passed], table.blocks[computed_end:])
             table.first, table.blocks = first, kept + found
             for left in rest:
                 space.give_back(left)
