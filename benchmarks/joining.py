@@ -9,8 +9,8 @@ mode, steps of decode only. The waits take turns so that a busy machine is busy 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import multiprocessing
 import os
 import statistics
 import threading
@@ -27,6 +27,7 @@ from attention_workers.book import Book
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.step import AttemptId, Plan, Sampling, Start, StepResult
 from attention_workers.worker import AttentionWorker
+from benchmarks.spawned import Spawned, spawned
 from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
@@ -42,6 +43,7 @@ from router.transport.select import attention_end, expert_end
 
 PROMPT_TOKENS, MODEL_LEN = 64, 2048
 EPOCH = EpochId(1, 1)
+_PATIENCE_S = 120.0
 
 
 def identity(checkpoint: Checkpoint, member: Member) -> LinkIdentity:
@@ -124,44 +126,45 @@ def _starts(index: int, batch: int) -> list[Start]:
 def measure(
     path: Path, experts: int, batch: int, waits: list[float], rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
     checkpoint = Checkpoint.open(path)
-
-    def spawn(target: Callable[..., None], *args: Any) -> Connection:
-        mine, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, path, *args), daemon=True)
-        process.start()
-        return mine
-
-    expert_pipes = [spawn(expert_process, i) for i in range(experts)]
-    members = [(Member(f"e{i}", 1), pipe.recv()) for i, pipe in enumerate(expert_pipes)]
     config = checkpoint.config
-    placement = spread(EPOCH, checkpoint.fingerprint, members, config.num_layers, config.num_experts, 1)
-    for pipe in expert_pipes:
-        pipe.send(placement)
-    assert [pipe.recv() for pipe in expert_pipes] == ["ready"] * experts
-    attention_pipes = [spawn(attention_process, i, placement, batch // 2) for i in range(2)]
-    assert [pipe.recv() for pipe in attention_pipes] == ["ready"] * 2
-    seen: dict[float, list[tuple[float, ...]]] = {wait_s: [] for wait_s in waits}
-    for turn in range(rounds * len(waits)):
-        wait_s = waits[turn % len(waits)]
-        before = _ask(expert_pipes, wait_s)
-        tokens, speeds, attention_s = (sum(each) for each in zip(*_ask(attention_pipes, seconds), strict=True))
-        after = _ask(expert_pipes, wait_s)
-        batches, parcels, held_s, expert_s = (
-            sum(a[i] - b[i] for a, b in zip(after, before, strict=True)) for i in range(4)
-        )
-        used_s = attention_s + expert_s
-        seen[wait_s].append((speeds, 1e3 * used_s / tokens, parcels / batches, 1e3 * held_s / batches))
-    for pipe in (*attention_pipes, *expert_pipes):
-        pipe.send(None)
+    with contextlib.ExitStack() as stack:
+
+        def spawn(name: str, target: Callable[..., None], *args: Any) -> Spawned:
+            return stack.enter_context(spawned(name, target, path, *args))
+
+        workers = [spawn(f"expert {i}", expert_process, i) for i in range(experts)]
+        members = [(Member(f"e{i}", 1), worker.hear(_PATIENCE_S)) for i, worker in enumerate(workers)]
+        placement = spread(EPOCH, checkpoint.fingerprint, members, config.num_layers, config.num_experts, 1)
+        _ask(workers, placement)
+        clients = [spawn(f"attention {i}", attention_process, i, placement, batch // 2) for i in range(2)]
+        for client in clients:
+            client.hear(_PATIENCE_S)
+        seen: dict[float, list[tuple[float, ...]]] = {wait_s: [] for wait_s in waits}
+        for turn in range(rounds * len(waits)):
+            wait_s = waits[turn % len(waits)]
+            seen[wait_s].append(_turn(workers, clients, wait_s, seconds))
     return [_summary(experts, batch, wait_s, found) for wait_s, found in seen.items()]
 
 
-def _ask(pipes: list[Connection], question: Any) -> list[Any]:
-    for pipe in pipes:
-        pipe.send(question)
-    return [pipe.recv() for pipe in pipes]
+def _turn(
+    workers: list[Spawned], clients: list[Spawned], wait_s: float, seconds: float
+) -> tuple[float, float, float, float]:
+    """Tokens/s, CPU milliseconds per token, parcels and milliseconds held per batch, with this wait."""
+    before = _ask(workers, wait_s)
+    tokens, speeds, attention_s = (sum(each) for each in zip(*_ask(clients, seconds), strict=True))
+    after = _ask(workers, wait_s)
+    batches, parcels, held_s, expert_s = (
+        sum(a[i] - b[i] for a, b in zip(after, before, strict=True)) for i in range(4)
+    )
+    return speeds, 1e3 * (attention_s + expert_s) / tokens, parcels / batches, 1e3 * held_s / batches
+
+
+def _ask(children: list[Spawned], question: Any) -> list[Any]:
+    """All at once."""
+    for child in children:
+        child.tell(question)
+    return [child.hear(_PATIENCE_S) for child in children]
 
 
 def _summary(experts: int, batch: int, wait_s: float, found: list[tuple[float, ...]]) -> dict[str, Any]:
