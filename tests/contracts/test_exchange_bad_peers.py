@@ -17,6 +17,7 @@ from router.config import PAGE_BYTES, RouterConfig
 from router.transport import frame
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Refusal, RefusalReason, Reply
 from router.transport.complaints import TOLD_MAX
+from router.transport.grpc_channel import METHOD
 from router.transport.handshake import hello
 from router.transport.select import attention_end, expert_end
 from router.transport.shm_bell import new_bell
@@ -280,6 +281,44 @@ class TestBadGrpcPeers(BadPeers):
                     stranger.send(words)
                 while stranger.recv(4096):  # its settings, perhaps; then the end
                     continue
+
+    def test_a_stranger_who_takes_no_message_holds_no_place(self) -> None:
+        """A window of nothing: a message of refusal would wait for it for ever, the end of the call does not."""
+        expert = self.expert()
+        host, port = expert.end.address.removeprefix("grpc:").rsplit(":", 1)
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as stranger:
+            stranger.sendall(call_without_window(METHOD))
+            first = next(flags for kind, flags in http2_frames(stranger) if kind == HEADERS)
+        assert first & END_STREAM  # nothing of the answer waits behind it
+
+
+HEADERS, SETTINGS = 1, 4  # HTTP/2 frames, RFC 9113
+END_STREAM, END_HEADERS = 1, 4
+
+
+def call_without_window(method: str) -> bytes:
+    """How a client begins a call on stream 1, for whose answer it leaves no room."""
+    fields = {":method": "POST", ":scheme": "http", ":authority": "x", ":path": method, "te": "trailers",
+              "content-type": "application/grpc"}  # fmt: skip
+    literals = b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in fields.items()
+    )  # RFC 7541, without indexing
+
+    def framed(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    no_window = (4).to_bytes(2, "big") + bytes(4)  # SETTINGS_INITIAL_WINDOW_SIZE: 0
+    hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + framed(SETTINGS, 0, 0, no_window)
+    return hello + framed(HEADERS, END_HEADERS, 1, literals)
+
+
+def http2_frames(sock: socket.socket) -> Iterator[tuple[int, int]]:
+    """Kind and flags of each, until the peer closes."""
+    with sock.makefile("rb") as stream:
+        while len(head := stream.read(9)) == 9:
+            stream.read(int.from_bytes(head[:3], "big"))
+            yield head[3], head[4]
 
 
 @contextmanager
