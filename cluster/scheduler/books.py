@@ -147,14 +147,14 @@ class Books:
         """A live attempt has finished. Not remembered: its gateway has all of it (a completion means that),
         and would be given it again if it asked."""
         request_id, index, _ = attempt
-        request = self.requests[request_id]
-        live = request.sequences.pop(index)
-        if live.worker is None:
+        request = self.requests.pop(request_id)  # not a look and a deletion: one walk through cold memory
+        sequences = request.sequences
+        if sequences.pop(index).worker is None:
             self.queue.remove(attempt)
-        if not request.sequences:
-            del self.requests[request_id]
-            if request.gateway is None:
-                del self.unclaimed[request_id]
+        if sequences:
+            self.requests[request_id] = request
+        elif request.gateway is None:
+            del self.unclaimed[request_id]
         return request
 
     def close(self, attempt: AttemptId, reason: CloseReason, detail: str) -> Iterator[CloseAttempt]:

@@ -136,21 +136,23 @@ class WorkerSide:
                 yield from self._close(attempt, CloseReason.WORKER_LOST, detail)
 
     def _endings(self, book: WorkerBook, report: WorkerReported, now_s: float) -> Iterator[Command]:
-        num_finished = 0
+        num_finished = num_stopped = num_ignored = 0
+        release, finish = book.release, self._books.finish
         for attempt, reason, detail in report.completions:
-            held = book.release(attempt)
+            held = release(attempt)
             if held is None:
-                self._counters["ignored_completions"] += 1
+                num_ignored += 1
             elif held.stopping:
-                self._counters["stopped"] += 1
-            elif reason in CLOSED_BY_WORKER:
+                num_stopped += 1
+            elif reason is FinishReason.CANCELLED or reason is FinishReason.FAILED:
                 yield from self._close(attempt, CLOSED_BY_WORKER[reason], detail)
             else:
                 num_finished += 1
-                self._books.finish(attempt)
+                finish(attempt)
         if report.completions:
             self._rate.add(len(report.completions), now_s)
-            self._counters["ended_finished"] += num_finished
+            counts = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}
+            self._counters.update({name: count for name, count in counts.items() if count})
         for attempt in report.undelivered:
             held = book.release(attempt)
             if held is not None and not held.stopping:

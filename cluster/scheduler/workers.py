@@ -145,8 +145,10 @@ class WorkerBook:
         """It has ended there. None: it was not there (any more)."""
         held = self.held.pop(attempt, None)
         if held is not None:
-            self._promised = self._promised.minus(held.blocks_promised)
-            self._stops.discard(attempt)
+            if held.blocks_promised is not NONE:
+                self._promised = self._promised.minus(held.blocks_promised)
+            if held.stopping:
+                self._stops.discard(attempt)
         return held
 
     def next_plan(self, config: SchedulerConfig) -> Plan | None:
