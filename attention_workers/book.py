@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from attention_workers.batching import Pace, in_turn, share
 from attention_workers.kv_blocks import BlockTable, KvBlocks
 from attention_workers.step import (
     AttemptId,
@@ -70,6 +71,11 @@ class Span:
     def samples(self) -> bool:
         return self.first + self.count == len(self.sequence.tokens)
 
+    @property
+    def is_decode(self) -> bool:
+        """One token, behind what is computed: not a prompt's chunk."""
+        return self.count == 1 and self.first > 0 and self.samples
+
 
 class OrderRefused(Exception):
     """A plan of an older term, for another life, or out of order. Nothing of it was applied."""
@@ -105,6 +111,7 @@ class Book:
         self.term = 0
         self.plan_number = 0
         self.num_refused = 0
+        self.pace = Pace()
         self._step_tokens_max = 512
         self._chunk_tokens_max = 256
 
@@ -116,6 +123,7 @@ class Book:
         self.term, self.plan_number = plan.term, plan.number
         self._step_tokens_max = min(max(1, plan.step_tokens_max), self.rows_max)
         self._chunk_tokens_max = max(1, plan.chunk_tokens_max)
+        self.pace.promise(plan.inter_token_s)
         for attempt in plan.stops:
             if attempt in self.sequences:
                 self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
@@ -173,8 +181,11 @@ class Book:
             if self._make_room(sequence, 1, result):
                 spans.append(Span(sequence, sequence.computed, 1))
                 budget -= 1
-        for sequence in [s for s in running if s.pending > 1 or not s.computed]:
-            count = min(sequence.pending, self._chunk_tokens_max, self.chunk_fits, budget)
+        budget = self.pace.prompt_rows(len(spans), budget)
+        prompts = in_turn([s for s in running if s.pending > 1 or not s.computed])
+        for number, sequence in enumerate(prompts):
+            rows = share(budget, len(prompts) - number)
+            count = min(sequence.pending, self._chunk_tokens_max, self.chunk_fits, rows)
             if count <= 0:
                 break
             num_paused = len(result.paused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -43,15 +44,19 @@ class AttentionWorker:
         Raises ExpertsUnavailable from the dispatcher: then nothing was sampled, and the same step may be tried
         again; keys and values written meanwhile are overwritten with the same bits.
         """
+        began_s = time.monotonic()
         spans = self.book.compose(result)
         if not spans:
             return False
+        num_decodes = sum(span.is_decode for span in spans)
+        num_prompt_rows = sum(span.count for span in spans) - num_decodes
         batches = [self.model.begin(part) for part in split(spans, self.microbatches)]
         logits = to_host(decode_step(self.model, batches, self._experts))
         self.book.computed(spans, result)
         for batch, rows in zip(batches, logits, strict=True):
             self._sample(batch, rows, result)
         self.steps += 1
+        self.book.pace.observe(num_decodes, num_prompt_rows, time.monotonic() - began_s)
         return True
 
     def _sample(self, batch: Microbatch, logits: Tensor, result: StepResult) -> None:

@@ -17,11 +17,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
+
 from cluster.scheduler import wire
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.core import Scheduler
 from cluster.scheduler.events import GatewayJoined, Incarnation, MembersExpected, SendPlan, Tick
-from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 
 FINGERPRINT = "bench"
 GATEWAY = Incarnation("gateway-0", 1)

@@ -58,6 +58,7 @@ class GenerateBody(Body):
     priority: int | None = Field(
         None, ge=-_INT32, lt=_INT32, description="an integer from -2^31 to 2^31 - 1; lower runs earlier"
     )
+    user: str | None = Field(None, max_length=64, description="a string of at most 64 characters")
     return_token_ids: bool | None = Field(None, description="true or false")
     return_tokens_as_token_ids: bool | None = Field(None, description="true or false")
 

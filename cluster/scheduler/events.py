@@ -85,6 +85,7 @@ class Submission:
     priority: int  # lower runs earlier
     resume: bool  # a further attempt, or one said again to a scheduler that may not know it
     num_bytes: int  # encoded: no less than what starting any one sibling takes in a plan
+    tenant: str = ""  # whose share of the cluster serves it
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ class Completion(NamedTuple):
     attempt: AttemptId
     reason: FinishReason
     detail: str  # only with FAILED
+    num_tokens: int = 0  # generated in all
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ class WorkerReported:
     completions: tuple[Completion, ...] = ()
     state: tuple[Running, ...] | None = None  # everything it runs
     sliding_blocks_free: int = 0
+    paused: tuple[AttemptId, ...] = ()  # gave up their blocks since, the last in order first
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,7 @@ class Plan:
     stops: tuple[AttemptId, ...]
     step_tokens_max: int
     chunk_tokens_max: int
+    inter_token_s: float
     send_state: bool  # answer with all that runs
 
 

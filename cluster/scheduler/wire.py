@@ -78,6 +78,7 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
         prompts_done=tuple(map(_attempt, message.prompts_done)),
         undelivered=tuple(map(_attempt, message.undelivered)),
         completions=_completions(message.completions),
+        paused=tuple(map(_attempt, message.paused)),
         state=tuple(map(_running, message.state.running)) if message.HasField("state") else None,
     )
     if not message.HasField("hello"):
@@ -114,6 +115,7 @@ def _plan(command: SendPlan, term: int, fingerprint: str) -> step_pb2.Plan:
         stops=[encode_attempt(attempt) for attempt in plan.stops],
         step_tokens_max=plan.step_tokens_max,
         chunk_tokens_max=plan.chunk_tokens_max,
+        inter_token_s=plan.inter_token_s,
         send_state=plan.send_state,
     )
     for start in plan.starts:
@@ -160,6 +162,8 @@ def _order(
 
 def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: SchedulerConfig) -> Submission:
     _check_text("submit.request_id", submit.request_id, ID_BYTES_MAX)
+    if submit.tenant:
+        _check_text("submit.tenant", submit.tenant, ID_BYTES_MAX)
     num_bytes = submit.ByteSize() + START_BYTES
     _check_range("submit size in bytes", num_bytes, 1, config.message_bytes_max)
     _check_range("submit.prompt length", len(submit.prompt), 1)
@@ -181,6 +185,7 @@ def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: Scheduler
         priority=submit.priority,
         resume=submit.resume,
         num_bytes=num_bytes,
+        tenant=submit.tenant,
     )
 
 
@@ -202,7 +207,8 @@ def _completions(messages: Iterable[step_pb2.Completion]) -> tuple[Completion, .
         if reason is None:
             raise MalformedMessage(f"completions.reason is {number}, accepted: {list(known)}")
         key = new(AttemptId, (attempt.request_id, attempt.index, attempt.number))
-        decoded.append(new(Completion, (key, reason, message.detail if reason is failed else "")))
+        detail = message.detail if reason is failed else ""
+        decoded.append(new(Completion, (key, reason, detail, message.num_tokens)))
     return tuple(decoded)
 
 
