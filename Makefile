@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECKPOINT ?= checkpoints/demo
 PROTOS := $(wildcard proto/expertmesh/v1/*.proto)
 
-.PHONY: setup serve test check proto clean
+.PHONY: setup serve test soak check proto clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ serve: setup $(CHECKPOINT)/config.json
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Longer than `make test` may take; prints its seeds.
+soak: setup
+	$(BIN)/python -m tests.unit.scheduler_soak
 
 check: setup
 	$(BIN)/ruff check .

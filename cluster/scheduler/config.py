@@ -21,8 +21,8 @@ class SchedulerConfig(BaseModel):
     """Sequences of one request."""
 
     first_token_s: float = Field(60.0, ge=0)
-    """The promised time in the queue: a request that would wait for longer, at the measured rate of completions, is
-    refused at once. 0: nothing is promised, only the queue's bounds refuse."""
+    """The promised time in the queue: a request that would wait for longer, at the measured rate of completions,
+    is refused at once. 0: nothing is promised, only the queue's bounds refuse."""
 
     priority_step_s: float = Field(10.0, ge=0)
     """How much earlier one level of priority makes a sequence count as come, among its tenant's."""
