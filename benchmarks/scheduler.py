@@ -1,9 +1,9 @@
 """What one round of the central scheduler costs, decoding and encoding included, on one core.
 
 A round here is what the shell does between two sleeps: reports come off the wire, go through the core, and plans
-are made and encoded. Times are the processor's, so that neighbours do not count. Three rounds are timed over a growing number of running sequences: every sequence ends
-(`ending`), every prompt ends (`prompts`), and none of either (`undisturbed`), each with a plan for every worker
-in the first two. The bytes of the undisturbed round are those of its reports and plans: they must not grow.
+are made and encoded. Times are the processor's, so that neighbours do not count. Three rounds are timed over a
+growing number of running sequences: every sequence ends (`ending`), every prompt ends (`prompts`), each with a
+plan for every worker, and neither (`undisturbed`), whose bytes, of reports and plans, must not grow.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Bench:
                     blocks_total=1_000_000,
                     sequences_max=4 * self.per_worker + 16,
                     model_len_max=1 << 20,
-                )  # fmt: skip
+                )
             )
         if hello or state:
             report.state.SetInParent()

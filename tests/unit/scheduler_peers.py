@@ -250,7 +250,7 @@ class SimGateway:
                 request.priority,
                 resume,
                 tenant=request.tenant,
-            ),  # fmt: skip
+            ),
         )
 
     def open_sequences(self) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Promises of sharing: tenants in turn by what they were served, priorities without starvation, honest refusals."""
+"""Promises of sharing: tenants in turn, priorities without starvation, honest refusals."""
 
 from __future__ import annotations
 
@@ -53,12 +53,8 @@ def test_between_tenants_that_keep_waiting_service_differs_by_two_sequences_at_m
     def ask(tenant: str) -> None:
         nonlocal count
         count += 1
-        said = {
-            "num_prompt": rng.randint(1, 500),
-            "max_tokens": rng.randint(1, 500),
-            "priority": rng.randint(-9, 9),
-        }
-        queue.add(waiting(f"{tenant}{count}", count, tenant=tenant, **said))
+        sizes = {"num_prompt": rng.randint(1, 500), "max_tokens": rng.randint(1, 500)}
+        queue.add(waiting(f"{tenant}{count}", count, tenant=tenant, priority=rng.randint(-9, 9), **sizes))
 
     for tenant in tenants:
         for _ in range(5 if tenant == "a" else 1):
@@ -111,9 +107,8 @@ def test_what_an_answer_did_not_take_is_given_back() -> None:
         story.submit(f"short{n}", max_tokens=40, tenant="short")
     order, done = [], "runs"
     for _ in range(10):
-        story.report(
-            W0, completions=(Completion(attempt(done), FinishReason.STOP, "", 40 if done != "runs" else 10),)
-        )
+        ended = Completion(attempt(done), FinishReason.STOP, "", 40 if done != "runs" else 10)
+        story.report(W0, completions=(ended,))
         (done,) = story.started(story.round())[W0]
         order.append(done[:-1])
     assert abs(order.count("long") - order.count("short")) <= 2
