@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECKPOINT ?= checkpoints/demo
 PROTOS := $(wildcard proto/expertmesh/v1/*.proto)
 
-.PHONY: setup serve test soak check proto clean
+.PHONY: setup serve test soak fuzz check proto clean
 
 setup: $(VENV)/.installed
 
@@ -25,8 +25,9 @@ serve: setup $(CHECKPOINT)/config.json
 test: setup
 	$(BIN)/python -m pytest
 
-# Longer than `make test` may take; prints its seeds.
+# Longer than `make test`: ten times as many topologies, and 10,000 histories of the scheduler.
 soak: setup
+	$(BIN)/python -m pytest tests/equivalence/test_grand.py --topologies 500
 	$(BIN)/python -m tests.unit.scheduler_soak
 
 check: setup
@@ -34,6 +35,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Coverage-guided, 200,000 cases for each parser: make fuzz, or make fuzz ARGS="--cases 5000 --seed 7 frame".
+fuzz: setup
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	OMP_NUM_THREADS=1 PYTHONPATH=.:proto $(BIN)/python -m tests.fuzz.run $(ARGS)
 
 proto: setup
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto $(PROTOS)

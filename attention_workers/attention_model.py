@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention_workers.book import Span
+from attention_workers.sequence import Span
 from model import exact
 from model.attention import TILE, PagedAttention, QueryTiles, Stretch, query_tiles
 from model.checkpoint import Checkpoint, attention_tensor_names, scale_name

@@ -6,14 +6,22 @@ in exact mode changes no bit of it. So the pool serves on without the scheduler.
 
 Each layer type has a block space of its own (`kv_blocks.py`); in that of sliding layers a sequence holds what
 its window sees, and gives back after each step what has left it.
+
+What is cached of a prompt (`prefix_cache.py`) is held from the moment its plan arrives, and looked for again
+before each of its chunks: so a sequence that was paused, or whose prompt another computes just now, does not
+compute what has come meanwhile. The last token is always computed, for its logits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import replace
 
+from attention_workers import prefix_names
 from attention_workers.batching import Pace, in_turn, share
 from attention_workers.kv_blocks import BlockTable, KvBlocks
+from attention_workers.prefix_cache import PrefixCache
+from attention_workers.sequence import Sequence, Span
 from attention_workers.step import (
     AttemptId,
     Completion,
@@ -24,57 +32,7 @@ from attention_workers.step import (
     StepResult,
     TokenDelta,
 )
-from attention_workers.token_counts import TokenCounts
 from model.layer_types import FULL, SLIDING, LayerType
-
-
-@dataclass
-class Sequence:
-    """One running sequence: tokens known, and a block table for each layer type with the keys and values of
-    those `computed` that it still sees."""
-
-    start: Start
-    tokens: list[int]
-    tables: dict[LayerType, BlockTable]
-    computed: int = 0
-    is_paused: bool = False
-    is_prompt_done: bool = False
-    counts: TokenCounts = field(default_factory=TokenCounts)  # of `tokens`, followed where penalties ask for them
-
-    @property
-    def order(self) -> tuple[int, int, AttemptId]:
-        """Lower runs earlier."""
-        return (self.start.priority, self.start.arrival, self.start.attempt)
-
-    @property
-    def holds_blocks(self) -> bool:
-        return any(table.blocks for table in self.tables.values())
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - len(self.start.prompt)
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens [first, first + count) of a sequence, computed in this step; `samples` if they are its last."""
-
-    sequence: Sequence
-    first: int
-    count: int
-
-    @property
-    def samples(self) -> bool:
-        return self.first + self.count == len(self.sequence.tokens)
-
-    @property
-    def is_decode(self) -> bool:
-        """One token, behind what is computed: not a prompt's chunk."""
-        return self.count == 1 and self.first > 0 and self.samples
 
 
 class OrderRefused(Exception):
@@ -92,6 +50,7 @@ class Book:
         model_len_max: int,
         rows_max: int = 1024,
         sliding: KvBlocks | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         """`rows_max`: rows of one step that the exchange can carry; at least `sequences_max`. `sliding`: the
         space of sliding layers, with room for at least one token and its window; None where no layer slides."""
@@ -99,6 +58,7 @@ class Book:
         self.spaces: dict[LayerType, KvBlocks] = {FULL: blocks}
         if sliding is not None:
             self.spaces[SLIDING] = sliding
+        self.prefixes = PrefixCache(self.spaces, block_tokens, prefix_cache)
         self.chunk_fits = min(space.chunk_max(block_tokens) for space in self.spaces.values())
         assert self.chunk_fits >= 1
         self.fingerprint = fingerprint
@@ -130,7 +90,11 @@ class Book:
         for start in plan.starts:
             self._start(start, result)
         if plan.send_state:
-            result.state = self.state()
+            self._tell_all(result)
+
+    def _tell_all(self, result: StepResult) -> None:
+        result.state, result.kept = self.state(), self.prefixes.all()
+        result.evicted = []
 
     def _refuse_unless_next(self, plan: Plan, result: StepResult) -> None:
         wrong = ""
@@ -140,7 +104,7 @@ class Book:
             wrong = f"plan has term {plan.term}, newest seen is {self.term}"
         elif plan.number != (self.plan_number + 1 if plan.term == self.term else 1):
             wrong = f"plan {plan.number} of term {plan.term} does not follow {self.plan_number} of {self.term}"
-            result.state = self.state()
+            self._tell_all(result)
         if wrong:
             self.num_refused += 1
             raise OrderRefused(wrong)
@@ -151,7 +115,9 @@ class Book:
             return
         for attempt in [a for a in self.sequences if _same_sequence(a, start.attempt)]:
             self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
-        sequence = Sequence(start, [*start.prompt, *start.accepted], {kind: BlockTable() for kind in self.spaces})
+        tables = {kind: BlockTable() for kind in self.spaces}
+        root = prefix_names.root(self.fingerprint, start.cache_salt)
+        sequence = Sequence(start, [*start.prompt, *start.accepted], tables, root)
         self.sequences[start.attempt] = sequence
         why = self._cannot_run(sequence)
         if why:
@@ -159,6 +125,10 @@ class Book:
         elif sequence.num_generated and (reason := self._finish_reason(sequence)):
             self._deliver(sequence, TokenDelta(start.attempt, sequence.num_generated, (), finish=reason), result)
             self._end(sequence, reason, result)
+        else:
+            self.prefixes.num_tokens += len(sequence.tokens)
+            if not any(s.is_paused and s.order < sequence.order for s in self.sequences.values()):
+                self._skip_cached(sequence)
 
     def _cannot_run(self, sequence: Sequence) -> str:
         room = min(self.model_len_max, self.spaces[FULL].total * self.block_tokens)
@@ -175,35 +145,75 @@ class Book:
     def compose(self, result: StepResult) -> list[Span]:
         """The next step's spans, with blocks taken for them: decodes first, then prompt chunks."""
         running = sorted((s for s in self.sequences.values() if s.pending), key=lambda s: s.order)
-        spans: list[Span] = []
+        spans: dict[AttemptId, Span] = {}
         budget = self._step_tokens_max
         for sequence in [s for s in running if s.pending == 1 and s.computed]:
             if self._make_room(sequence, 1, result):
-                spans.append(Span(sequence, sequence.computed, 1))
+                spans[sequence.start.attempt] = Span(sequence, sequence.computed, 1)
                 budget -= 1
         budget = self.pace.prompt_rows(len(spans), budget)
+        under_way: set[bytes] = set()  # blocks that this step works at
         prompts = in_turn([s for s in running if s.pending > 1 or not s.computed])
         for number, sequence in enumerate(prompts):
-            rows = share(budget, len(prompts) - number)
-            count = min(sequence.pending, self._chunk_tokens_max, self.chunk_fits, rows)
-            if count <= 0:
+            if budget <= 0:
                 break
             num_paused = len(result.paused)
-            if not self._may_enter(sequence) or not self._make_room(sequence, count, result):
+            if not self._may_enter(sequence):
                 break  # in order: a later one does not take what an earlier one waits for
-            spans.append(Span(sequence, sequence.computed, count))
+            self._skip_cached(sequence)
+            if self._next_name(sequence) in under_way:
+                continue  # an earlier one computes it: the next step finds it cached
+            rows = share(budget, len(prompts) - number)
+            count = min(sequence.pending, self._chunk_tokens_max, self.chunk_fits, rows)
+            if not self._make_room(sequence, count, result):
+                break
+            span = spans[sequence.start.attempt] = Span(sequence, sequence.computed, count)
+            under_way.update(self._names_within(span))
             budget -= count
             if len(result.paused) > num_paused:
                 break  # nor what one gave up that now waits: that one may come before those not looked at yet
         # A sequence that gave up its blocks for another after it was chosen is no longer in this step.
-        return [span for span in spans if not span.sequence.is_paused and span.first == span.sequence.computed]
+        chosen = spans.values()
+        return [span for span in chosen if not span.sequence.is_paused and span.first == span.sequence.computed]
+
+    def _skip_cached(self, sequence: Sequence) -> None:
+        """Go on behind what is cached of what it would compute, all but its last token."""
+        prefix_names.follow(sequence.names, sequence.tokens, self.block_tokens, sequence.root)
+        at, end = sequence.computed, len(sequence.tokens) - 1
+        reach, furthest = self.prefixes.reach(sequence.names, sequence.tables, at, end)
+        if furthest > at:
+            sequence.parted = furthest
+        if reach == at:
+            return
+        self.prefixes.skip(sequence.names, sequence.tables, at, reach)
+        num_new = max(0, reach - max(at, sequence.reached))
+        if num_new:
+            self.prefixes.num_hits += not sequence.num_cached
+            self.prefixes.num_hit_tokens += num_new
+            from_prompt = min(reach, len(sequence.start.prompt)) - max(at, sequence.reached)
+            sequence.num_cached += max(0, from_prompt)
+        sequence.computed = reach
+        sequence.reached = max(sequence.reached, reach)
+
+    def _next_name(self, sequence: Sequence) -> bytes | None:
+        """Of the block that it computes next from its beginning, if it could be skipped."""
+        at = sequence.computed
+        if not self.prefixes.enabled or at % self.block_tokens or at + self.block_tokens >= len(sequence.tokens):
+            return None
+        return sequence.names[at // self.block_tokens]
+
+    def _names_within(self, span: Span) -> list[bytes]:
+        """Of the blocks that a span lies in, where they will be whole without another token."""
+        last = -(-(span.first + span.count) // self.block_tokens)
+        return span.sequence.names[span.first // self.block_tokens : last]
 
     def _may_enter(self, sequence: Sequence) -> bool:
         """A paused sequence comes back only when all it holds fits, or nothing else is computed."""
         if not sequence.is_paused:
             return True
         fits = all(
-            space.num_free >= space.most_held(len(sequence.tokens) + 1, self._chunk_tokens_max, self.block_tokens)
+            space.num_available
+            >= space.most_held(len(sequence.tokens) + 1, self._chunk_tokens_max, self.block_tokens)
             for space in self.spaces.values()
         )
         if fits or not any(s.holds_blocks for s in self.sequences.values()):
@@ -250,20 +260,28 @@ class Book:
         for span in spans:
             sequence = span.sequence
             sequence.computed = span.first + span.count
-            for kind, space in self.spaces.items():
-                seen = space.first_seen(sequence.computed) // self.block_tokens
-                space.give_back(sequence.tables[kind].leave(seen))
+            sequence.reached = max(sequence.reached, sequence.computed)
+            prefix_names.follow(sequence.names, sequence.tokens, self.block_tokens, sequence.root)
+            self.prefixes.keep(sequence.names, sequence.tables, span.first, sequence.computed)
             given = len(sequence.start.prompt) + len(sequence.start.accepted)
+            self.prefixes.leave(sequence.tables, sequence.computed, given, sequence.parted)
             if not sequence.is_prompt_done and sequence.computed >= given:
                 sequence.is_prompt_done = True
                 result.prompts_done.append(sequence.start.attempt)
+                self._tell_changes(result)
+
+    def _tell_changes(self, result: StepResult) -> None:
+        kept, evicted = self.prefixes.changes()
+        result.kept += kept
+        result.evicted += evicted
 
     def sampled(self, sequence: Sequence, token: int, delta: TokenDelta, result: StepResult) -> None:
         """A step brought a token; `delta` carries it and its logprobs."""
+        num_cached = sequence.num_cached if delta.position == 0 else 0
         sequence.tokens.append(token)
         reason = self._finish_reason(sequence)
-        if reason is not None:
-            delta = TokenDelta(delta.attempt, delta.position, delta.tokens, delta.logprobs, reason)
+        if reason is not None or num_cached:
+            delta = replace(delta, finish=reason, num_cached=num_cached)
         self._deliver(sequence, delta, result)
         if reason is not None:
             self._end(sequence, reason, result)
@@ -296,6 +314,7 @@ class Book:
         return None
 
     def fail(self, sequence: Sequence, why: str, result: StepResult) -> None:
+        self.prefixes.disown(sequence.names)
         delta = TokenDelta(sequence.start.attempt, sequence.num_generated, (), (), FinishReason.FAILED, why)
         self._deliver(sequence, delta, result)
         self._end(sequence, FinishReason.FAILED, result, why)
@@ -306,6 +325,7 @@ class Book:
     def _end(self, sequence: Sequence, reason: FinishReason, result: StepResult, detail: str = "") -> None:
         del self.sequences[sequence.start.attempt]
         self._give_back_all(sequence)
+        self._tell_changes(result)
         result.completions.append(Completion(sequence.start.attempt, reason, sequence.num_generated, detail))
 
     def state(self) -> list[RunningSequence]:
@@ -320,18 +340,17 @@ class Book:
         ]
 
     def check(self) -> None:
-        """In each space: blocks conserved, each held once, by sequences that have all they see and no more.
-        Nobody holds what an earlier one waits for."""
+        """In each space: blocks conserved, each held by as many as its count says, by sequences that have all they
+        see and no more. Nobody holds what an earlier one waits for."""
         first_waiting = min((s.order for s in self.sequences.values() if s.is_paused), default=None)
         if first_waiting is not None:
             assert not any(s.holds_blocks for s in self.sequences.values() if s.order > first_waiting)
         for kind, space in self.spaces.items():
-            space.check()
-            held = [b for s in self.sequences.values() for b in s.tables[kind].blocks]
-            assert len(held) == len(set(held)) == space.total - space.num_free
+            space.check(Counter(b for s in self.sequences.values() for b in s.tables[kind].blocks))
             for s in self.sequences.values():
                 table = s.tables[kind]
                 assert s.computed <= table.end * self.block_tokens
+                assert len(set(table.blocks)) == len(table.blocks)
                 assert table.first == space.first_seen(s.computed) // self.block_tokens
                 assert not (s.is_paused and table.blocks)
 

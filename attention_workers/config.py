@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from attention_workers.microbatch_choice import MICROBATCHES_MAX
 
 
 class AttentionConfig(BaseModel):
@@ -30,14 +32,18 @@ class AttentionConfig(BaseModel):
     kv_sequence_tokens: int = Field(1024, ge=1)
     """Hybrids: the length of sequence for which the memory is divided between full and sliding layers."""
 
+    prefix_cache: bool = True
+    """Whether keys and values stay where they are after their sequence has ended, until the room is wanted, so
+    that a prompt that begins alike need not compute them again."""
+
     model_len_max: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0: what the checkpoint allows."""
 
     sequences_max: int = Field(256, ge=1, le=4096)
     """Sequences that run at once on this worker."""
 
-    microbatches: int = Field(1, ge=1, le=4)
-    """Slices of a step in flight at once. On two cores one is best (DESIGN section 11)."""
+    microbatches: int | Literal["auto"] = "auto"
+    """Slices of a step in flight at once, 1 to 4. auto: for each kind of step what was measured to be best."""
 
     experts_wait_s: float = Field(30.0, gt=0)
     """How long a step waits for an expert that no live worker holds. Then its sequences are given back, and
@@ -45,3 +51,11 @@ class AttentionConfig(BaseModel):
 
     token_backlog_max: int = Field(1024, ge=1)
     """Token batches waiting for one gateway before its sequences are given back to it."""
+
+    @field_validator("microbatches", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if number == "auto" or (type(number) is int and 1 <= number <= MICROBATCHES_MAX):
+            return number
+        raise ValueError(f"accepted: auto, or 1 to {MICROBATCHES_MAX}")

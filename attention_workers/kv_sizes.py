@@ -2,7 +2,8 @@
 
 A model of full layers spends it all on one space. In a hybrid a long sequence needs many blocks of the full
 layers and a few, always as many, of the sliding ones; a short one as many of both. The spaces are sized so that
-both run dry together under sequences of `sequence_tokens`; neither gets more than it could ever use.
+both run dry together under sequences of `sequence_tokens`; neither gets more than it could ever use. With a prefix
+cache the sliding one can use as many blocks as the other: windows of sequences that have ended.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def size_spaces(
     sequences_max: int,
     sequence_tokens: int,
     model_len_max: int,
+    prefix_cache: bool,
 ) -> dict[LayerType, int]:
     """Blocks of each space. `block_bytes`: of one block in all layers of its type, 0 where there is none.
 
@@ -46,7 +48,8 @@ def size_spaces(
     per_sliding = min(per_sequence, least)
     full = max(1, per_sequence * for_sequences // (per_sequence * full_bytes + per_sliding * sliding_bytes))
     sliding = (kv_bytes - min(enough, full) * full_bytes) // sliding_bytes
-    sliding = max(least, min(sliding, sequences_max * least + chunk))
+    most = enough if prefix_cache else sequences_max * least + chunk
+    sliding = max(least, min(sliding, most))
     full = (kv_bytes - sliding * sliding_bytes) // full_bytes if full_bytes else enough
     return {FULL: min(enough, full), SLIDING: sliding}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from attention_workers.book import Span
+from attention_workers.sequence import Span
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from expertmesh.v1 import step_pb2
 
 from attention_workers import wire
 from attention_workers.attention_model import AttentionModel
@@ -24,6 +25,7 @@ from attention_workers.kv_sizes import size_spaces
 from attention_workers.preparing import Preparing
 from attention_workers.step import Plan, StepResult
 from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
+from attention_workers.trace_records import BYTES_MAX
 from attention_workers.worker import AttentionWorker
 from model.attention import TILE
 from model.checkpoint import Checkpoint, attention_tensor_names
@@ -38,6 +40,7 @@ from router.errors import ExpertsUnavailable, RouterError
 from router.membership import Adopted, Failed, Health, HealthState, MemberEvent, PeerLost
 from router.placement import Member, Placement
 from router.transport.base import LinkIdentity
+from router.transport.cuda import gpu_for
 from router.transport.select import attention_end
 
 log = logging.getLogger(__name__)
@@ -104,20 +107,31 @@ class AttentionService:
         if worker is not None:
             gauges = {
                 "kv_blocks_total": worker.book.spaces[FULL].total,
-                "kv_blocks_free": counts.blocks_free,
+                "kv_blocks_free": counts.blocks_free - counts.blocks_cached,
+                "kv_blocks_cached": counts.blocks_cached,
                 "kv_block_tokens": TILE,
                 "kv_block_bytes": worker.model.kv_bytes_per_block(FULL),
-                **_sliding_gauges(worker, counts.sliding_blocks_free),
+                **_sliding_gauges(worker, counts),
+                **_prefix_gauges(worker.book),
                 "sequences": counts.num_running,
                 "sequences_paused": counts.num_paused,
                 "steps_total": counts.steps,
                 "tokens_total": counts.tokens,
                 "orders_refused_total": counts.refused_orders,
                 **worker.dispatcher.counters(),
+                **worker.gauges(),
             }
             links = {member.id: kind for member, kind in worker.dispatcher.transports().items()}
         kept = (worker.model.bytes_kept, worker.model.kept_as) if worker is not None else (0, "")
         return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept, links)
+
+    def trace(self, seconds: float, bytes_max: int) -> bytes:
+        """What the step trace holds of the last `seconds`, at most `bytes_max` of it, encoded. From any thread."""
+        worker = self._worker
+        if worker is None:
+            return b""
+        snapshot = worker.snapshot(self.member.id)
+        return snapshot.since(snapshot.now_ns - int(seconds * 1e9), min(bytes_max, BYTES_MAX)).encode()
 
     def turns(self) -> dict[str, int]:
         """What grows while the threads turn, from the first placement on."""
@@ -196,10 +210,16 @@ class AttentionService:
             model_len,
             router.rows_max,
             sliding,
+            config.prefix_cache,
         )
-        identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, shape.hidden_size, dtype)
-        end = attention_end(self._transport, identity, router)
-        dispatcher = Dispatcher(end, self.member, router, lambda peer: self._on_event(PeerLost(peer)))
+        rows, replies = router.rows_sent(config.numerics), router.answers(config.numerics)
+        identity = LinkIdentity(
+            self.member, checkpoint.fingerprint, self._token, shape.hidden_size, dtype, rows, replies
+        )
+        end = attention_end(self._transport, identity, router, gpu=gpu_for(self._transport, device))
+        dispatcher = Dispatcher(
+            end, self.member, router, lambda peer: self._on_event(PeerLost(peer)), rows, replies
+        )
         self._worker = AttentionWorker(model, book, dispatcher, config.microbatches)
         self._detail = "waiting for experts"
         self._preparing.start()
@@ -229,6 +249,7 @@ class AttentionService:
             sequences_max=config.sequences_max,
             sequence_tokens=config.kv_sequence_tokens,
             model_len_max=model_len,
+            prefix_cache=config.prefix_cache,
         )
         model.make_kv(blocks)
         return KvBlocks(blocks[FULL]), None if window is None else KvBlocks(blocks[SLIDING], window)
@@ -323,13 +344,25 @@ def _kv_bytes_default(device: torch.device) -> int:
     return min(free // 4, _KV_BYTES_DEFAULT_MAX) if device.type == "cpu" else free // 5 * 4
 
 
-def _sliding_gauges(worker: AttentionWorker, num_free: int) -> dict[str, float]:
+def _prefix_gauges(book: Book) -> dict[str, float]:
+    """From another thread than the one that counts: each number is of one moment, all of them nearly so."""
+    cache = book.prefixes
+    return {
+        "prefix_tokens_total": cache.num_tokens,
+        "prefix_hit_tokens_total": cache.num_hit_tokens,
+        "prefix_hits_total": cache.num_hits,
+        "kv_evictions_total": sum(space.num_evicted for space in book.spaces.values()),
+    }
+
+
+def _sliding_gauges(worker: AttentionWorker, counts: step_pb2.WorkerReport) -> dict[str, float]:
     space = worker.book.spaces.get(SLIDING)
     if space is None:
         return {}
     return {
         "kv_sliding_blocks_total": space.total,
-        "kv_sliding_blocks_free": num_free,
+        "kv_sliding_blocks_free": counts.sliding_blocks_free - counts.sliding_blocks_cached,
+        "kv_sliding_blocks_cached": counts.sliding_blocks_cached,
         "kv_sliding_block_bytes": worker.model.kv_bytes_per_block(SLIDING),
         "kv_sliding_window": space.window or 0,
     }

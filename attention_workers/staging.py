@@ -1,5 +1,7 @@
 """The way from a GPU to the experts and back. On the CPU it is not in the path.
 
+Where links carry rows from GPU to GPU, only expert ids come to the host, to be planned with. Elsewhere:
+
 Rows and routes of a microbatch are copied into the host's pinned memory, dispatched from there, and stay there
 until they are combined, for a replan may send them again. Replies are merged on the host, as ever, and their sum
 goes back. One thread and one stream, which works in order: to wait for the last copy of a dispatch is to wait for
@@ -85,6 +87,18 @@ class StagedExperts:
     def abandon(self, pending: Staged) -> None:
         self._dispatcher.abandon(pending.pending)
         self._free.append(pending.slot)
+
+
+class DirectExperts:
+    """What the loop needs of a dispatcher whose links take rows from the device, and whose sum lies there."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self.combine, self.abandon = dispatcher.combine, dispatcher.abandon
+
+    def dispatch(self, layer: int, rows: Tensor, routes: Routes) -> Pending:
+        """rows [T, H], routes [T, K], on the device. Waits for the device to have computed the routes."""
+        return self._dispatcher.dispatch(layer, rows, Routes(routes.expert_ids.cpu(), routes.weights))
 
 
 def to_host(parts: list[Tensor]) -> list[Tensor]:

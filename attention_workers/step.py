@@ -54,6 +54,7 @@ class Start:
     priority: int = 0  # lower runs earlier
     arrival: int = 0  # orders equals
     min_tokens: int = 0  # generated tokens before which no stop token is sampled
+    cache_salt: str = ""  # cached blocks are shared among those of one salt
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class TokenDelta:
     logprobs: tuple[Logprobs, ...] = ()
     finish: FinishReason | None = None
     detail: str = ""
+    num_cached: int = 0  # with position 0: prompt tokens whose keys and values were cached
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,10 @@ class StepResult:
     paused: list[AttemptId] = field(default_factory=list)
     undelivered: list[AttemptId] = field(default_factory=list)  # their gateway could not be reached
     state: list[RunningSequence] | None = None  # asked for, or a plan did not follow
+    kept: list[int] = field(default_factory=list)  # hints of cached blocks that came; with `state` of all
+    evicted: list[int] = field(default_factory=list)  # and of those that went
 
     def is_news(self) -> bool:
         """Whether the scheduler must hear of it now."""
-        lists = (self.completions, self.prompts_done, self.paused, self.undelivered)
+        lists = (self.completions, self.prompts_done, self.paused, self.undelivered, self.kept, self.evicted)
         return any(lists) or self.state is not None

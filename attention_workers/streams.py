@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertmesh.v1 import step_pb2
 
@@ -148,7 +148,7 @@ class Streams:
             held |= {c.attempt for c in completions}
             self._tokens.send(address, deltas, completions)
         now = [c for c in result.completions if c.attempt not in held]
-        if now or result.prompts_done or result.paused or result.undelivered or result.state is not None:
+        if now or replace(result, completions=[]).is_news():
             self._scheduler.report(wire.news_pb(counts, result, now))
 
     def _completed(self, completions: list[Completion]) -> None:

@@ -47,6 +47,7 @@ def start(message: step_pb2.Start) -> Start:
         message.priority,
         message.arrival,
         spec.min_tokens,
+        spec.cache_salt,
     )
 
 
@@ -110,6 +111,7 @@ def delta_pb(delta: TokenDelta) -> step_pb2.TokenDelta:
         top_logprobs=[_top_pb(*pair) for p in delta.logprobs for pair in p.top],
         finish=step_pb2.FinishReason.Name(delta.finish or 0),
         detail=delta.detail,
+        num_cached=delta.num_cached,
     )
 
 
@@ -125,6 +127,7 @@ def batch_pb(sender: Member, fingerprint: str, deltas: Sequence[TokenDelta], num
 
 def report_pb(sender: Member, book: Book, steps: int, tokens: int, experts_missing: bool) -> step_pb2.WorkerReport:
     """Counts only: their size does not depend on what runs."""
+    full, sliding = book.spaces[FULL], book.spaces.get(SLIDING)
     return step_pb2.WorkerReport(
         sender=member_pb(sender),
         fingerprint=book.fingerprint,
@@ -132,8 +135,10 @@ def report_pb(sender: Member, book: Book, steps: int, tokens: int, experts_missi
         plan_number=book.plan_number,
         steps=steps,
         tokens=tokens,
-        blocks_free=book.spaces[FULL].num_free,
-        sliding_blocks_free=book.spaces[SLIDING].num_free if SLIDING in book.spaces else 0,
+        blocks_free=full.num_available,
+        blocks_cached=full.num_cached,
+        sliding_blocks_free=sliding.num_available if sliding else 0,
+        sliding_blocks_cached=sliding.num_cached if sliding else 0,
         num_running=len(book.sequences),
         num_paused=sum(s.is_paused for s in book.sequences.values()),
         refused_orders=book.num_refused,
@@ -150,6 +155,7 @@ def hello_pb(book: Book) -> step_pb2.WorkerHello:
         model_len_max=book.model_len_max,
         sliding_blocks_total=sliding.total if sliding else 0,
         sliding_window=(sliding.window or 0) if sliding else 0,
+        prefix_cache=book.prefixes.enabled,
     )
 
 
@@ -163,6 +169,8 @@ def news_pb(
     report.undelivered.extend(attempt_pb(a) for a in result.undelivered)
     report.completions.extend(completion_pb(c) for c in completions)
     report.paused.extend(attempt_pb(a) for a in result.paused)
+    report.kept.extend(result.kept)
+    report.evicted.extend(result.evicted)
     if result.state is not None:
         report.state.CopyFrom(state_pb(result.state))
     return report

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attention_workers import sampler
 from attention_workers.attention_model import AttentionModel, Microbatch
-from attention_workers.book import Book, Sequence
+from attention_workers.book import Book
 from attention_workers.decode import Experts, decode_step
 from attention_workers.microbatch import split
-from attention_workers.staging import StagedExperts, to_host
+from attention_workers.microbatch_choice import MICROBATCHES_MAX, MicrobatchChoice, kind_of
+from attention_workers.sequence import Sequence, Span
+from attention_workers.staging import DirectExperts, StagedExperts, to_host
 from attention_workers.step import StepResult, TokenDelta
+from attention_workers.step_trace import StepTrace
+from attention_workers.trace_records import Snapshot
 from router.dispatcher import Dispatcher
 
 
 class AttentionWorker:
     """Owns keys and values. `book` says what runs, `model` computes it, `dispatcher` reaches the experts."""
 
-    def __init__(self, model: AttentionModel, book: Book, dispatcher: Dispatcher, microbatches: int) -> None:
+    def __init__(
+        self, model: AttentionModel, book: Book, dispatcher: Dispatcher, microbatches: int | Literal["auto"]
+    ) -> None:
         self.model = model
         self.book = book
         self.dispatcher = dispatcher
-        self.microbatches = microbatches
-        self._experts: Experts[Any] = (
-            dispatcher if model.device.type == "cpu" else _staged(model, dispatcher, microbatches)
-        )
+        self.microbatches = MicrobatchChoice(microbatches, model.config.num_layers)
+        self.trace = StepTrace(dispatcher)
+        self._experts = _experts(model, dispatcher, MICROBATCHES_MAX if microbatches == "auto" else microbatches)
+        self._parts = 0  # microbatches of the last step
         self.steps = 0
         self.tokens = 0
 
@@ -50,14 +56,37 @@ class AttentionWorker:
             return False
         num_decodes = sum(span.is_decode for span in spans)
         num_prompt_rows = sum(span.count for span in spans) - num_decodes
-        batches = [self.model.begin(part) for part in split(spans, self.microbatches)]
-        logits = to_host(decode_step(self.model, batches, self._experts))
+        logits, batches = self._compute(spans)
         self.book.computed(spans, result)
         for batch, rows in zip(batches, logits, strict=True):
             self._sample(batch, rows, result)
         self.steps += 1
         self.book.pace.observe(num_decodes, num_prompt_rows, time.monotonic() - began_s)
         return True
+
+    def _compute(self, spans: list[Span]) -> tuple[list[Tensor], list[Microbatch]]:
+        """Logits [n, V] of each microbatch, in as many as were chosen."""
+        rows = sum(span.count for span in spans)
+        kind = kind_of(rows, has_prompts=rows > len(spans))
+        parts = split(spans, self.microbatches.choose(kind, len(spans)))
+        self._parts = len(parts)
+        batches = [self.model.begin(part) for part in parts]
+        self.trace.begin(kind, rows, len(spans))
+        logits = to_host(decode_step(self.model, batches, self._experts, self.trace))
+        self.microbatches.measured(kind, len(parts), rows, self.trace.end(len(parts)))
+        return logits, batches
+
+    def gauges(self) -> dict[str, float]:
+        """Of recent steps: the share of their time that was wait for experts, and exchange. From any thread."""
+        return {
+            "exposed_wait_share": round(self.trace.wait_share, 4),
+            "exchange_share": round(self.trace.exchange_share, 4),
+            "microbatches": self._parts,
+        }
+
+    def snapshot(self, worker: str) -> Snapshot:
+        """What the trace holds, by the worker's name. From any thread."""
+        return self.trace.snapshot(worker, self.microbatches.explain())
 
     def _sample(self, batch: Microbatch, logits: Tensor, result: StepResult) -> None:
         sequences: list[Sequence] = [span.sequence for span in batch.spans if span.samples]
@@ -77,7 +106,12 @@ class AttentionWorker:
             self.tokens += 1
 
 
-def _staged(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -> StagedExperts:
+def _experts(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -> Experts[Any]:
+    """The dispatcher, with what lies between the model's device and the links."""
+    if model.device.type == "cpu":
+        return dispatcher
+    if dispatcher.device == model.device:
+        return DirectExperts(dispatcher)
     config = model.config
     return StagedExperts(
         dispatcher, model.device, microbatches=microbatches, hidden=config.hidden_size,

@@ -162,8 +162,11 @@ def measure(num_sequences: int, num_workers: int, repeats: int, prompt_tokens: i
         prompts.append(_prompts(bench))
         ending.append(_ending(bench))
         gc.unfreeze()
-    medians = [round(statistics.median(times), 2) for times in (ending, prompts, undisturbed)]
-    return Point(num_sequences, num_workers, *medians, num_bytes)
+    return Point(num_sequences, num_workers, _median(ending), _median(prompts), _median(undisturbed), num_bytes)
+
+
+def _median(times_ms: Sequence[float]) -> float:
+    return round(statistics.median(times_ms), 2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -156,8 +156,9 @@ class Config(_Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where both pools compute. cuda: on GPUs, with torch's own kernels."""
 
-    transport: Literal["auto", "shm", "grpc"] = "auto"
-    """Between the pools. auto: each pair of workers by shared memory if they are on one host, else by gRPC."""
+    transport: Literal["auto", "shm", "grpc", "nccl", "cuda_ipc"] = "auto"
+    """Between the pools. auto: each pair of workers by shm if they are on one host, else by grpc; on GPUs, if the
+    extra `gpu` is installed, by cuda_ipc, else by nccl."""
 
     pools: PoolsConfig = PoolsConfig.model_validate({})
     cluster: LifeConfig = LifeConfig.model_validate({})
@@ -212,10 +213,22 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _reaches(self) -> Config:
-        if self.transport == "shm" and self.cluster.span == "hosts":
+        if self.transport in ("shm", "cuda_ipc") and self.cluster.span == "hosts":
             raise ValueError(
-                "transport 'shm' reaches one host only, accepted with cluster.span 'hosts': auto, grpc"
+                f"transport {self.transport!r} reaches one host only, accepted with cluster.span 'hosts': auto, "
+                "grpc, nccl"
             )
+        if self.transport in ("nccl", "cuda_ipc") and self.device != "cuda":
+            raise ValueError(
+                f"transport {self.transport!r} carries rows between GPUs, accepted with device {self.device!r}: "
+                "auto, shm, grpc"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _encodes_exactly(self) -> Config:
+        self.router.rows_sent(self.attention.numerics)
+        self.router.answers(self.attention.numerics)
         return self
 
     @model_validator(mode="after")

@@ -29,13 +29,17 @@ from cluster.events import (
     Left,
     Order,
     Register,
+    Role,
     Send,
+    SendTrace,
     StartWorker,
     StopAll,
     Tick,
     WatchWorker,
 )
 from cluster.overview import overview
+from cluster.traces import SECONDS_MAX, Traces
+from router.membership import Traced
 from router.placement import Member as MemberId  # the RPC is named Member
 
 log = logging.getLogger(__name__)
@@ -44,6 +48,7 @@ _INBOX_MAX = 4096
 _OUTBOX_MAX = 256
 _MESSAGE_BYTES_MAX = 64 << 20
 _STOP_GRACE_S = 1.0
+_TRACE_WAIT_S = 10.0
 
 
 class WorkerDriver(Protocol):
@@ -90,6 +95,7 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._pump: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._traces = Traces(self._send_trace, controller.term)
         self._server = grpc.aio.server(
             interceptors=[TokenInterceptor(token)],
             options=[
@@ -140,6 +146,23 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
     ) -> control_pb2.PlacementReply:
         return wire.encode_placement(self._controller.epochs.published)
 
+    async def Trace(
+        self, request: control_pb2.TraceRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> control_pb2.TraceReply:
+        if not 0 < request.seconds <= SECONDS_MAX:
+            accepted = f"seconds: {request.seconds:g}; accepted: above 0, at most {SECONDS_MAX:g}"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, accepted)
+        workers = [worker.member for worker in self._controller.roster.live(Role.ATTENTION)]
+        left_s = context.time_remaining() or 2 * _TRACE_WAIT_S
+        try:
+            came, silent = await self._traces.ask(workers, request.seconds, min(_TRACE_WAIT_S, left_s / 2))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "others ask for a trace; accepted: later")
+        return control_pb2.TraceReply(traces=[trace for trace in came.values() if trace], silent=silent)
+
+    def _send_trace(self, member: MemberId, body: SendTrace) -> None:
+        self._send(member, Order(self._controller.term, self._controller.shape.fingerprint, body))
+
     async def Member(
         self, requests: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
@@ -189,7 +212,10 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
             report = wire.decode_report(message)
             if report.sender != member:
                 raise wire.Malformed(f"sender: {report.sender}; accepted: {member}, who registered")
-            await self._inbox.put(report)
+            if isinstance(report.body, Traced):
+                self._traces.answered(member, report.body)
+            else:
+                await self._inbox.put(report)
 
     async def _write(self, context: grpc.aio.ServicerContext[Any, Any], stream: _Stream) -> None:
         while True:

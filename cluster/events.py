@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from router.membership import Adopted, Health, PeerLost, Prepared
+from router.membership import Adopted, Health, PeerLost, Prepared, Traced
 from router.placement import EpochId, Member, Placement
 
 
@@ -35,7 +35,7 @@ class Register:
     epoch: EpochId | None = None  # the placement it already uses, when the controller has restarted
 
 
-ReportBody = Register | Health | Prepared | Adopted | PeerLost
+ReportBody = Register | Health | Prepared | Adopted | PeerLost | Traced
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,16 @@ class Exit:
     reason: str
 
 
-OrderBody = Prepare | Publish | Retire | Members | Exit
+@dataclass(frozen=True)
+class SendTrace:
+    """Attention worker: report Traced, of the last `seconds`. Asked by the shell for a person: decides nothing."""
+
+    number: int
+    seconds: float
+    bytes_max: int
+
+
+OrderBody = Prepare | Publish | Retire | Members | Exit | SendTrace
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ closed.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import platform
@@ -14,12 +15,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from expertmesh.v1.control_pb2 import PlacementTable
+from expertmesh.v1.control_pb2 import PlacementTable, TraceReply
 
 from cluster import address
 from cluster.events import Exit, OrderBody, Register, Role
 from cluster.loop_thread import LoopThread
-from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status
+from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status, fetch_trace
 from cluster.spec import ClusterSpec
 from cluster.version import VERSION
 from cluster.watch import TurnWatch
@@ -96,7 +97,9 @@ class GatewayProcess:
         self._link = SchedulerLink(spec.scheduler_address, identity, spec.token, config, metrics)
         self._ledger = Ledger(self._link, config, metrics)
         self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
-        self._state = GatewayState(config, card, self._link, self._ledger, metrics, self._status, VERSION)
+        self._state = GatewayState(
+            config, card, self._link, self._ledger, metrics, self._status, self._trace, VERSION
+        )
         self._link.token_address = await self._tokens.start()
         if spec.config.grpc_port:
             admin = AdminService(self._state, self._placement)
@@ -113,6 +116,9 @@ class GatewayProcess:
 
     async def _placement(self) -> PlacementTable | None:
         return await self._ask(fetch_placement)
+
+    async def _trace(self, seconds: float) -> TraceReply:
+        return await self._ask(functools.partial(fetch_trace, seconds=seconds))
 
     async def _ask(self, fetch: Callable[[str, str, float], Awaitable[Answer]]) -> Answer:
         config, spec = self._spec.config.gateway, self._spec

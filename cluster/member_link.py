@@ -23,7 +23,7 @@ from expertmesh.v1 import control_pb2, control_pb2_grpc
 from cluster import wire
 from cluster.auth import auth_metadata
 from cluster.events import OrderBody, Register, Report, ReportBody
-from router.membership import Adopted, Health, PeerLost, Prepared
+from router.membership import Adopted, Health, PeerLost, Prepared, Traced
 from router.placement import Member
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class MemberLink:
     def start(self) -> None:
         self._thread.start()
 
-    def report(self, body: Prepared | Adopted | PeerLost | None = None) -> None:
+    def report(self, body: Prepared | Adopted | PeerLost | Traced | None = None) -> None:
         """Say this, and how we are, without waiting for the next heartbeat. From any thread.
 
         Kept while there is no stream; with too many waiting the oldest is dropped and counted: the controller
@@ -187,6 +187,14 @@ async def fetch_placement(address: str, token: str, timeout_s: float) -> control
         call = stub.Placement(control_pb2.PlacementRequest(), metadata=auth_metadata(token), timeout=timeout_s)
         reply: control_pb2.PlacementReply = await call
         return reply.table if reply.HasField("table") else None
+
+
+async def fetch_trace(address: str, token: str, timeout_s: float, seconds: float) -> control_pb2.TraceReply:
+    """The attention workers' step traces of the last `seconds`. Raises ControllerUnreachable."""
+    async with _controller(address) as stub:
+        request = control_pb2.TraceRequest(seconds=seconds)
+        reply: control_pb2.TraceReply = await stub.Trace(request, metadata=auth_metadata(token), timeout=timeout_s)
+        return reply
 
 
 @asynccontextmanager

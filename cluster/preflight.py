@@ -24,6 +24,7 @@ from model.errors import ModelError
 from model.linear import Keep
 from model.memory import available_bytes, bytes_in_memory
 from router.config import link_bytes_needed
+from router.transport.cuda import GPU_KINDS, why_no_cupy
 
 _PROCESS_BYTES = 320 << 20
 """What a process takes before it holds anything: Python, torch and Ray (measured: 300 to 340 MB)."""
@@ -65,6 +66,8 @@ def check(config: Config) -> tuple[Config, CheckpointFacts]:
 
 def _check_device(config: Config) -> None:
     device.require(config.device)
+    if config.transport in GPU_KINDS and (missing := why_no_cupy()):
+        raise PreflightError(f"transport (--transport): {config.transport!r}, but {missing}")
     if config.device == "cuda" and (shortage := config.pools.gpu_shortage(torch.cuda.device_count())):
         raise PreflightError(shortage)
 

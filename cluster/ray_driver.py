@@ -45,9 +45,16 @@ def namespace(cluster_name: str) -> str:
     return f"expertmesh-{cluster_name}"
 
 
-_GPU_ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_GPU_ENVIRONMENT = {
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
 """Both before the process asks for its GPU: no TF32 whatever the host says, and a workspace of one size, on which
 cuBLAS's choice of kernel depends."""
+
+_NCCL_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
+"""Where rows may travel by nccl: a hardware queue for each stream of a link, and no kernel whose first use waits
+for kernels that wait for a peer (decision 11)."""
 
 
 def node_ip() -> str:
@@ -331,7 +338,9 @@ def _gpu_options(config: Config) -> dict[str, Any]:
     who asks for no environment of its own."""
     if config.device == "cpu":
         return {}
-    return {"num_gpus": config.pools.gpus_per_worker, "runtime_env": {"env_vars": _GPU_ENVIRONMENT}}
+    may_use_nccl = config.transport == "nccl" or (config.transport == "auto" and config.cluster.span == "hosts")
+    environment = _GPU_ENVIRONMENT | (_NCCL_ENVIRONMENT if may_use_nccl else {})
+    return {"num_gpus": config.pools.gpus_per_worker, "runtime_env": {"env_vars": environment}}
 
 
 def _pool_resources(role: Role) -> dict[str, float]:

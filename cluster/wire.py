@@ -22,9 +22,10 @@ from cluster.events import (
     ReportBody,
     Retire,
     Role,
+    SendTrace,
 )
 from router.errors import PlacementError
-from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced
 from router.placement import EpochId, Member, Placement
 from router.wire import incarnation_to_pb, member_from_pb, placement_from_pb, placement_to_pb
 
@@ -65,6 +66,8 @@ def encode_report(report: Report) -> control_pb2.MemberReport:
             message.adopted.epoch.CopyFrom(_epoch(epoch))
         case PeerLost(member):
             message.peer_lost.CopyFrom(incarnation_to_pb(member))
+        case Traced(number, trace):
+            message.trace.CopyFrom(control_pb2.TraceReport(number=number, trace=trace))
     return message
 
 
@@ -84,8 +87,11 @@ def _report_body(message: control_pb2.MemberReport) -> ReportBody:
             return Adopted(_epoch_id(message.adopted.epoch))
         case "peer_lost":
             return PeerLost(_member(message.peer_lost))
+        case "trace":
+            return Traced(message.trace.number, message.trace.trace)
         case other:
-            raise Malformed(f"report: body {other}; accepted: register, heartbeat, prepared, adopted, peer_lost")
+            accepted = "register, heartbeat, prepared, adopted, peer_lost, trace"
+            raise Malformed(f"report: body {other}; accepted: {accepted}")
 
 
 def encode_order(order: Order) -> control_pb2.MemberOrder:
@@ -103,6 +109,9 @@ def encode_order(order: Order) -> control_pb2.MemberOrder:
         case Exit(reason):
             message.exit.reason = reason
             message.exit.SetInParent()
+        case SendTrace(number, seconds, bytes_max):
+            wanted = control_pb2.SendTrace(number=number, seconds=seconds, bytes_max=bytes_max)
+            message.send_trace.CopyFrom(wanted)
     return message
 
 
@@ -123,8 +132,11 @@ def _order_body(message: control_pb2.MemberOrder) -> OrderBody:
             return Members(tuple(map(_member, members.attention)), members.pid, members.node)
         case "exit":
             return Exit(message.exit.reason)
+        case "send_trace":
+            wanted = message.send_trace
+            return SendTrace(wanted.number, wanted.seconds, wanted.bytes_max)
         case other:
-            raise Malformed(f"order: body {other}; accepted: prepare, publish, retire, members, exit")
+            raise Malformed(f"order: body {other}; accepted: prepare, publish, retire, members, exit, send_trace")
 
 
 def encode_status(document: dict[str, Any]) -> control_pb2.StatusReply:

@@ -18,12 +18,12 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Protocol
 
-from cluster.events import Exit, OrderBody, Prepare, Publish, Register, Retire, Role
+from cluster.events import Exit, OrderBody, Prepare, Publish, Register, Retire, Role, SendTrace
 from cluster.member_link import MemberLink
 from cluster.spec import ClusterSpec
 from cluster.watch import TurnWatch
 from model import device
-from router.membership import Adopted, Failed, Health, HealthState, MemberEvent, Prepared
+from router.membership import Adopted, Failed, Health, HealthState, MemberEvent, Prepared, Traced
 from router.placement import EpochId, Member
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,11 @@ def _attention(
         config.model_path, member, spec.token, config.attention, config.router, config.transport,
         config.device, config.pools.gpus_per_worker, spec.scheduler_address, on_event,
     )  # fmt: skip
-    handlers: Handlers = {Publish: lambda order: service.publish(order.placement)}
+
+    def send_trace(order: SendTrace) -> None:
+        on_event(Traced(order.number, service.trace(order.seconds, order.bytes_max)))
+
+    handlers: Handlers = {Publish: lambda order: service.publish(order.placement), SendTrace: send_trace}
     return service, handlers, lambda: ""
 
 

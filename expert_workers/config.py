@@ -20,8 +20,16 @@ class ExpertConfig(BaseModel):
     """How FP8 weights are held. fp8: as stored, half of bfloat16's memory and slower; the answers are the same.
     auto: dequantised if that fits into memory."""
 
-    threads: int = Field(1, ge=1, le=256)
+    threads: int = Field(default=1, ge=1, le=256)
     """Compute threads. One per worker and more workers beats more threads on small machines."""
 
-    batch_rows_max: int = Field(4096, ge=1)
+    batch_rows_max: int = Field(default=4096, ge=1)
     """Routes joined into one computation of a layer."""
+
+    batch_parcels_max: int = Field(default=64, ge=1)
+    """Parcels in hand at most, waiting to be joined. What more there is waits in its sender's link."""
+
+    join_wait_s: float = Field(default=0.002, ge=0, le=0.1)
+    """How long at most a parcel is held for another attention worker that is expected to ask for the same layer;
+    0: only what waits already is joined. Longer joins more, and lets a fast attention worker wait for a slow one
+    at each layer. On two busy cores it is hard to tell from 0 (docs/architecture.md)."""

@@ -27,6 +27,7 @@ from router.errors import RouterError
 from router.membership import Failed, Health, HealthState, MemberEvent, Prepared
 from router.placement import EpochId, Member, Placement
 from router.transport.base import ExpertEnd, LinkIdentity
+from router.transport.cuda import gpu_for
 from router.transport.select import expert_end
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ class ExpertService:
             "slots_used": float(residency.num_slots_used),
             "rows_total": float(worker.rows),
             "batches_total": float(worker.batches),
+            "parcels_total": float(worker.parcels),
+            "join_wait_seconds_total": worker.held_s,
             "parcels_refused_total": float(worker.refused),
         }
         return Health(
@@ -112,7 +115,7 @@ class ExpertService:
 
     def turns(self) -> dict[str, int]:
         """What grows while the thread that answers turns."""
-        return {"compute": self._turns + (self._worker.experts if self._worker is not None else 0)}
+        return {"compute": self._turns + (self._worker.products if self._worker is not None else 0)}
 
     def stop(self, grace_s: float) -> None:
         """End after the batch in hand. Threads and descriptors are gone when this returns."""
@@ -132,10 +135,15 @@ class ExpertService:
         model = checkpoint.config
         dtype = getattr(torch, model.dtype if self._config.dtype == "auto" else self._config.dtype)
         self._residency = Residency(checkpoint, self.member, dtype, self._config.numerics, self._device)
-        identity = LinkIdentity(self.member, checkpoint.fingerprint, self._token, model.hidden_size, dtype)
+        numerics = self._config.numerics
+        rows, replies = self._router.rows_sent(numerics), self._router.answers(numerics)
+        identity = LinkIdentity(
+            self.member, checkpoint.fingerprint, self._token, model.hidden_size, dtype, rows, replies
+        )
         router = self._router.fitted(model.experts_per_token, model.hidden_size, dtype.itemsize)
-        self._end = expert_end(self._transport, identity, router, host=self._host)
-        self._worker = ExpertWorker(self._residency, self._end, self._config.batch_rows_max)
+        gpu = gpu_for(self._transport, self._device)
+        self._end = expert_end(self._transport, identity, router, host=self._host, gpu=gpu)
+        self._worker = ExpertWorker(self._residency, self._end, self._config, rows)
         self._state, self._detail = HealthState.LOADING, "waiting for a placement"
 
     # --- loader thread -----------------------------------------------------------------------

@@ -121,7 +121,11 @@ def _logprobs(piece: Piece) -> list[inference_pb2.TokenLogprobs]:
 
 
 def usage(counts: Usage) -> inference_pb2.Usage:
-    return inference_pb2.Usage(prompt_tokens=counts.prompt_tokens, completion_tokens=counts.completion_tokens)
+    return inference_pb2.Usage(
+        prompt_tokens=counts.prompt_tokens,
+        completion_tokens=counts.completion_tokens,
+        cached_tokens=counts.cached_tokens,
+    )
 
 
 def model(card: ModelCard, model_len_max: int) -> inference_pb2.Model:

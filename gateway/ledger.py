@@ -260,4 +260,5 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         request.tenant,
         resume,
         request.min_tokens,
+        request.cache_salt,
     )

@@ -44,6 +44,7 @@ class Submission:
     tenant: str = ""
     resume: bool = False  # further attempts, or a claim after a gap: never refused for load
     min_tokens: int = 0
+    cache_salt: str = ""
 
 
 class Receiver(Protocol):

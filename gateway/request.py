@@ -49,6 +49,7 @@ class GenerateRequest:
     priority: int = 0  # lower runs earlier
     tenant: str = ""  # whose share of the cluster serves it
     min_tokens: int = 0  # generated tokens before which neither a stop token nor a stop string ends a sequence
+    cache_salt: str = ""  # cached prefixes are shared among requests of one salt
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class TokenDelta:
 
     `logprobs` and `top_logprobs` have one entry per token where asked for, else none; a `top_logprobs`
     entry is (token, logprob) pairs, likeliest first. `finish` belongs to the last token, or to none when
-    a resumed sequence turns out to be over.
+    a resumed sequence turns out to be over. `num_cached`: with position 0, prompt tokens that were not computed.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class TokenDelta:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish: FinishReason | None = None
     detail: str = ""
+    num_cached: int = 0
 
     def since(self, position: int) -> TokenDelta:
         """The same without what lies before `position` (which is inside it, or at its end)."""
@@ -83,6 +85,7 @@ class TokenDelta:
             self.top_logprobs[skip:],
             self.finish,
             self.detail,
+            0 if skip else self.num_cached,
         )
 
 

@@ -43,6 +43,7 @@ class Running:
         self._generation = generation
         self._meter = meter
         self._marked = marked
+        self._cached: dict[str, int] = {}  # by request: the fewest of its choices' tokens
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Text and tokens as they come; a stop string ends its choice at the worker, too."""
@@ -51,6 +52,7 @@ class Running:
             if choice not in texts:
                 request = self._call.request_of(choice)
                 texts[choice] = ChoiceText(choice, request, card.tokens, card.eos, self._marked)
+                self._count_cached(request.request_id, delta.num_cached)
             piece = texts[choice].take(delta)
             if piece.finish is not None and delta.finish is None:
                 self._generation.finish(choice, delta.position + len(piece.tokens) - 1)
@@ -65,6 +67,11 @@ class Running:
         async for piece in self.pieces():
             choices.setdefault(piece.choice, []).append(piece)
         return [joined(choices[choice]) for choice in sorted(choices)]
+
+    def _count_cached(self, request_id: str, num_cached: int) -> None:
+        """A choice's first tokens are here. Its siblings have the same prompt, which is billed once."""
+        self._cached[request_id] = min(num_cached, self._cached.get(request_id, num_cached))
+        self.usage.cached_tokens = sum(self._cached.values())
 
     def close(self) -> None:
         """Idempotent."""

@@ -24,6 +24,7 @@ from gateway.errors import BadRequest, NotFound, NotReady, Refusal
 from gateway.keys import Keeper
 from gateway.prompts import unknown_model
 from gateway.state import GatewayState
+from gateway.traces import trace_document, trace_seconds
 from gateway.validate import Validator
 
 _log = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
     @app.get("/v1/admin/status")
     async def status() -> Response:
         return JSONResponse(await state.asked(state.status()))
+
+    @app.get("/v1/admin/trace")
+    async def trace(request: Request) -> Response:
+        seconds = trace_seconds(request.query_params)
+        return JSONResponse(trace_document(await state.asked(state.trace(seconds))))
 
 
 class FrontDoor:

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from expertmesh.v1.control_pb2 import TraceReply
+
 from gateway.config import GatewayConfig
 from gateway.errors import NotReady
 from gateway.intake import Intake
@@ -20,7 +22,8 @@ Answer = TypeVar("Answer")
 
 @dataclass
 class GatewayState:
-    """`status` brings the cluster's status document, or raises a Refusal. Draining: no new calls."""
+    """`status` brings the cluster's status document, or raises a Refusal; `trace` the step traces of
+    the last so many seconds. Draining: no new calls."""
 
     config: GatewayConfig
     card: ModelCard
@@ -28,6 +31,7 @@ class GatewayState:
     ledger: Ledger
     metrics: GatewayMetrics
     status: Callable[[], Awaitable[dict[str, Any]]]
+    trace: Callable[[float], Awaitable[TraceReply]]
     version: str
     is_draining: bool = False
     intake: Intake = field(init=False)

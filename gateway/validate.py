@@ -145,6 +145,7 @@ class Validator:
                 priority=body.priority or 0,
                 tenant=body.user or "",
                 min_tokens=self._min_tokens(body, limit, stop_token_ids),
+                cache_salt=body.cache_salt or "",
             )
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         )

@@ -61,6 +61,7 @@ def submit(submission: Submission, bytes_max: int) -> schedule_pb2.Submit:
             max_tokens=submission.max_tokens,
             num_logprobs=submission.num_logprobs,
             min_tokens=submission.min_tokens,
+            cache_salt=submission.cache_salt,
         ),
         siblings=[
             schedule_pb2.Sibling(index=s.index, attempt=s.attempt, seed=s.seed, accepted=s.accepted)
@@ -135,6 +136,7 @@ def delta(message: step_pb2.TokenDelta) -> TokenDelta:
         top,
         _FINISH[message.finish],
         message.detail,
+        message.num_cached,
     )
 
 

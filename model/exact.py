@@ -273,6 +273,19 @@ class Linear:
         pieces = [self._rung(slab, weight, self.ladder) for slab in slabs]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(self.dtype)
 
+    def rows_of(self, x: Tensor, first: int, count: int) -> Tensor:
+        """As of x[first : first + count]. x [n, I] has ROWS_MAX rows more than any count asks for.
+
+        The rows behind fill the rung instead of zeros: a row's bits do not depend on who is beside it, so nothing
+        need be copied to be padded.
+        """
+        ladder = self.ladder
+        m = count if ladder is None or count > ladder[-1] else padded(count, ladder)
+        rows = x[first : first + m]
+        if ladder is None or count > ladder[-1] or rows.data_ptr() % 64:
+            return self(rows[:count])
+        return self._product(rows.to(self.compute_dtype), self._operand())[:count].to(self.dtype)
+
     def _rung(self, x: Tensor, weight: Tensor, ladder: tuple[int, ...]) -> Tensor:
         n = len(x)
         if n == 0:

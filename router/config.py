@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from router.rows import Replies, RowsSent
 
 FRAME_OVERHEAD_BYTES = 256  # a frame's header, padding and alignment never cost more
 PAGE_BYTES = 4096
@@ -47,11 +51,27 @@ class RouterConfig:
     peers_max: int = 64
     """Most attention workers linked, and as many greeting, at one expert worker."""
 
+    dispatch_rows: Literal["auto", "plain", "fp8"] = "auto"
+    """How rows go to the experts. fp8: codes with a scale for each 128, half of bfloat16's bytes; not in exact
+    numerics. auto: plain, which coding on a CPU never beat."""
+
+    replies: Literal["auto", "rows", "sums"] = "auto"
+    """What experts send back: a row for each route, or for each row of the parcel its weighted sum; those not in
+    exact numerics. auto: sums where numerics are fast."""
+
+    gpu_pairs_max: int = 15
+    """Most pairs whose rows go from GPU to GPU, at one worker. Each costs memory: by cuda_ipc a ring of
+    `link_bytes_max`, by nccl two communicators. More than 15 pairs of nccl would have more streams than a GPU has
+    hardware queues, and could wait for one another for ever (decision 11)."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("replans_max", "overload_pause_s") else 1e-3
-            if value < least:
+            if isinstance(value, str):
+                continue
+            may_be_zero = field.name in ("replans_max", "overload_pause_s")
+            least = 0 if may_be_zero else 1 if isinstance(value, int) else 1e-3
+            if not least <= value < math.inf:
                 raise ValueError(f"{field.name}: {value}; must be at least {least:g}")
         if self.combine_total_s < self.combine_timeout_s:
             raise ValueError(
@@ -67,6 +87,24 @@ class RouterConfig:
             self.rows_max, experts_per_row, hidden, element_bytes, self.parcels_in_flight_max
         )
         return replace(self, link_bytes_max=max(self.link_bytes_max, needed))
+
+    def rows_sent(self, numerics: str) -> RowsSent:
+        """Raises ValueError where exactness forbids what is asked."""
+        if self.dispatch_rows == "fp8" and numerics == "exact":
+            raise ValueError(
+                "router.dispatch_rows: 'fp8' with numerics 'exact'; must be auto or plain, or numerics 'fast'"
+            )
+        return "plain" if self.dispatch_rows == "auto" else self.dispatch_rows
+
+    def answers(self, numerics: str) -> Replies:
+        """As above."""
+        if self.replies == "sums" and numerics == "exact":
+            raise ValueError(
+                "router.replies: 'sums' with numerics 'exact'; must be auto or rows, or numerics 'fast'"
+            )
+        if self.replies == "auto":
+            return "rows" if numerics == "exact" else "sums"
+        return self.replies
 
     @property
     def routes_max(self) -> int:

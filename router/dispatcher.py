@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +21,34 @@ from torch import Tensor
 from model.gate import Routes
 from router.config import RouterConfig
 from router.errors import ExpertsUnavailable, ParcelMalformed, PlacementError
-from router.merge import empty_ranks, merge, place
+from router.merge import add, empty_ranks, empty_sums, merge, place
 from router.placement import EpochId, Member, Placement
 from router.plan import DispatchPlan, plan
-from router.transport.base import AttentionEnd, Parcel, Peer, Prepared, Refusal, RefusalReason, Reply, Ticket
+from router.rows import Replies, RowsSent, pack
+from router.transport.base import (
+    AttentionEnd,
+    Parcel,
+    Peer,
+    Prepared,
+    Refusal,
+    RefusalReason,
+    Reply,
+    Spent,
+    Ticket,
+)
 
 _LOSSES = frozenset({RefusalReason.PEER_LOST, RefusalReason.DEADLINE})
 _NOT_HERE = frozenset({RefusalReason.STALE_EPOCH, RefusalReason.NOT_RESIDENT, RefusalReason.WRONG_INCARNATION})
 _Failure = tuple[Parcel, Tensor, Refusal]  # with the positions of its routes
+
+
+class Heard(NamedTuple):
+    """One reply, for the step trace. Times by `time.perf_counter_ns`; of the peer's, spans alone are known."""
+
+    peer: Member
+    sent_ns: int
+    heard_ns: int  # when it was found: not before its ticket was waited for
+    spent: Spent
 
 
 @dataclass(frozen=True)
@@ -40,17 +61,26 @@ class Pending:
     plan: DispatchPlan
     ticket: Ticket | None  # None: there were no routes
     avoided: frozenset[Member]  # who refused these rows, though alive
+    sent_ns: int  # by `time.perf_counter_ns`
 
 
 class Dispatcher:
     def __init__(
-        self, end: AttentionEnd, sender: Member, config: RouterConfig, on_lost: Callable[[Member], None]
+        self,
+        end: AttentionEnd,
+        sender: Member,
+        config: RouterConfig,
+        on_lost: Callable[[Member], None],
+        rows: RowsSent = "plain",
+        replies: Replies = "rows",
     ) -> None:
-        """`on_lost` is called once for each expert worker found lost, within any method below."""
+        """`on_lost` is called once for each expert worker found lost, within any method below.
+        `rows`, `replies`: as the end's links carry them."""
         self._end = end
         self._sender = sender
         self._config = config
         self._on_lost = on_lost
+        self._rows, self._replies = rows, replies
         self._placement: Placement | None = None
         self._lost: frozenset[Member] = frozenset()
         self._newest: EpochId | None = None  # prepared
@@ -58,6 +88,8 @@ class Dispatcher:
         self._adopting = threading.Lock()  # of the field above, and of what the end knows of its peers
         self._tickets = 0
         self.waits = 0  # for replies, ended one way or the other; grows while a step does
+        self.waited_ns = 0  # for replies, in the last combine
+        self.heard: list[Heard] = []  # its replies
         self._counts: Counter[str] = Counter()
 
     @property
@@ -65,6 +97,11 @@ class Dispatcher:
         if self._placement is None:
             raise PlacementError("placement: none adopted yet")
         return self._placement
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows lie that links carry, and their sum."""
+        return self._end.device
 
     @property
     def rows_max(self) -> int:
@@ -118,7 +155,8 @@ class Dispatcher:
         return placement.epoch
 
     def dispatch(self, layer: int, rows: Tensor, routes: Routes) -> Pending:
-        """rows [T, H] of the link's dtype, unchanged until combined. Does not wait.
+        """rows [T, H] of the link's dtype, on `device`, unchanged until combined; routes: expert ids on the host.
+        Does not wait.
 
         Raises ExpertsUnavailable, with nothing sent.
         """
@@ -135,13 +173,18 @@ class Dispatcher:
         `combine_timeout_s`, `combine_total_s` at most. Raises
         ExpertsUnavailable or ParcelMalformed; then nothing of the pending is in flight.
         """
-        weights = pending.routes.weights  # [T, K]
+        self.waited_ns, self.heard = 0, []
+        weights = pending.routes.weights.to(pending.rows.device)  # [T, K]
         num_tokens, num_ranks = weights.shape
-        ranks = empty_ranks(num_tokens, num_ranks, pending.rows.shape[1])
+        hidden, device = pending.rows.shape[1], pending.rows.device
+        sums = self._replies == "sums"
+        into = (
+            empty_sums(num_tokens, hidden, device) if sums else empty_ranks(num_tokens, num_ranks, hidden, device)
+        )
         for attempt in range(self._config.replans_max + 1):
-            failed = self._gather(pending, ranks)
+            failed = self._gather(pending, into)
             if not failed:
-                return merge(ranks, weights)
+                return into if sums else merge(into, weights)
             if attempt < self._config.replans_max:
                 pending = self._send_again(pending, failed, attempt)
         experts = frozenset(torch.cat([parcel.route_experts for parcel, _, _ in failed]).tolist())
@@ -176,6 +219,8 @@ class Dispatcher:
             raise ExpertsUnavailable(layer, planned.missing, "no live worker holds them")
         parcels = []
         self._tickets += 1
+        sent = rows if self._rows == "plain" else pack(rows)
+        weights = routes.weights.cpu().t().reshape(-1) if self._replies == "sums" else None  # [K * T]
         for parcel in planned.parcels:
             every = len(parcel.tokens) == len(rows)
             parcels.append(
@@ -185,27 +230,35 @@ class Dispatcher:
                     epoch=self.epoch,
                     ticket=self._tickets,
                     layer=layer,
-                    rows=rows if every else rows.index_select(0, parcel.tokens),
+                    rows=sent if every else sent.index_select(0, parcel.tokens.to(rows.device)),
                     route_rows=parcel.route_rows,
                     route_experts=parcel.route_experts,
+                    route_weights=None if weights is None else weights[parcel.positions],
                 )
             )
             self._counts["rows"] += len(parcel.tokens)
             self._counts["routes"] += len(parcel.positions)
         self._counts["parcels"] += len(parcels)
+        sent_ns = time.perf_counter_ns()
         ticket = self._end.dispatch(parcels) if parcels else None
-        return Pending(layer, rows, routes, planned, ticket, avoided)
+        return Pending(layer, rows, routes, planned, ticket, avoided, sent_ns)
 
-    def _gather(self, pending: Pending, ranks: Tensor) -> list[_Failure]:
+    def _gather(self, pending: Pending, into: Tensor) -> list[_Failure]:
         """Place the replies of one ticket, release it, and say what must be planned again."""
         if pending.ticket is None:
             return []
         failed: list[_Failure] = []
+        began_ns = time.perf_counter_ns()
         outcomes = self._end.combine(pending.ticket, self._config.combine_timeout_s)
+        self.waited_ns += time.perf_counter_ns() - began_ns
         self.waits += 1
         for parcel, planned, outcome in zip(pending.ticket.parcels, pending.plan.parcels, outcomes, strict=True):
             if isinstance(outcome, Reply):
-                place(ranks, planned.positions, outcome.rows)
+                if self._replies == "sums":
+                    add(into, planned.tokens, outcome.rows)
+                else:
+                    place(into, planned.positions, outcome.rows)
+                self.heard.append(Heard(parcel.to, pending.sent_ns, outcome.heard_ns, outcome.spent))
             else:
                 self._counts[f"refused_{outcome.reason.name.lower()}"] += 1
                 failed.append((parcel, planned.positions, outcome))

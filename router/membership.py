@@ -65,4 +65,12 @@ class Failed:
     detail: str
 
 
-MemberEvent = Prepared | Adopted | PeerLost | Failed
+@dataclass(frozen=True)
+class Traced:
+    """Attention worker: what its step trace holds, as it was ordered to say."""
+
+    number: int  # of the order
+    trace: bytes
+
+
+MemberEvent = Prepared | Adopted | PeerLost | Traced | Failed

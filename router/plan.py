@@ -60,49 +60,88 @@ def plan(
     if experts.size == 0:
         return DispatchPlan((), frozenset())
     destination, missing = _choose(experts, placement, layer, lost)
-    workers = destination[experts]  # [R]
-    parcels = []
-    for worker in np.flatnonzero(np.bincount(workers[workers >= 0])):
-        chosen = workers == worker
-        parcels.append(_parcel(int(worker), places[chosen], experts[chosen], len(expert_ids)))
-    return DispatchPlan(tuple(parcels), missing)
+    return DispatchPlan(_parcels(destination, places, experts, len(expert_ids)), missing)
 
 
 def _choose(
     experts: Indices, placement: Placement, layer: int, lost: frozenset[Member]
 ) -> tuple[Indices, frozenset[int]]:
-    """The worker of each activated expert, [E], -1 where there is none; and those experts."""
+    """The worker of each expert, [E], -1 where there is none; and the activated ones without.
+
+    Of experts with one live holder all are given theirs first; then each of the others, in ascending order, the
+    holder with the fewest so far, the first of equals.
+    """
     counts = np.bincount(experts, minlength=placement.num_experts)
     if counts.size != placement.num_experts:
         raise ValueError(f"expert_ids: {counts.size - 1}; must be below {placement.num_experts}")
-    activated = np.flatnonzero(counts)
-    holders = placement.holder_table[layer, activated]  # [activated, most replicas], -1: no more
+    holders = placement.holder_table[layer]  # [E, most replicas], -1: no more
     if lost:
-        alive = np.array([worker.member not in lost for worker in placement.workers] + [False])
-        holders = np.where(alive[holders], holders, -1)
-    num_live = np.count_nonzero(holders >= 0, axis=1)
-    destination = np.full(placement.num_experts, -1, dtype=np.int64)
+        holders = _live_first(holders, placement, lost)
+    destination = holders[:, 0]
+    activated = np.flatnonzero(counts)
+    missing = activated[destination[activated] < 0]
+    if holders.shape[1] > 1:
+        has_choice = holders[activated, 1] >= 0
+        several, pinned = activated[has_choice], activated[~has_choice]
+        load = np.bincount(destination[pinned] + 1, minlength=len(placement.workers) + 1)[1:].tolist()
+        destination = destination.copy()
+        destination[several] = _lightest(holders[several].tolist(), load)
+    return destination, frozenset(missing.tolist())
 
-    pinned = num_live == 1
-    destination[activated[pinned]] = holders[pinned].max(axis=1)
-    load = np.bincount(holders[pinned].max(axis=1), minlength=len(placement.workers)).tolist()
-    several = num_live > 1
-    for expert, choices in zip(activated[several].tolist(), holders[several].tolist(), strict=True):
-        lightest = min((load[worker], worker) for worker in choices if worker >= 0)[1]
+
+def _live_first(holders: Indices, placement: Placement, lost: frozenset[Member]) -> Indices:
+    """[E, most replicas]: without those lost, the others in the order they had, then -1."""
+    gone = np.array([worker.member in lost for worker in placement.workers] + [True])[holders]  # -1: no holder
+    order = np.argsort(gone, axis=1, kind="stable")
+    return np.take_along_axis(np.where(gone, -1, holders), order, axis=1)
+
+
+def _lightest(choices: list[list[int]], load: list[int]) -> list[int]:
+    """Of each row the worker with the least `load`, which grows as they are chosen. -1: no choice."""
+    chosen = []
+    for workers in choices:
+        lightest = workers[0]
+        for worker in workers[1:]:
+            if worker >= 0 and load[worker] < load[lightest]:
+                lightest = worker
         load[lightest] += 1
-        destination[expert] = lightest
-    return destination, frozenset(activated[num_live == 0].tolist())
+        chosen.append(lightest)
+    return chosen
 
 
-def _parcel(worker: int, places: Indices, experts: Indices, num_tokens: int) -> PlannedParcel:
-    token_of = places % num_tokens  # [r]
-    present = np.zeros(num_tokens, dtype=np.bool_)
-    present[token_of] = True
-    row_of = np.cumsum(present, dtype=np.int32) - np.int32(1)  # [T], meaningful where present
-    return PlannedParcel(
-        worker=worker,
-        tokens=torch.from_numpy(np.flatnonzero(present)),
-        route_rows=torch.from_numpy(row_of[token_of]),
-        route_experts=torch.from_numpy(experts.astype(np.int32)),
-        positions=torch.from_numpy(places),
-    )
+def _parcels(
+    destination: Indices, places: Indices, experts: Indices, num_tokens: int
+) -> tuple[PlannedParcel, ...]:
+    """destination [E]; places and experts [R]. One sort for all parcels, whose parts are slices of it."""
+    workers = destination[experts]  # [R]
+    order = np.argsort(workers.astype(np.int16), kind="stable")  # of 16 bits numpy sorts by radix
+    counts = np.bincount(workers + 1)
+    order = order[counts[0] :]  # without those who have nobody
+    counts = counts[1:]
+    workers, places, experts = workers[order], places[order], experts[order].astype(np.int32)
+    token_of = places % num_tokens  # [R]
+    cells = workers * num_tokens + token_of
+    present = np.zeros(counts.size * num_tokens, dtype=np.bool_)
+    present[cells] = True
+    row_of = np.cumsum(present, dtype=np.int32)  # counted from 1, over all parcels
+    tokens = np.flatnonzero(present)
+    last_row = row_of[num_tokens - 1 :: num_tokens]  # [workers]
+    first_row = np.concatenate((np.zeros(1, np.int32), last_row[:-1]))
+    route_rows = row_of[cells] - np.int32(1) - first_row[workers]
+    tokens %= num_tokens
+    ends = np.cumsum(counts).tolist()
+    parcels = []
+    route, row = 0, 0
+    for worker, (route_end, row_end) in enumerate(zip(ends, last_row.tolist(), strict=True)):
+        if route_end > route:
+            parcels.append(
+                PlannedParcel(
+                    worker,
+                    torch.from_numpy(tokens[row:row_end]),
+                    torch.from_numpy(route_rows[route:route_end]),
+                    torch.from_numpy(experts[route:route_end]),
+                    torch.from_numpy(places[route:route_end]),
+                )
+            )
+        route, row = route_end, row_end
+    return tuple(parcels)

@@ -16,6 +16,10 @@ settings.register_profile("project", derandomize=True, deadline=None, max_exampl
 settings.load_profile("project")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--topologies", type=int, default=50, help="of the grand exactness test")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A test that is a coroutine runs on the process's one loop."""

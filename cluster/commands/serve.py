@@ -18,7 +18,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "--attention-workers": (("pools.attention_workers",), "N", "default 1"),
     "--expert-workers": (("pools.expert_workers",), "M", "default 2"),
     "--replicas": (("pools.replicas",), "R", "expert workers that hold each expert; default 1"),
-    "--transport": (("transport",), "KIND", "between the pools: auto (default), shm or grpc"),
+    "--transport": (("transport",), "KIND", "between the pools: auto (default), shm, grpc, nccl or cuda_ipc"),
     "--device": (("device",), "KIND", "cpu (default) or cuda, one GPU for each worker"),
     "--dtype": (("attention.dtype", "expert.dtype"), "KIND", "auto, float32 or bfloat16"),
     "--weights": (
@@ -30,6 +30,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "exact: same tokens wherever they run (default); fast may trade that away",
     ),
     "--threads": (("attention.threads", "expert.threads"), "N", "compute threads of each worker; default 1"),
+    "--microbatches": (("attention.microbatches",), "N", "slices of a step in flight: auto (default) or 1 to 4"),
     "--max-model-len": (("attention.model_len_max",), "TOKENS", "prompt and answer together"),
     "--kv-memory": (("attention.kv_bytes",), "SIZE", "of each attention worker, as 2GiB or 512MB"),
     "--host": (("host",), "HOST", "default 127.0.0.1"),
@@ -39,6 +40,9 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "--name": (("cluster.name",), "NAME", "tells clusters on one Ray apart"),
     "--ray-address": (("cluster.ray_address",), "ADDR", "a Ray to join (auto or host:port) instead of our own"),
 }  # fmt: skip
+
+
+_PREFIX_CACHE = "attention.prefix_cache"
 
 
 def add_to(commands: Any) -> None:
@@ -54,6 +58,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML; see --print-config for all settings")
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and end")
     parser.add_argument("--dashboard", action="store_true", help="Ray's dashboard and job server, on port 8265")
+    parser.add_argument(
+        "--prefix-cache", action=argparse.BooleanOptionalAction, dest=_PREFIX_CACHE,
+        help=f"keep keys and values of prompts that may come again (default) [{_PREFIX_CACHE}]",
+    )  # fmt: skip
     for flag, (names, metavar, explained) in _SETTINGS.items():
         shown = f"{explained} [{', '.join(names)}]"
         parser.add_argument(flag, dest=names[0], metavar=metavar, help=shown)
@@ -75,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _overrides(given: dict[str, Any]) -> dict[str, Any]:
     """Dotted name -> value of every flag that was given."""
     overrides: dict[str, Any] = {"cluster.dashboard": True} if given["dashboard"] else {}
+    if given[_PREFIX_CACHE] is not None:
+        overrides[_PREFIX_CACHE] = given[_PREFIX_CACHE]
     if key := os.environ.get(API_KEY_VARIABLE):
         overrides["gateway.api_key"] = key
     for flag, (names, _, _) in _SETTINGS.items():

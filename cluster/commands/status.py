@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -52,19 +53,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def fetch(url: str, api_key: str | None) -> dict[str, Any]:
-    """Raises Unreachable."""
+    """The status document. Raises Unreachable."""
+    return fetch_document(url, api_key, "/v1/admin/status", "workers")
+
+
+def fetch_document(url: str, api_key: str | None, path: str, key: str) -> dict[str, Any]:
+    """What the gateway at `url` has at `path`, a JSON object that has `key`. Raises Unreachable."""
     if not url.startswith(("http://", "https://")):
         raise Unreachable(f"--url: {url!r}; accepted: http://host:port")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/v1/admin/status", headers=headers)
     try:
+        request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             document = json.load(answer)
     except urllib.error.HTTPError as error:
         raise Unreachable(f"{url} answers {error.code}: {_message(error)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unreachable(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from None
-    if not isinstance(document, dict) or "workers" not in document:
+    if not isinstance(document, dict) or key not in document:
         raise Unreachable(f"{url} is not an ExpertMesh gateway")
     return document
 
@@ -97,6 +103,11 @@ def show(document: dict[str, Any], console: Console) -> None:
     for worker in document["workers"]:
         if "kv_blocks_total" in worker["gauges"]:
             console.print(f"{worker['id']}: keys and values {_kv(worker['gauges'])}", highlight=False)
+        if links := worker.get("links"):
+            told = ", ".join(f"{peer} {kind}" for peer, kind in sorted(links.items()))
+            console.print(f"{worker['id']}: links {told}", highlight=False)
+        if worker["gauges"].get("microbatches"):
+            console.print(f"{worker['id']}: {_waits(worker['gauges'])}", highlight=False)
     gauges = (document["scheduler"] or {}).get("gauges", {})
     told = ", ".join(f"{gauges[name]:g} {name}" for name in ("running", "waiting") if name in gauges)
     console.print(f"scheduler: {told or 'not there'}")
@@ -115,8 +126,17 @@ def _kv(gauges: dict[str, float]) -> str:
     spaces = {"": "", "sliding_": "in windows "} if "kv_sliding_blocks_total" in gauges else {"": ""}
     return ", ".join(
         f"{words}{gauges[f'kv_{space}blocks_free']:g} of {gauges[f'kv_{space}blocks_total']:g} blocks free, "
+        f"{gauges[f'kv_{space}blocks_cached']:g} cached, "
         f"{show_size(gauges[f'kv_{space}block_bytes'])} each"
         for space, words in spaces.items()
+    )
+
+
+def _waits(gauges: dict[str, float]) -> str:
+    """Of recent steps; `expertmesh trace` says more."""
+    return (
+        f"steps wait for experts {100 * gauges['exposed_wait_share']:.0f} % of their time (exchange "
+        f"{100 * gauges['exchange_share']:.0f} %), {gauges['microbatches']:g} microbatch(es) in the last one"
     )
 
 

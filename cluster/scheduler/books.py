@@ -100,8 +100,8 @@ class Books:
     def place(self, address_of: Callable[[Incarnation], str], plan_bytes_max: int) -> None:
         """From the queue to workers that have room. `address_of`: where a gateway takes its tokens."""
         placed = []
-        for entry, book in choose(self.queue, self.workers, plan_bytes_max):
-            book.start(entry, address_of(entry.gateway))
+        for entry, book, num_cached in choose(self.queue, self.workers, plan_bytes_max):
+            book.start(entry, address_of(entry.gateway), num_cached)
             self.requests[entry.submission.request_id].sequences[entry.sibling.index].worker = book.worker
             self.shares.charge(entry.submission.tenant, entry.cost)
             placed.append(entry)

@@ -43,6 +43,10 @@ class SchedulerConfig(BaseModel):
     chunk_tokens_max: int = Field(256, ge=1)
     """Rows of one prompt in one step. Smaller: steadier gaps between tokens, slower first token."""
 
+    prefix_hints_max: int = Field(32_768, ge=1)
+    """Cached blocks remembered of each worker, to place by; those longest unused are forgotten first. About 100
+    bytes each."""
+
     gateway_lease_s: float = Field(5.0, ge=0)
     """How long a gateway's requests outlive its link, and running sequences nobody has claimed."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 
@@ -86,6 +86,9 @@ class Submission:
     resume: bool  # a further attempt, or one said again to a scheduler that may not know it
     num_bytes: int  # encoded: no less than what starting any one sibling takes in a plan
     tenant: str = ""  # whose share of the cluster serves it
+    cache_salt: str = ""  # cached blocks are shared among those of one salt
+    hints: dict[int, list[int]] = field(default_factory=dict, compare=False, repr=False)
+    """By tokens of a block: what `prefixes.hints_of` made of the prompt, kept."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class WorkerLimits:
     sliding_blocks_total: int = 0
     sliding_window: int = 0
     """Tokens that a sliding layer sees, the current one included; 0 where no layer slides."""
+    prefix_cache: bool = False
+    """Whether it keeps blocks cached."""
 
     @property
     def tokens_max(self) -> int:
@@ -203,6 +208,8 @@ class WorkerReported:
     state: tuple[Running, ...] | None = None  # everything it runs
     sliding_blocks_free: int = 0
     paused: tuple[AttemptId, ...] = ()  # gave up their blocks since, the last in order first
+    kept: Sequence[int] = ()  # hints of blocks that have been cached since it last said so; of all, with `state`
+    evicted: Sequence[int] = ()  # and of those that are so no more
 
 
 @dataclass(frozen=True)

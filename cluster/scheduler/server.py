@@ -183,6 +183,8 @@ class SchedulerServer(schedule_pb2_grpc.SchedulerServiceServicer):
 
     async def _converse(self, requests: Requests, context: Context, link: Link, decode: Decode) -> End:
         """Until the peer ends it, or the link is dropped: returns why."""
+        # Apart from the first message: were that cancelled while it is written, no status could follow.
+        await context.send_initial_metadata(())
         reader = asyncio.create_task(self._read(requests, link, decode))
         writer = asyncio.create_task(self._write(context, link))
         watched: list[asyncio.Future[Any]] = [reader, writer, link.dropped]

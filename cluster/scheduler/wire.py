@@ -80,6 +80,8 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
         completions=_completions(message.completions),
         paused=tuple(map(_attempt, message.paused)),
         state=tuple(map(_running, message.state.running)) if message.HasField("state") else None,
+        kept=message.kept,
+        evicted=message.evicted,
     )
     if not message.HasField("hello"):
         return report
@@ -92,7 +94,7 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
     _check_range("sliding_blocks_free", report.sliding_blocks_free, 0, hello.sliding_blocks_total)
     limits = WorkerLimits(
         hello.block_tokens, hello.blocks_total, hello.sequences_max, hello.model_len_max,
-        hello.sliding_blocks_total, hello.sliding_window,
+        hello.sliding_blocks_total, hello.sliding_window, hello.prefix_cache,
     )  # fmt: skip
     return WorkerJoined(worker, message.fingerprint, limits, report)
 
@@ -186,6 +188,7 @@ def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: Scheduler
         resume=submit.resume,
         num_bytes=num_bytes,
         tenant=submit.tenant,
+        cache_salt=submit.spec.cache_salt,
     )
 
 

@@ -65,7 +65,9 @@ class WorkerSide:
             return
         for other in others:
             yield from self._lose(other, f"worker {other} was replaced by {worker}")
-        book = self._books.workers.get(worker) or WorkerBook(worker, self._config.chunk_tokens_max)
+        book = self._books.workers.get(worker) or WorkerBook(
+            worker, self._config.chunk_tokens_max, self._config.prefix_hints_max
+        )
         yield from self._endings(book, event.report, now_s)
         gone = book.link(event.limits, event.report, self._term)
         self._books.workers[worker] = book
@@ -140,14 +142,14 @@ class WorkerSide:
     def _endings(self, book: WorkerBook, report: WorkerReported, now_s: float) -> Iterator[Command]:
         num_finished = num_stopped = num_ignored = 0
         release, finish = book.release, self._books.finish
-        give_back = self._books.shares.give_back
+        unused: dict[str, int] = {}  # tokens that were charged, by tenant
         for attempt, reason, detail, num_tokens in report.completions:
             held = release(attempt)
             if held is None:
                 num_ignored += 1
                 continue
             if num_tokens < held.max_tokens:
-                give_back(held.tenant, held.max_tokens - num_tokens)
+                unused[held.tenant] = unused.get(held.tenant, 0) + held.max_tokens - num_tokens
             if held.stopping:
                 num_stopped += 1
             elif reason is FinishReason.CANCELLED or reason is FinishReason.FAILED:
@@ -155,6 +157,8 @@ class WorkerSide:
             else:
                 num_finished += 1
                 finish(attempt)
+        for tenant, num_unused in unused.items():
+            self._books.shares.give_back(tenant, num_unused)
         if report.completions:
             self._rate.add(len(report.completions), now_s)
             counts = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}

@@ -24,6 +24,7 @@ from cluster.scheduler.events import (
     WorkerLimits,
     WorkerReported,
 )
+from cluster.scheduler.prefixes import Prefixes, hints_of
 from cluster.scheduler.waiting import Waiting
 
 STOP_BYTES = 300  # of a plan, at most: request ids are limited to 256 bytes
@@ -37,6 +38,7 @@ class Held:
     """A sequence at a worker, or under way to it."""
 
     blocks_promised: Blocks  # NONE once its prompt is done: from then on the worker's own count has them
+    rows_ahead: int  # of its prompt, without what was expected to be cached; 0 once it is done
     since_plan: int
     tenant: str = ""  # who paid for it
     max_tokens: int = 0  # of its answer; 0: not known here
@@ -46,9 +48,11 @@ class Held:
 
 
 class WorkerBook:
-    def __init__(self, worker: Incarnation, chunk_tokens_max: int) -> None:
+    def __init__(self, worker: Incarnation, chunk_tokens_max: int, prefix_hints_max: int) -> None:
         self.worker = worker
-        self._chunk_tokens_max = chunk_tokens_max
+        self.chunk_tokens_max = chunk_tokens_max
+        self.prefixes = Prefixes(prefix_hints_max)
+        self.rows_ahead = 0  # of prompts given to it and not yet done
         self.held: dict[AttemptId, Held] = {}
         self.unlinked_s: float | None = None  # since when its link is gone
         self._promised = NONE  # over all held
@@ -120,11 +124,24 @@ class WorkerBook:
             and stops_bytes + self._starts_bytes + entry.submission.num_bytes <= plan_bytes_max
         )
 
-    def start(self, entry: Waiting, gateway_address: str) -> None:
+    def num_cached(self, entry: Waiting) -> int:
+        """Tokens of a prompt that it need not compute, as far as is known; never the last one."""
+        if not self.limits.prefix_cache or not len(self.prefixes):
+            return 0
+        matched = self.prefixes.matched(hints_of(entry.submission, self.limits.block_tokens))
+        return min(matched * self.limits.block_tokens, len(entry.submission.prompt) - 1)
+
+    def expect(self, entry: Waiting) -> None:
+        """Its prompt will be cached there: those that begin alike and come before it is may follow it."""
+        if self.limits.prefix_cache:
+            self.prefixes.expect(hints_of(entry.submission, self.limits.block_tokens))
+
+    def start(self, entry: Waiting, gateway_address: str, num_cached: int) -> None:
         """Give it this sequence with the next plan."""
         attempt, submission, sibling = entry.attempt, entry.submission, entry.sibling
         assert attempt not in self.held, f"{attempt} is already at {self.worker}"
-        held = self._hold(attempt, self._blocks_for(entry.num_tokens), self.sent + 1)
+        rows = entry.num_tokens - num_cached
+        held = self._hold(attempt, self._blocks_for(entry.num_tokens), self.sent + 1, rows)
         held.tenant, held.max_tokens = submission.tenant, submission.max_tokens
         held.num_accepted, held.tokens_total = len(sibling.accepted), entry.tokens_total
         self._starts_bytes += submission.num_bytes
@@ -144,7 +161,7 @@ class WorkerBook:
     def adopt(self, running: Running) -> None:
         """It runs this, and we did not know."""
         blocks = NONE if running.prompt_done else self._blocks_for(running.num_tokens)
-        self._hold(running.attempt, blocks, self.applied)
+        self._hold(running.attempt, blocks, self.applied, 0 if running.prompt_done else running.num_tokens)
 
     def stop(self, attempt: AttemptId) -> None:
         """Have it end this with the next plan."""
@@ -156,7 +173,7 @@ class WorkerBook:
         held = self.held.pop(attempt, None)
         if held is not None:
             if held.blocks_promised is not NONE:
-                self._promised = self._promised.minus(held.blocks_promised)
+                self._settle(held)
             if held.stopping:
                 self._stops.discard(attempt)
         return held
@@ -192,6 +209,7 @@ class WorkerBook:
             "sliding_blocks_total": self.limits.sliding_blocks_total,
             "sliding_blocks_free": self.blocks_free.sliding,
             "sliding_blocks_promised": self._promised.sliding,
+            "prefix_hints": len(self.prefixes),
             "plan": self.sent,
             "tokens": self.tokens,
             "refused_orders": self.refused_orders,
@@ -203,17 +221,25 @@ class WorkerBook:
         for held in self.held.values():
             promised = promised.plus(held.blocks_promised)
         assert promised == self._promised, f"{self.worker}: promised {self._promised}, held {promised}"
+        assert sum(held.rows_ahead for held in self.held.values()) == self.rows_ahead, f"{self.worker}: rows"
         assert self._stops <= self.held.keys(), f"{self.worker}: stops of nothing held"
         assert self.applied <= self.sent, f"{self.worker}: applied {self.applied} of {self.sent}"
 
     def _blocks_for(self, num_tokens: int) -> Blocks:
         """For so many tokens and the one they bring."""
-        return self.limits.blocks_for(num_tokens + 1, self._chunk_tokens_max)
+        return self.limits.blocks_for(num_tokens + 1, self.chunk_tokens_max)
 
-    def _hold(self, attempt: AttemptId, blocks: Blocks, since_plan: int) -> Held:
-        held = self.held[attempt] = Held(blocks, since_plan)
+    def _hold(self, attempt: AttemptId, blocks: Blocks, since_plan: int, rows: int) -> Held:
+        held = self.held[attempt] = Held(blocks, rows, since_plan)
         self._promised = self._promised.plus(blocks)
+        self.rows_ahead += rows
         return held
+
+    def _settle(self, held: Held) -> None:
+        """Its prompt is done, or has ended."""
+        self._promised = self._promised.minus(held.blocks_promised)
+        self.rows_ahead -= held.rows_ahead
+        held.blocks_promised, held.rows_ahead = NONE, 0
 
     def _count(self, report: WorkerReported) -> None:
         self.blocks_free = Blocks(report.blocks_free, report.sliding_blocks_free)
@@ -221,12 +247,12 @@ class WorkerBook:
         self.experts_missing = report.experts_missing
         self.refused_orders = report.refused_orders
         self.tokens = report.tokens
+        self.prefixes.hear(report)
 
     def _prompts_done(self, attempts: Iterable[AttemptId]) -> None:
         for attempt in attempts:
             if held := self.held.get(attempt):
-                self._promised = self._promised.minus(held.blocks_promised)
-                held.blocks_promised = NONE
+                self._settle(held)
 
     def _absent(self, state: Iterable[Running], known: Iterable[AttemptId]) -> list[AttemptId]:
         present = {running.attempt for running in state}

@@ -8,25 +8,45 @@ trying, not by its address.
 
 from __future__ import annotations
 
+import logging
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
 
 from router.config import RouterConfig
-from router.errors import EndClosed, LinkRefused, TransportError
+from router.errors import EndClosed, LinkRefused, PeerGone, TransportError
 from router.placement import Member
 from router.transport.base import LinkIdentity, Parcel, Peer, Prepared, Refusal, RefusalReason, Ticket
-from router.transport.link import AttentionLink, Dialer, Greeting, Span
+from router.transport.link import HOST, AttentionLink, Dialer, Greeting, Span
 from router.transport.patience import Patience
 from router.transport.tickets import Outcome, TicketBook
 from router.transport.watch import Watch
 
+_log = logging.getLogger(__name__)
+
 ADDRESS_SEPARATOR = ","  # between the addresses of a peer that listens in several ways
 
 
+@dataclass
+class _Attempt:
+    """To link to one peer."""
+
+    peer: Peer
+    ways: Iterator[tuple[Dialer, str]]  # not tried yet
+    reasons: list[str] = field(default_factory=list)  # why those tried did not do
+    greeting: Greeting | None = None  # waiting for its welcome
+
+
 class LinkedAttentionEnd:
-    def __init__(self, identity: LinkIdentity, config: RouterConfig, dialers: Sequence[Dialer]) -> None:
-        """`dialers`: the preferred first."""
+    def __init__(
+        self, identity: LinkIdentity, config: RouterConfig, dialers: Sequence[Dialer],
+        device: torch.device = HOST,
+    ) -> None:  # fmt: skip
+        """`dialers`: the preferred first, all for rows on `device`."""
+        self.device = device
         self._identity = identity
         self._config = config
         self._dialers = dialers
@@ -43,29 +63,63 @@ class LinkedAttentionEnd:
     def prepare(self, peers: Sequence[Peer], timeout_s: float) -> Prepared:
         self._refuse_closed()
         prepared = Prepared(tuple(peers), {}, {})
-        greeted: dict[int, tuple[Peer, Greeting]] = {}
+        greeted: dict[int, _Attempt] = {}
         for peer in peers:
             if peer not in self._known:
-                try:
-                    greeting = self._greet(peer)
-                except LinkRefused as error:
-                    prepared.failed[peer.member] = str(error)
-                else:
-                    greeted[greeting.fileno()] = (peer, greeting)
-        _await_welcomes(greeted, prepared, timeout_s)
+                self._greet(_Attempt(peer, self._ways(peer)), greeted, prepared)
+        self._await_welcomes(greeted, prepared, timeout_s)
         return prepared
 
-    def _greet(self, peer: Peer) -> Greeting:
-        reasons = []
+    def _ways(self, peer: Peer) -> Iterator[tuple[Dialer, str]]:
+        """The preferred first."""
         for dialer in self._dialers:
             for address in peer.address.split(ADDRESS_SEPARATOR):
                 if address.startswith(dialer.scheme):
-                    try:
-                        return dialer.greet(peer, address)
-                    except LinkRefused as error:
-                        reasons.append(str(error))
+                    yield dialer, address
+
+    def _greet(self, attempt: _Attempt, greeted: dict[int, _Attempt], prepared: Prepared) -> None:
+        """By the next way; when there is none left, it has failed."""
+        peer = attempt.peer
+        for dialer, address in attempt.ways:
+            try:
+                attempt.greeting = dialer.greet(peer, address)
+            except LinkRefused as error:
+                attempt.reasons.append(str(error))
+            else:
+                greeted[attempt.greeting.fileno()] = attempt
+                return
         schemes = " or ".join(repr(dialer.scheme) for dialer in self._dialers)
-        raise LinkRefused("; ".join(reasons) or f"address: {peer.address!r}; must start with {schemes}")
+        told = "; ".join(dict.fromkeys(attempt.reasons))
+        prepared.failed[peer.member] = told or f"address: {peer.address!r}; must start with {schemes}"
+
+    def _await_welcomes(self, greeted: dict[int, _Attempt], prepared: Prepared, timeout_s: float) -> None:
+        """Each becomes a link or a failure; none is left waiting. Who refuses one way is greeted in the next."""
+        deadline_s = time.monotonic() + timeout_s
+        while greeted:
+            with select.epoll() as waiting:
+                for descriptor in greeted:
+                    waiting.register(descriptor, select.EPOLLIN)
+                answered = waiting.poll(max(0.0, deadline_s - time.monotonic()))
+            if not answered:
+                break
+            for descriptor, _ in answered:
+                attempt = greeted.pop(descriptor)
+                assert attempt.greeting is not None
+                try:
+                    found = attempt.greeting.welcomed()
+                except LinkRefused as error:
+                    attempt.reasons.append(str(error))
+                    self._greet(attempt, greeted, prepared)
+                    continue
+                if isinstance(found, AttentionLink):
+                    prepared.links[attempt.peer] = found
+                else:
+                    attempt.greeting = found
+                    greeted[found.fileno()] = attempt
+        for attempt in greeted.values():
+            assert attempt.greeting is not None
+            attempt.greeting.close()
+            prepared.failed[attempt.peer.member] = f"no welcome within {timeout_s:g} s"
 
     def adopt(self, prepared: Prepared) -> dict[Member, str]:
         self._refuse_closed()
@@ -100,6 +154,15 @@ class LinkedAttentionEnd:
             self._lose(link, "closed")
         self._spans.clear()
         self._watch.close()
+        for dialer in self._dialers:
+            dialer.close()
+
+    def _break(self, link: AttentionLink, error: TransportError) -> None:
+        """Once per link, and links come with placements: the log is bounded."""
+        why = str(error)
+        level = logging.INFO if isinstance(error, PeerGone) else logging.WARNING
+        _log.log(level, "%s: link to %s broke: %s", self._identity.member, link.peer.member, why)
+        self._lose(link, why)
 
     def _lose(self, link: AttentionLink, why: str) -> None:
         if self._links.pop(link.peer.member, None) is None:
@@ -128,7 +191,7 @@ class LinkedAttentionEnd:
         try:
             return link.send(parcel, index)
         except TransportError as error:
-            self._lose(link, str(error))
+            self._break(link, error)
             return Refusal(RefusalReason.PEER_LOST, str(error))
 
     def combine(self, ticket: Ticket, timeout_s: float) -> list[Outcome]:
@@ -157,7 +220,7 @@ class LinkedAttentionEnd:
                     else:
                         link.free(answer.span)  # too late
             except TransportError as error:
-                self._lose(link, str(error))
+                self._break(link, error)
 
     def release(self, ticket: Ticket) -> None:
         self._book.drop(ticket)
@@ -167,25 +230,3 @@ class LinkedAttentionEnd:
     def _refuse_closed(self) -> None:
         if self._closed:
             raise EndClosed(f"attention end of {self._identity.member}: closed")
-
-
-def _await_welcomes(greeted: dict[int, tuple[Peer, Greeting]], prepared: Prepared, timeout_s: float) -> None:
-    """Each becomes a link or a failure; none is left waiting."""
-    deadline_s = time.monotonic() + timeout_s
-    with select.epoll() as waiting:
-        for descriptor in greeted:
-            waiting.register(descriptor, select.EPOLLIN)
-        while greeted:
-            answered = waiting.poll(max(0.0, deadline_s - time.monotonic()))
-            for descriptor, _ in answered:
-                peer, greeting = greeted.pop(descriptor)
-                waiting.unregister(descriptor)
-                try:
-                    prepared.links[peer] = greeting.welcomed()
-                except LinkRefused as error:
-                    prepared.failed[peer.member] = str(error)
-            if not answered:
-                break
-    for peer, greeting in greeted.values():
-        greeting.close()
-        prepared.failed[peer.member] = f"no welcome within {timeout_s:g} s"

@@ -7,7 +7,8 @@ One thread at a time uses an end; from another thread only `AttentionEnd.prepare
 called. Waits are kept to the millisecond above. Which epochs and experts are refused is the expert worker's
 business, not the transport's.
 
-Legend: n rows of one parcel · r routes of one parcel (a row goes to one or more experts) · H hidden.
+Legend: n rows of one parcel · r routes of one parcel (a row goes to one or more experts) · H hidden · P what a
+row takes on its way to the experts (router.rows).
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from router.placement import EpochId, Member
+from router.rows import Replies, RowsSent
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class LinkIdentity:
     token: str = field(repr=False)  # of the cluster; empty: none
     hidden: int  # H
     dtype: torch.dtype  # of rows, both ways
+    rows: RowsSent = "plain"
+    replies: Replies = "rows"
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ class Parcel:
     epoch: EpochId
     ticket: int  # the sender's number for the dispatch this belongs to, never used again
     layer: int
-    rows: Tensor  # [n, H]
+    rows: Tensor  # [n, P]
     route_rows: Tensor  # [r] int32: which of the n rows
     route_experts: Tensor  # [r] int32: which expert computes it
+    route_weights: Tensor | None = field(default=None, kw_only=True)  # [r] float32, where sums are the reply
 
 
 class RefusalReason(enum.IntEnum):
@@ -71,9 +76,21 @@ class RefusalReason(enum.IntEnum):
     MALFORMED = 7  # sizes, dtype or ids that do not fit
 
 
+class Spent(NamedTuple):
+    """What an expert worker did with a parcel, by its own clock: no two machines' clocks are ever compared."""
+
+    queued_ns: int = 0  # from when it was taken in until its batch began
+    computed_ns: int = 0  # of that batch, whoever else's parcels were joined to it
+
+
+UNTIMED = Spent()
+
+
 @dataclass(frozen=True)
 class Reply:
-    rows: Tensor  # [r, H], in the order of the parcel's routes
+    rows: Tensor  # [r, H], in the order of the parcel's routes; or their weighted sums [n, H], of its rows
+    spent: Spent = UNTIMED
+    heard_ns: int = 0  # when the attention end found it, by `time.perf_counter_ns`
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,8 @@ class Prepared:
 
 
 class AttentionEnd(Protocol):
+    device: torch.device  # where rows of parcels and replies lie
+
     def prepare(self, peers: Sequence[Peer], timeout_s: float) -> Prepared:
         """Shake hands with those of `peers` that are not linked yet. Links in use notice nothing.
 
@@ -156,6 +175,7 @@ class AttentionEnd(Protocol):
 
 class ExpertEnd(Protocol):
     address: str  # what Peer.address says
+    device: torch.device  # where rows of parcels and replies lie
 
     def receive(self, timeout_s: float) -> Parcel | None:
         """The next parcel of any peer, fairly between them; None when none came in time.
@@ -164,9 +184,9 @@ class ExpertEnd(Protocol):
         very object, once.
         """
 
-    def reply(self, parcel: Parcel, rows: Tensor) -> None:
-        """rows: [r, H] of the link's dtype, free to be reused afterwards. A peer that has gone meanwhile is
-        not an error."""
+    def reply(self, parcel: Parcel, rows: Tensor, spent: Spent = UNTIMED) -> None:
+        """rows: [r, H], or sums [n, H], of the link's dtype, free to be reused afterwards. A peer that has gone
+        meanwhile is not an error. `spent` is told to the peer, for its trace."""
 
     def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None:
         """Answer without rows. `detail` is cut to what a frame may carry."""

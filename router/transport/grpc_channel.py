@@ -12,6 +12,7 @@ import grpc
 
 from router.config import RouterConfig
 from router.errors import TransportError
+from router.transport.lane import Lanes
 from router.transport.link import occupied_bytes_max
 
 METHOD = "/expertmesh.v1.Exchange/Link"
@@ -20,6 +21,11 @@ SCHEME = "grpc:"
 
 Handler: TypeAlias = "grpc.GenericRpcHandler[bytes, bytes]"
 Options = list[tuple[str, int]]
+
+
+def scheme(lanes: Lanes | None) -> str:
+    """What addresses begin with where rows travel by such lanes; None: in the messages."""
+    return f"{lanes.kind}+{SCHEME}" if lanes else SCHEME
 
 
 def dial(target: str, config: RouterConfig) -> grpc.Channel:
@@ -39,6 +45,9 @@ def listen(
     own = [
         ("grpc.so_reuseport", 0),  # an occupied port is an error
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(config.keepalive_s / 2)),
+        # A stranger who connects and then says nothing, or nothing that asks for us, does not stay.
+        ("grpc.server_handshake_timeout_ms", _milliseconds(config.connect_timeout_s)),
+        ("grpc.max_connection_idle_ms", _milliseconds(config.connect_timeout_s)),
     ]
     server = grpc.server(
         executor, [handler], options=_options(config) + own, maximum_concurrent_rpcs=2 * config.peers_max

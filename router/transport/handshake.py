@@ -12,6 +12,8 @@ from router.placement import Member
 from router.transport.base import LinkIdentity
 from router.transport.frame import VERSION
 
+_TOLD_MAX = 200  # characters of a stranger's word that we repeat
+
 
 @dataclass(frozen=True)
 class Hello:
@@ -24,7 +26,10 @@ class Hello:
     token: str = field(repr=False)
     hidden: int
     dtype: str
+    rows: str  # plain or fp8: how they are sent
+    replies: str  # rows or sums
     ring_bytes: int  # the link's bound of each direction; shm: the ring's size; else 0
+    lane_key: bytes = b""  # of rows that go from GPU to GPU (lane.py)
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,13 @@ class Welcome:
 
     sender: Member
     refused: str  # why; empty: welcome
+    lane_key: bytes = b""
 
 
-def hello(identity: LinkIdentity, to: Member, ring_bytes: int = 0) -> Hello:
+def hello(identity: LinkIdentity, to: Member, ring_bytes: int = 0, lane_key: bytes = b"") -> Hello:
     return Hello(
         VERSION, identity.member, to, identity.fingerprint, identity.token, identity.hidden,
-        dtype_name(identity), ring_bytes,
+        dtype_name(identity), identity.rows, identity.replies, ring_bytes, lane_key,
     )  # fmt: skip
 
 
@@ -55,9 +61,11 @@ def why_refused(own: LinkIdentity, greeting: Hello, linked: Collection[Member], 
         ("fingerprint", greeting.fingerprint, own.fingerprint),
         ("hidden", greeting.hidden, own.hidden),
         ("dtype", greeting.dtype, dtype_name(own)),
+        ("rows", greeting.rows, own.rows),
+        ("replies", greeting.replies, own.replies),
     ):
         if theirs != ours:
-            return f"{name}: {theirs}; must be {ours}"
+            return f"{name}: {str(theirs)[:_TOLD_MAX]}; must be {ours}"
     if greeting.ring_bytes > config.link_bytes_max:
         return f"ring_bytes: {greeting.ring_bytes}; at most {config.link_bytes_max} (link_bytes_max)"
     newest = max((member.incarnation for member in superseded(greeting.sender, linked)), default=0)

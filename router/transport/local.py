@@ -13,14 +13,27 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from router.config import RouterConfig
 from router.errors import EndClosed
 from router.placement import Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, Parcel, Peer, Prepared, Refusal, RefusalReason, Reply, Ticket
+from router.transport.base import (
+    UNTIMED,
+    LinkIdentity,
+    Parcel,
+    Peer,
+    Prepared,
+    Refusal,
+    RefusalReason,
+    Reply,
+    Spent,
+    Ticket,
+)
 from router.transport.handshake import hello, superseded, why_refused
+from router.transport.link import HOST
 from router.transport.patience import PULSES, Patience
 from router.transport.tickets import Outcome, TicketBook
 
@@ -28,7 +41,9 @@ from router.transport.tickets import Outcome, TicketBook
 class LocalHub:
     """Stands for the network: the addresses, and one lock. Give it to every end of the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = HOST) -> None:
+        """`device`: where rows lie."""
+        self.device = device
         self.lock = threading.Lock()
         self.expert_ends: dict[str, LocalExpertEnd] = {}
 
@@ -80,6 +95,7 @@ class LocalParcel(Parcel):
 class LocalAttentionEnd:
     def __init__(self, hub: LocalHub, identity: LinkIdentity, config: RouterConfig) -> None:
         self._hub = hub
+        self.device = hub.device
         self._identity = identity
         self._config = config
         self._limits = frame.limits_of(identity, config)
@@ -144,7 +160,7 @@ class LocalAttentionEnd:
             return Refusal(RefusalReason.OVERLOADED, f"{len(link.unanswered)} parcels in flight")
         sent = LocalParcel(
             parcel.sender, parcel.to, parcel.epoch, parcel.ticket, parcel.layer, parcel.rows,
-            parcel.route_rows, parcel.route_experts, link, index,
+            parcel.route_rows, parcel.route_experts, link, index, route_weights=parcel.route_weights,
         )  # fmt: skip
         link.unanswered[parcel.ticket, index] = sent
         link.waiting.append(sent)
@@ -196,6 +212,7 @@ class LocalExpertEnd:
         self.address = f"local:{identity.member.id}.{identity.member.incarnation}"
         self.arrived = threading.Condition(hub.lock)
         self._hub = hub
+        self.device = hub.device
         self._identity = identity
         self._config = config
         self._limits = frame.limits_of(identity, config)
@@ -237,9 +254,9 @@ class LocalExpertEnd:
                     return link.waiting.popleft()
             return None
 
-    def reply(self, parcel: Parcel, rows: Tensor) -> None:
+    def reply(self, parcel: Parcel, rows: Tensor, spent: Spent = UNTIMED) -> None:
         frame.check_answer(parcel, rows, self._limits)
-        self._answer(parcel, Reply(rows.clone()))
+        self._answer(parcel, Reply(rows.clone(), spent, time.perf_counter_ns()))
 
     def refuse(self, parcel: Parcel, reason: RefusalReason, detail: str = "") -> None:
         self._answer(parcel, Refusal(reason, detail))

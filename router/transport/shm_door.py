@@ -12,17 +12,20 @@ from router.config import RouterConfig
 from router.errors import LinkRefused, TransportError
 from router.placement import Member
 from router.transport.base import LinkIdentity
+from router.transport.complaints import Complaints
+from router.transport.lane import Lanes
 from router.transport.link import Admit
-from router.transport.shm_handshake import answer, listen, turn_away
+from router.transport.shm_handshake import answer, listen, refuse_other_user, turn_away
 from router.transport.watch import READABLE, Watch
 
 _log = logging.getLogger(__name__)
 
 
 class ShmDoor:
-    def __init__(self, identity: LinkIdentity, config: RouterConfig) -> None:
-        self._identity, self._config = identity, config
-        self._listener, self.address = listen(identity, config)
+    def __init__(self, identity: LinkIdentity, config: RouterConfig, lanes: Lanes | None = None) -> None:
+        self._identity, self._config, self._lanes = identity, config, lanes
+        self._listener, self.address = listen(identity, config, lanes)
+        self._complaints = Complaints(_log, self.address)
         self._strangers: dict[int, tuple[socket.socket, float]] = {}  # by descriptor; greeting until, in s
         self._watch: Watch | None = None
 
@@ -35,6 +38,11 @@ class ShmDoor:
             sock.close()
         self._strangers.clear()
         self._listener.close()
+        self._complaints.close()
+
+    def let_go(self) -> None:
+        if self._lanes is not None:
+            self._lanes.close()
 
     def _let_in(self) -> None:
         assert self._watch is not None
@@ -43,7 +51,7 @@ class ShmDoor:
             if until_s < now_s:
                 self._watch.remove(descriptor)
                 del self._strangers[descriptor]
-                turn_away(sock, self._identity.member, "hello: did not come in time")
+                self._turn_away(sock, "hello: did not come in time")
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
@@ -51,8 +59,12 @@ class ShmDoor:
         except OSError as error:
             raise TransportError(f"accept at {self.address!r}: {error}") from error
         sock.setblocking(False)
-        if len(self._strangers) >= self._config.peers_max:
-            turn_away(sock, self._identity.member, f"peers: {self._config.peers_max} are greeting already")
+        try:
+            refuse_other_user(sock)  # first: nobody else's strangers take the places of our own
+            if len(self._strangers) >= self._config.peers_max:
+                raise LinkRefused(f"peers: {self._config.peers_max} are greeting already")
+        except LinkRefused as error:
+            self._turn_away(sock, str(error))
             return
         self._strangers[sock.fileno()] = (sock, now_s + self._config.connect_timeout_s)
         self._watch.add(sock.fileno(), READABLE, partial(self._greet, sock.fileno()))
@@ -62,8 +74,12 @@ class ShmDoor:
         sock, _ = self._strangers.pop(descriptor)
         self._watch.remove(descriptor)
         try:
-            link = answer(sock, self._identity, self._linked(), self._config)
+            link = answer(sock, self._identity, self._linked(), self._config, self._lanes)
         except LinkRefused as error:
-            _log.warning("%s: refused a link: %s", self.address, error)
+            self._complaints.note(str(error))
             return
         self._admit(link)
+
+    def _turn_away(self, sock: socket.socket, why: str) -> None:
+        self._complaints.note(why)
+        turn_away(sock, self._identity.member, why)

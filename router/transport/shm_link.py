@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from router.config import RouterConfig
-from router.errors import TransportError
+from router.errors import PeerGone, TransportError
 from router.placement import Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, Parcel, Peer, RefusalReason
+from router.transport.base import LinkIdentity, Parcel, Peer, RefusalReason, Spent
+from router.transport.lane import Lane
 from router.transport.link import AttentionLink, ExpertLink, Incoming, LinkedParcel, Span
+from router.transport.shm_bell import ring
 from router.transport.shm_ring import ENTRIES, RingReader, RingWriter, Segment, aligned
 from router.transport.watch import HUNG_UP, RUNG, Watch
 
@@ -42,9 +44,12 @@ class Wiring:
 class _Wires:
     """One side's hold on the wiring: hears of the peer's end, and lets go once."""
 
-    def __init__(self, wiring: Wiring, bell: int) -> None:
+    def __init__(self, wiring: Wiring, bell: int, lane: Lane | None) -> None:
         self.wiring = wiring
-        self.gone = ""  # why the peer is, once it is
+        self._lane = lane
+        self._gone = ""  # why the peer is, once it is
+        self._interrupted = False
+        self._has_left = False
         self._bell = bell
         self._watch: Watch | None = None
         self._closed = False
@@ -53,6 +58,8 @@ class _Wires:
         self._watch = watch
         watch.add(self.wiring.sock.fileno(), HUNG_UP, self._hear)
         watch.add(self._bell, RUNG)
+        if self._lane is not None:
+            self._lane.join(watch)
 
     def _hear(self) -> None:
         """The socket became readable, on which the peer has nothing to say."""
@@ -61,13 +68,17 @@ class _Wires:
         except BlockingIOError:
             return
         except OSError as error:
-            self.gone = f"the peer's socket: {error}"
+            self._has_left = True
+            self._gone = f"the peer's socket: {error}"
         else:
-            self.gone = "the peer speaks out of turn" if said else "the peer has closed its socket"
+            self._interrupted, self._has_left = bool(said), not said
+            self._gone = "the peer has closed its socket"
 
     def refuse_gone(self) -> None:
-        if self.gone:
-            raise TransportError(self.gone)
+        if self._interrupted:
+            raise TransportError("link: the peer speaks out of turn")
+        if self._gone:
+            raise PeerGone(self._gone)
 
     def close(self) -> None:
         if self._closed:
@@ -76,26 +87,35 @@ class _Wires:
         if self._watch is not None:
             self._watch.remove(self.wiring.sock.fileno())
             self._watch.remove(self._bell)
+        if self._lane is not None:  # before the socket, whose closing says that it was done
+            self._lane.close(peer_has_left=self._has_left)
         self.wiring.close()
 
 
 class ShmAttentionLink(AttentionLink):
-    kind = "shm"
-
-    def __init__(self, peer: Peer, identity: LinkIdentity, config: RouterConfig, wiring: Wiring) -> None:
-        super().__init__(peer, identity, config)
-        self._wires = _Wires(wiring, wiring.replies_bell)
+    def __init__(
+        self, peer: Peer, identity: LinkIdentity, config: RouterConfig, wiring: Wiring, lane: Lane | None = None
+    ) -> None:
+        super().__init__(peer, identity, config, lane)
+        self.kind = lane.kind if lane else "shm"
+        self._wires = _Wires(wiring, wiring.replies_bell, lane)
         self._pulses = wiring.segment.pulses
         self._pulses_seen = 0
         self._parcels = RingWriter(wiring.segment.parcels)
-        self._parcels_region = frame.Region(wiring.segment.parcels.frames, self._limits)
+        self._parcels_region = (lane.outgoing if lane else frame.Region)(
+            wiring.segment.parcels.frames, self._limits
+        )
         self._replies = RingReader(wiring.segment.replies)
-        self._replies_region = frame.Region(wiring.segment.replies.frames, self._limits)
+        self._replies_region = (lane.incoming if lane else frame.Region)(
+            wiring.segment.replies.frames, self._limits
+        )
 
     def join(self, watch: Watch) -> None:
         self._wires.join(watch)
 
     def free(self, span: Span) -> None:
+        if self._lane is not None and not span.freed:
+            self._lane.done_reading(span.apart_bytes)
         self._replies.free(span)
 
     def close(self) -> None:
@@ -116,7 +136,7 @@ class ShmAttentionLink(AttentionLink):
             return False
         frame.write_parcel(self._parcels_region, offset, parcel, index, self._limits)
         self._parcels.publish()
-        os.eventfd_write(self._wires.wiring.parcels_bell, 1)
+        ring(self._wires.wiring.parcels_bell)
         return True
 
     def _next(self) -> Incoming | None:
@@ -135,14 +155,21 @@ class ShmAttentionLink(AttentionLink):
 
 
 class ShmExpertLink(ExpertLink):
-    def __init__(self, sender: Member, identity: LinkIdentity, config: RouterConfig, wiring: Wiring) -> None:
-        super().__init__(sender, identity, config)
-        self._wires = _Wires(wiring, wiring.parcels_bell)
+    def __init__(
+        self, sender: Member, identity: LinkIdentity, config: RouterConfig, wiring: Wiring,
+        lane: Lane | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(sender, identity, config, lane)
+        self._wires = _Wires(wiring, wiring.parcels_bell, lane)
         self._pulses = wiring.segment.pulses
         self._parcels = RingReader(wiring.segment.parcels)
-        self._parcels_region = frame.Region(wiring.segment.parcels.frames, self._limits)
+        self._parcels_region = (lane.incoming if lane else frame.Region)(
+            wiring.segment.parcels.frames, self._limits
+        )
         self._replies = RingWriter(wiring.segment.replies)
-        self._replies_region = frame.Region(wiring.segment.replies.frames, self._limits)
+        self._replies_region = (lane.outgoing if lane else frame.Region)(
+            wiring.segment.replies.frames, self._limits
+        )
 
     @property
     def owes(self) -> bool:
@@ -158,6 +185,9 @@ class ShmExpertLink(ExpertLink):
     def close(self) -> None:
         self._wires.close()
 
+    def _refuse_gone(self) -> None:
+        self._wires.refuse_gone()
+
     def _next(self) -> Incoming | None:
         found = self._parcels.next()
         if found is None:
@@ -168,9 +198,9 @@ class ShmExpertLink(ExpertLink):
     def _take(self, nbytes: int) -> Span:
         return self._parcels.take(nbytes)
 
-    def _reply(self, parcel: LinkedParcel, rows: Tensor) -> None:
+    def _reply(self, parcel: LinkedParcel, rows: Tensor, spent: Spent) -> None:
         offset = self._claim(frame.reply_bytes(rows.shape[0], self._limits))
-        frame.write_reply(self._replies_region, offset, parcel, parcel.index, rows, self._limits)
+        frame.write_reply(self._replies_region, offset, parcel, parcel.index, rows, spent, self._limits)
         self._publish(parcel)
 
     def _refuse(self, parcel: LinkedParcel, reason: RefusalReason, detail: bytes) -> None:
@@ -185,9 +215,11 @@ class ShmExpertLink(ExpertLink):
         return offset
 
     def _publish(self, parcel: LinkedParcel) -> None:
+        if self._lane is not None:
+            self._lane.done_reading(parcel.span.apart_bytes)
         self._parcels.free(parcel.span)
         self._replies.publish()
         self._ring()
 
     def _ring(self) -> None:
-        os.eventfd_write(self._wires.wiring.replies_bell, 1)
+        ring(self._wires.wiring.replies_bell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -13,8 +14,11 @@ from router.config import RouterConfig
 from router.errors import EndClosed
 from router.placement import EpochId, Member
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Parcel, Peer
+from router.transport.cuda import GPU_KINDS, Gpu, gpu_for
+from tests.contracts.stand_in_gpu import StandInGpu
 
 HIDDEN = 6
+DEVICE = torch.device(os.environ.get("EXPERTMESH_TEST_DEVICE", "cpu"))  # where rows lie in tests of GPU links
 CONFIG = RouterConfig(connect_timeout_s=5.0, link_bytes_max=1 << 16, rows_max=64, experts_per_row_max=4)
 PATIENCE_S = 20.0  # far beyond what anything here takes; a wait this long is a failure
 
@@ -30,6 +34,13 @@ def identity(
     return LinkIdentity(Member(name, incarnation), fingerprint, token, hidden, dtype)
 
 
+def gpu_of(kind: str) -> Gpu | None:
+    """What an end of this kind is given: a GPU, or what stands in for one."""
+    if DEVICE.type == "cuda":
+        return gpu_for(kind, DEVICE)
+    return StandInGpu() if kind in GPU_KINDS else None
+
+
 def parcel(
     sender: LinkIdentity,
     to: Member,
@@ -43,7 +54,7 @@ def parcel(
         rows = torch.arange(rows * sender.hidden, dtype=sender.dtype).view(rows, sender.hidden)
     chosen = torch.tensor(range(len(rows)) if route_rows is None else route_rows, dtype=torch.int32)
     experts = torch.arange(len(chosen), dtype=torch.int32) % 5
-    return Parcel(sender.member, to, EpochId(7, 2), ticket, layer, rows, chosen, experts)
+    return Parcel(sender.member, to, EpochId(7, 2), ticket, layer, rows.to(DEVICE), chosen, experts)
 
 
 def connect(end: AttentionEnd, peers: Sequence[Peer], timeout_s: float = PATIENCE_S) -> dict[Member, str]:
@@ -54,7 +65,7 @@ def connect(end: AttentionEnd, peers: Sequence[Peer], timeout_s: float = PATIENC
 def computed(parcel: Parcel) -> Tensor:
     """What the experts of these tests make of a parcel: a function of row, expert and layer."""
     factors = (parcel.route_experts + 2).to(parcel.rows.dtype).unsqueeze(1)
-    return parcel.rows[parcel.route_rows] * factors + parcel.layer
+    return parcel.rows[parcel.route_rows] * factors.to(parcel.rows.device) + parcel.layer
 
 
 def answer(end: ExpertEnd, parcel: Parcel) -> None:

@@ -16,6 +16,8 @@ NOWHERE = "unix-abstract:expertmesh/on-another-host"
 
 
 class TestAutoExchange(ExchangeSuite):
+    random_exchanges = 1000  # shm's own make up the rest
+
     def attention_end(self, who: LinkIdentity, config: RouterConfig) -> AttentionEnd:
         return attention_end("auto", who, config)
 

@@ -27,7 +27,7 @@ class TestLocalExchange(ExchangeSuite):
 def test_the_choice_of_transport_is_explained() -> None:
     """A typo in a config names what is accepted; the local transport cannot do without its hub."""
     for choose in (attention_end, expert_end):
-        with pytest.raises(ValueError, match="'smoke'; must be one of local, auto, shm, grpc"):
+        with pytest.raises(ValueError, match="'smoke'; must be one of local, auto, shm, grpc, nccl"):
             choose("smoke", identity(), CONFIG)
         with pytest.raises(ValueError, match="hub"):
             choose("local", identity(), CONFIG)

@@ -20,10 +20,19 @@ import torch
 from router.transport.base import Peer, Refusal, RefusalReason, Reply
 from router.transport.select import attention_end, expert_end
 from tests.contracts.exchange_link_suite import assert_nothing_left, footprint
-from tests.contracts.exchange_parties import CONFIG, PATIENCE_S, answer, computed, connect, identity, parcel
+from tests.contracts.exchange_parties import (
+    CONFIG,
+    PATIENCE_S,
+    answer,
+    computed,
+    connect,
+    gpu_of,
+    identity,
+    parcel,
+)
 from tests.contracts.exchange_process import attention_process, expert_process
 
-KINDS = ("shm", "grpc", "auto")
+KINDS = ("shm", "grpc", "auto", "nccl", "cuda_ipc")
 
 
 @contextmanager
@@ -59,7 +68,7 @@ def addresses() -> Iterator[list[str]]:
     with open("/proc/net/unix") as sockets:
         names = sockets.read()
     for address in ",".join(used).split(","):
-        assert address.replace("unix-abstract:", "@") not in names
+        assert address.split("unix-abstract:")[-1] not in names
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,7 +77,7 @@ def test_an_expert_process_killed_mid_wait_is_noticed_at_once(kind: str, address
     me, expert = identity(), identity("expert-0").member
     with process(expert_process, kind, "tells") as (child, pipe):
         addresses.append(told(pipe))
-        end = attention_end(kind, me, CONFIG)
+        end = attention_end(kind, me, CONFIG, gpu=gpu_of(kind))
         assert connect(end, [Peer(expert, addresses[0])]) == {}
         ticket = end.dispatch([parcel(me, expert)])
         assert told(pipe) == "received"
@@ -87,7 +96,7 @@ def test_exchanges_between_processes(kind: str, addresses: list[str]) -> None:
     me, expert = identity(), identity("expert-0").member
     with process(expert_process, kind, "answers") as (_, pipe):
         addresses.append(told(pipe))
-        end = attention_end(kind, me, CONFIG)
+        end = attention_end(kind, me, CONFIG, gpu=gpu_of(kind))
         assert connect(end, [Peer(expert, addresses[0])]) == {}
         for number in range(50):
             sent = parcel(me, expert, number, rows=number % 9, layer=number)
@@ -103,7 +112,7 @@ def test_exchanges_between_processes(kind: str, addresses: list[str]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_attention_process_killed_leaves_nothing_at_the_expert(kind: str, addresses: list[str]) -> None:
     """Its link is dropped; its parcel, answered late, bothers nobody."""
-    end = expert_end(kind, identity("expert-0"), CONFIG)
+    end = expert_end(kind, identity("expert-0"), CONFIG, gpu=gpu_of(kind))
     addresses.append(end.address)
     alone = footprint()
     with process(attention_process, kind, end.address) as (child, pipe):
@@ -115,18 +124,18 @@ def test_an_attention_process_killed_leaves_nothing_at_the_expert(kind: str, add
     assert end.receive(0.0) is None
     answer(end, received)
     del received
-    if kind == "shm":  # gRPC keeps an idle thread for the next caller, until the end closes
+    if kind in ("shm", "cuda_ipc"):  # gRPC keeps an idle thread for the next caller, until the end closes
         assert footprint() == alone
     end.close()
 
 
-@pytest.mark.parametrize("kind", ["shm", "grpc"])
+@pytest.mark.parametrize("kind", ["shm", "grpc", "nccl"])
 def test_a_frozen_expert_process_is_found_by_its_silence(kind: str, addresses: list[str]) -> None:
     """SIGSTOP leaves every socket open; what pulses while it works falls silent."""
     me, expert = identity(), identity("expert-0").member
     with process(expert_process, kind, "pulses") as (child, pipe):
         addresses.append(told(pipe))
-        end = attention_end(kind, me, CONFIG)
+        end = attention_end(kind, me, CONFIG, gpu=gpu_of(kind))
         assert connect(end, [Peer(expert, addresses[0])]) == {}
         ticket = end.dispatch([parcel(me, expert)])
         assert told(pipe) == "received"

@@ -16,6 +16,7 @@ from attention_workers.book import Book
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.step import AttemptId, Plan, Sampling, Start, StepResult
 from attention_workers.worker import AttentionWorker
+from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
 from model.attention import TILE
@@ -49,29 +50,39 @@ class Answer:
 class LocalCluster:
     def __init__(self, checkpoint, *, attention=1, experts=1, replicas=1, microbatches=1, blocks=96,
                  sliding_blocks=96, model_len=1024, dtype=None, numerics="exact", placement=None,
-                 keep=("dequantised",), transport="local", device=HOST):  # fmt: skip
+                 keep=("dequantised",), transport="local", device=HOST, rows_on=HOST, prefix_cache=True,
+                 join_wait_s=0.0, dies_after=None, router=None):  # fmt: skip
         """`placement(members) -> Placement` replaces the even spread; `sliding_blocks`: of a hybrid.
 
         `keep`: how FP8 weights are held, in turn, by expert workers and by attention workers. `transport`: or
-        "mixed", where every other expert worker looks as if it were on another host.
+        "mixed", where every other expert worker looks as if it were on another host. `rows_on`: what local links
+        carry; elsewhere than on `device`, rows are staged. `dies_after`: batches of the first expert worker, which
+        then is gone with a parcel in hand.
         """
         self.checkpoint, self.device = checkpoint, device
         config = checkpoint.config
         self.dtype = dtype or getattr(torch, config.dtype)
-        self.hub, self.router = LocalHub(), RouterConfig(combine_timeout_s=30.0)
+        self.hub, self.router = LocalHub(rows_on), router or RouterConfig(combine_timeout_s=30.0)
+        self._encoding = self.router.rows_sent(numerics), self.router.answers(numerics)
         self._transport = "auto" if transport == "mixed" else transport
         self._stopping = threading.Event()
+        self._join_wait_s, self._retired = join_wait_s, None
         self.experts = [self._expert(Member(f"e{i}", 1), numerics) for i in range(experts)]
         members = [(e.residency.member, e.end.address) for e in self.experts]
         if transport == "mixed":
             members[::2] = [(member, address.split(",")[1]) for member, address in members[::2]]
         self.placement: Placement = (placement or self._spread)(members, replicas)
-        for expert, how in zip(self.experts, itertools.cycle(keep), strict=False):
-            expert.residency.prepare(self.placement, keep=how)
-        self._threads = [threading.Thread(target=self._answer, args=(e,), daemon=True) for e in self.experts]
+        self._keep = keep
+        self.prepare(self.placement)
+        self._threads = [
+            threading.Thread(
+                target=self._answer, args=(e, dies_after if e is self.experts[0] else None), daemon=True
+            )
+            for e in self.experts
+        ]
         for thread in self._threads:
             thread.start()
-        self._model_len = model_len
+        self._model_len, self._prefix_cache = model_len, prefix_cache
         pools = {FULL: blocks, SLIDING: sliding_blocks}
         self.workers = [
             self._attention(i, microbatches, pools, numerics, keep[i % len(keep)]) for i in range(attention)
@@ -85,13 +96,18 @@ class LocalCluster:
 
     def _identity(self, member):
         return LinkIdentity(
-            member, self.checkpoint.fingerprint, "token", self.checkpoint.config.hidden_size, self.dtype
+            member,
+            self.checkpoint.fingerprint,
+            "token",
+            self.checkpoint.config.hidden_size,
+            self.dtype,
+            *self._encoding,
         )
 
     def _expert(self, member, numerics):
         residency = Residency(self.checkpoint, member, self.dtype, numerics, self.device)
         end = expert_end(self._transport, self._identity(member), self.router, self.hub)
-        return ExpertWorker(residency, end, rows_max=4096)
+        return ExpertWorker(residency, end, ExpertConfig(join_wait_s=self._join_wait_s), self._encoding[0])
 
     def _attention(self, index, microbatches, pools, numerics, keep):
         model = AttentionModel(
@@ -107,19 +123,38 @@ class LocalCluster:
         window = self.checkpoint.config.sliding_window
         sliding = None if window is None else KvBlocks(pools[SLIDING], window)
         book = Book(
-            self.checkpoint.fingerprint, 1, KvBlocks(pools[FULL]), TILE, 256, self._model_len, sliding=sliding
-        )
+            self.checkpoint.fingerprint, 1, KvBlocks(pools[FULL]), TILE, 256, self._model_len, sliding=sliding,
+            prefix_cache=self._prefix_cache,
+        )  # fmt: skip
         member = Member(f"a{index}", 1)
         end = attention_end(self._transport, self._identity(member), self.router, self.hub)
-        dispatcher = Dispatcher(end, member, self.router, lambda peer: None)
+        dispatcher = Dispatcher(end, member, self.router, lambda peer: None, *self._encoding)
         dispatcher.prepare(self.placement)
         dispatcher.adopt()
         return AttentionWorker(model, book, dispatcher, microbatches)
 
-    def _answer(self, expert):
+    def prepare(self, placement):
+        """Expert workers load what it gives them."""
+        for expert, how in zip(self.experts, itertools.cycle(self._keep), strict=False):
+            expert.residency.prepare(placement, keep=how)
+
+    def retire(self, epoch):
+        """Every attention worker has left it: expert workers free, between turns, what it alone used."""
+        self._retired = epoch
+
+    def _answer(self, expert, dies_after):
         torch.set_num_threads(torch.get_num_threads())
+        retired = None
         while not self._stopping.is_set():
-            expert.turn(0.5)
+            if dies_after is not None and expert.batches >= dies_after:
+                if expert.end.receive(0.5) is not None:
+                    expert.end.close()
+                    return
+            else:
+                expert.turn(0.5)
+            if retired != self._retired:
+                retired = self._retired
+                expert.residency.retire(retired)
 
     def order(self, worker, starts=(), stops=(), step_tokens=512, chunk_tokens=256):
         """Send the worker its next plan."""
@@ -160,7 +195,7 @@ class LocalCluster:
             thread.join(10)
             assert not thread.is_alive()
         for worker in self.workers:
-            assert all(space.num_free == space.total for space in worker.book.spaces.values())
+            assert all(space.num_available == space.total for space in worker.book.spaces.values())
             worker.dispatcher.close()
         for expert in self.experts:
             expert.end.close()

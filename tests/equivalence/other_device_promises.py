@@ -12,7 +12,9 @@ from model.device import HOST
 from model.fp8 import quantise
 from model.linear import linear
 from model.synthetic import Variant, make_checkpoint
+from router.config import RouterConfig
 from router.errors import ExpertsUnavailable
+from router.rows import sent_width
 from tests.equivalence import other_device
 from tests.equivalence.local_cluster import EPOCH, LocalCluster, request
 from tests.equivalence.other_device import OnBoard
@@ -76,6 +78,34 @@ def test_tokens_are_those_of_the_host(tmp_path, variant, dtype):
         assert alone.tokens == on_host.tokens
         for one, other in zip(alone.logprobs, on_host.logprobs, strict=True):
             assert one.sampled == pytest.approx(other.sampled, abs=1e-4)
+
+
+def test_rows_that_links_carry_stay_on_the_device(plain):
+    """As with nccl and cuda_ipc: merged there too, to the same bits. Only expert ids and logits cross."""
+    topology = {"experts": 2, "replicas": 2, "microbatches": 2}
+    with LocalCluster(plain, device=BOARD) as cluster:
+        staged = cluster.run([me()])["me"]
+    with LocalCluster(plain, device=BOARD, rows_on=BOARD, **topology) as cluster:
+        other_device.to_host.clear()
+        assert cluster.run([me(), *strangers()[:2]], step_tokens=48, chunk_tokens=32)["me"] == staged
+    width = plain.config.hidden_size
+    assert other_device.to_host
+    assert not [shape for shape in other_device.to_host if shape[-1:] == (width,)]
+
+
+def test_encoded_rows_and_sums_are_made_where_rows_lie(plain):
+    """FP8 codes are packed and unpacked there, and sums made and added; the host sees none of them."""
+    router = RouterConfig(combine_timeout_s=30.0, dispatch_rows="fp8", replies="sums")
+    topology = {"experts": 2, "replicas": 2, "numerics": "fast", "router": router}
+    with LocalCluster(plain, device=BOARD, **topology) as cluster:
+        staged = cluster.run([me()])["me"]
+    with LocalCluster(plain, device=BOARD, rows_on=BOARD, **topology) as cluster:
+        other_device.to_host.clear()
+        assert cluster.run([me()])["me"] == staged
+        dtype = cluster.dtype
+    hidden = plain.config.hidden_size
+    widths = {(hidden,), (sent_width(hidden, dtype, "fp8"),)}
+    assert not [shape for shape in other_device.to_host if tuple(shape[-1:]) in widths]
 
 
 def test_logits_cross_once_for_each_step(plain):

@@ -147,26 +147,6 @@ def test_penalties_leave_no_trace_of_pauses_and_resumes(checkpoint):
     assert [t for d in result.deltas["gw"] for t in d.tokens] == alone.tokens[9:]
 
 
-def test_random_mixtures_of_everything(checkpoint, dtype):
-    """Each request's answer under random topologies, companies and limits equals its answer alone."""
-    rng = random.Random(11)
-    crowd = strangers(10, seed=5)
-    with LocalCluster(checkpoint, dtype=dtype) as cluster:
-        expected = {}
-        for start in crowd:
-            expected |= cluster.run([start])
-    comparisons = 0
-    for _ in range(6):
-        experts = rng.randint(1, 4)
-        topology = {"experts": experts, "replicas": rng.randint(1, experts), "microbatches": rng.randint(1, 3)}
-        with LocalCluster(checkpoint, dtype=dtype, blocks=rng.randint(8, 40), **topology) as cluster:
-            limits = {"step_tokens": rng.randint(8, 90), "chunk_tokens": rng.randint(1, 70)}
-            answers = cluster.run(rng.sample(crowd, len(crowd)), **limits)
-        assert answers == expected
-        comparisons += len(answers)
-    assert comparisons == 60
-
-
 def test_what_a_block_held_before_leaves_no_trace(checkpoint, dtype, alone):
     """Even NaN left in a freed block: a masked key must weigh nothing."""
     with LocalCluster(checkpoint, dtype=dtype) as cluster:

@@ -55,13 +55,13 @@ def clients(cluster):
 
 
 def assert_idle(cluster):
-    """Every KV block free, nothing running, queued or open."""
+    """Every KV block free or cached, nothing running, queued or open."""
 
     def is_idle(status):
         [worker] = [w["gauges"] for w in status["workers"] if w["role"] == "attention"]
         scheduler, [gateway] = status["scheduler"]["gauges"], status["gateways"]
         return (
-            worker["kv_blocks_free"] == worker["kv_blocks_total"]
+            worker["kv_blocks_free"] + worker["kv_blocks_cached"] == worker["kv_blocks_total"]
             and worker["sequences"] == scheduler["running"] == scheduler["waiting"] == 0
             and gateway["gauges"]["sequences_open"] == 0
         )

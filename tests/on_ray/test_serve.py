@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import psutil
 import pytest
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
+from attention_workers.trace_records import decode
+from attention_workers.trace_summary import summarise
 from tests.on_ray.served import Served
 
 pytestmark = pytest.mark.ray
@@ -70,6 +73,23 @@ def tokens(server: Served) -> list[int]:
     return ids
 
 
+def test_a_prompt_that_comes_again_is_found_and_says_so(server: Served) -> None:
+    """With the same tokens as computing it, which another salt asks for; and status counts it."""
+    body = {"prompt": [(13 * i) % 90 + 20 for i in range(200)], "return_token_ids": True, **GREEDY}
+    answers = [server.post("/v1/completions", {**body, **salt}) for salt in ({}, {}, {"cache_salt": "mine"})]
+    found = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert found == [0, 192, 0]
+    assert answers[0]["choices"][0]["token_ids"] == answers[1]["choices"][0]["token_ids"]
+    assert answers[0]["choices"][0]["token_ids"] == answers[2]["choices"][0]["token_ids"]
+    wanted = {"prefix_hit_tokens_total": 192, "kv_blocks_cached": 12}
+    server.wait_for_status(lambda told: all(_gauge(told, name) >= least for name, least in wanted.items()))
+
+
+def _gauge(document: dict[str, Any], name: str) -> float:
+    gauge: float = workers(document)["attention-0"]["gauges"][name]
+    return gauge
+
+
 def test_pools_are_separate_processes_that_hold_their_own_weights(server: Served) -> None:
     """No expert worker reads attention weights, and no attention worker expert weights."""
     document = server.status()
@@ -87,6 +107,20 @@ def test_status_command_prints_the_gateways_document(server: Served) -> None:
     command = [sys.executable, "-m", "cluster.cli", "status", "--json", "--url", server.url]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=True)
     assert workers(json.loads(ran.stdout)).keys() == workers(server.status()).keys()
+
+
+def test_the_workers_own_trace_comes_through_gateway_and_controller(server: Served) -> None:
+    """Of steps that real processes have just computed; and the command asks the same way."""
+    server.complete([1, 2, 3], **GREEDY)
+    document = server.client.get("/v1/admin/trace?seconds=60").raise_for_status().json()
+    (trace,) = document["traces"]
+    summary = summarise(decode(base64.b64decode(trace)))
+    assert (summary["worker"], document["silent"]) == ("attention-0", [])
+    assert summary["steps"] >= GREEDY["max_tokens"]
+    assert summary["phases_us"]["experts"]["p50"] > 0
+    command = [sys.executable, "-m", "cluster.cli", "trace", "--json", "--seconds", "0.1", "--url", server.url]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S, check=True)
+    assert [worker["worker"] for worker in json.loads(ran.stdout)["workers"]] == ["attention-0"]
 
 
 def test_readmes_grpc_client_streams_what_rest_answers(server: Served) -> None:

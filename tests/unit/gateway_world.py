@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from expertmesh.v1 import control_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gateway.config import GatewayConfig
@@ -99,6 +100,7 @@ class EchoEngine:
         self.cancelled: list[str] = []
         self.finished: list[tuple[str, int, int, int]] = []
         self.num_refused = 0  # late tokens of lost workers that the ledger did not want
+        self.cached: dict[int, int] = {}  # by sibling: tokens of the prompt that it says were cached
         self.says: tuple[int, ...] | None = None  # instead of the prompt, then eos
         self.ledger: Ledger | None = None
         self.tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -157,7 +159,8 @@ class EchoEngine:
         count = submission.num_logprobs
         logprobs = () if count is None else (-0.25 * (position + 1),)
         top = (tuple((token + i, -0.25 * (position + 1) - i) for i in range(count)),) if count else ()
-        return TokenDelta(*key, (token,), logprobs, top, finish)
+        num_cached = self.cached.get(sibling.index, 0) if position == 0 else 0
+        return TokenDelta(*key, (token,), logprobs, top, finish, num_cached=num_cached)
 
 
 def state_of(card: ModelCard, **limits: Any) -> tuple[GatewayState, EchoEngine]:
@@ -169,7 +172,10 @@ def state_of(card: ModelCard, **limits: Any) -> tuple[GatewayState, EchoEngine]:
     async def status() -> dict[str, Any]:
         return {"workers": []}
 
-    return GatewayState(config, card, engine, ledger, metrics, status, "0.1.0"), engine
+    async def trace(seconds: float) -> control_pb2.TraceReply:
+        return control_pb2.TraceReply(traces=[f"{seconds:g} s".encode()], silent=["attention-1"])
+
+    return GatewayState(config, card, engine, ledger, metrics, status, trace, "0.1.0"), engine
 
 
 async def settled() -> None:

@@ -17,10 +17,10 @@ def book(blocks=8, block_tokens=4, sequences_max=16, model_len_max=64):
     return Book("fp", 1, KvBlocks(blocks), block_tokens, sequences_max, model_len_max)
 
 
-def start(name="r", prompt=5, max_tokens=4, accepted=(), number=1, priority=0, arrival=0):
+def start(name="r", prompt=5, max_tokens=4, accepted=(), number=1, priority=0, arrival=0, salt=""):
     return Start(
         AttemptId(name, 0, number), "gw", tuple(range(10, 10 + prompt)), tuple(accepted), Sampling(),
-        frozenset([EOS]), max_tokens, None, priority, arrival,
+        frozenset([EOS]), max_tokens, None, priority, arrival, cache_salt=salt,
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_a_sequence_runs_until_its_length_without_further_orders():
         ends += result.completions
     assert tokens == [100, 101, 102]
     assert [(c.reason, c.num_tokens) for c in ends] == [(FinishReason.LENGTH, 3)]
-    assert b.spaces[FULL].num_free == b.spaces[FULL].total
+    assert b.spaces[FULL].num_available == b.spaces[FULL].total
 
 
 def test_a_stop_token_ends_a_sequence_and_is_delivered_with_the_reason():
@@ -109,8 +109,8 @@ def test_who_gave_up_its_blocks_is_not_overtaken_in_the_same_step():
     b = book(blocks=5, block_tokens=2)
     b.apply(plan(starts=[start("a", 6, 9, arrival=1)]), StepResult())
     run_step(b)
-    late = start("late", 7, 2, arrival=2)
-    urgent = start("urgent", 4, 1, priority=-1, arrival=3)
+    late = start("late", 7, 2, arrival=2, salt="late")
+    urgent = start("urgent", 4, 1, priority=-1, arrival=3, salt="urgent")
     b.apply(plan(2, [late, urgent], chunk_tokens_max=4), StepResult())
     spans, result = run_step(b)
     assert [s.sequence.start.attempt.request_id for s in spans] == ["urgent"]
@@ -135,6 +135,7 @@ def test_a_step_computes_something_however_small_the_pool_is(window):
                 rng.randint(1, 20),
                 priority=rng.randint(0, 2),
                 arrival=i,
+                salt=rng.choice("abcdef"),
             )
             for i in range(15)
         ]
@@ -232,8 +233,9 @@ def test_random_orders_lose_nothing_and_conserve_blocks(seed):
         starts, stops = [], []
         if turn < 150 and rng.random() < 0.3:
             s = start(
-                f"r{turn}", rng.randint(1, room - 1), rng.randint(1, 12), priority=rng.randint(0, 1), arrival=turn
-            )
+                f"r{turn}", rng.randint(1, room - 1), rng.randint(1, 12), priority=rng.randint(0, 1),
+                arrival=turn, salt=rng.choice("abcd"),
+            )  # fmt: skip
             wanted[s.attempt.request_id] = s
             starts.append(s)
         if b.sequences and rng.random() < 0.03:
@@ -257,7 +259,7 @@ def test_random_orders_lose_nothing_and_conserve_blocks(seed):
         count = min(s.max_tokens, room - len(s.prompt))
         if ends[name] is FinishReason.LENGTH:
             assert tokens[name] == [100 + i for i in range(count)]
-    assert b.spaces[FULL].num_free == b.spaces[FULL].total
+    assert b.spaces[FULL].num_available == b.spaces[FULL].total
 
 
 def test_freeing_a_block_twice_stops_the_worker():

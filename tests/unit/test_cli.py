@@ -41,10 +41,12 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "make-checkpoint"])
+@pytest.mark.parametrize(
+    "command", ["serve", "status", "trace", "make-checkpoint", "bench", "bench transport", "bench decode"]
+)
 def test_help_of_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert end.value.code == 0
     assert f"Example: expertmesh {command}" in " ".join(capsys.readouterr().out.split())
 
@@ -82,6 +84,12 @@ def test_dtype_and_numerics_are_one_choice_for_both_pools(capsys: pytest.Capture
     assert {tree[pool]["numerics"] for pool in ("attention", "expert")} == {"fast"}
 
 
+def test_the_prefix_cache_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, is_on in (([], True), (["--no-prefix-cache"], False), (["--prefix-cache"], True)):
+        assert main(["serve", "--model", "m", *flags, "--print-config"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["attention"]["prefix_cache"] is is_on
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -97,6 +105,30 @@ def test_bad_flags_are_refused_before_anything_is_started(
     flags: list[str], words: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refused(capsys, "serve", "--model", str(checkpoint), *flags)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("transport --kinds shm,pigeon", "--kinds: 'pigeon'; accepted: local, shm, grpc"),
+        ("transport --rows 8,0", "--rows: '0'; accepted: whole numbers from 1 to 4096"),
+        ("transport --dtype int8", "--dtype: 'int8'; accepted: bfloat16, float32"),
+        ("decode --topologies 1x2,2y2", "--topologies: '2y2'; accepted: AxE"),
+        ("decode --batches 8,8", "--batches: 2 values; accepted: at most 32, none twice"),
+        ("decode --numerics slow", "--numerics: 'slow'; accepted: exact, fast"),
+    ],
+)
+def test_a_benchmark_refuses_bad_values_before_it_starts(
+    argv: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(capsys, "bench", *argv.split())
+
+
+def test_a_benchmark_of_more_tokens_than_the_model_allows_is_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "decode", "--model", str(checkpoint), "--context", "2000"]) == 1
+    assert "accepted: at most 1024" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built for CUDA")
@@ -196,8 +228,9 @@ DOCUMENT = {
          "kept_as": "bfloat16", "gauges": {}},
         {"id": "attention-0", "state": "ready", "pid": 9, "incarnation": 1, "device": "cpu", "slots": 0,
          "bytes_loaded": MIB, "bytes_total": MIB, "bytes_kept": MIB, "kept_as": "bfloat16", "detail": "",
-         "gauges": {"kv_blocks_total": 96.0, "kv_blocks_free": 64.0, "kv_block_bytes": 8192.0,
-                    "kv_sliding_blocks_total": 12.0, "kv_sliding_blocks_free": 11.0,
+         "gauges": {"kv_blocks_total": 96.0, "kv_blocks_free": 64.0, "kv_blocks_cached": 20.0,
+                    "kv_block_bytes": 8192.0, "kv_sliding_blocks_total": 12.0,
+                    "kv_sliding_blocks_free": 7.0, "kv_sliding_blocks_cached": 4.0,
                     "kv_sliding_block_bytes": 24576.0}},
     ],
     "scheduler": {"gauges": {"running": 3.0, "waiting": 1.0}},
@@ -241,8 +274,8 @@ def test_status_for_people_shows_workers_and_what_was_lost(
     monkeypatch.setenv("COLUMNS", "140")
     assert main(["status", "--url", url, "--api-key", "sesame"]) == 0
     shown = capsys.readouterr().out
-    kv = "keys and values 64 of 96 blocks free, 8.0 KiB each, in windows 11 of 12 blocks free, 24.0 KiB each"
-    assert f"attention-0: {kv}" in shown
+    assert "attention-0: keys and values 64 of 96 blocks free, 20 cached, 8.0 KiB each, in windows" in shown
+    assert " 7 of 12 blocks free, 4 cached, 24.0 KiB each" in " ".join(shown.split())
     for words in (
         "ready, epoch 1.2",
         "1.0 MiB of 2.0 MiB",

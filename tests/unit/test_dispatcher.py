@@ -18,7 +18,8 @@ from router.dispatcher import Dispatcher
 from router.errors import ExpertsUnavailable, ParcelMalformed, PlacementError
 from router.placement import EpochId, Member, PlacedWorker, Placement, spread
 from router.transport.base import ExpertEnd, LinkIdentity, Parcel, RefusalReason
-from router.transport.local import LocalAttentionEnd, LocalExpertEnd, LocalHub
+from router.transport.local import LocalHub
+from router.transport.select import attention_end, expert_end
 from tests.contracts.exchange_parties import CONFIG, HIDDEN, ExpertThread, answer, computed, identity
 from tests.unit.placement_table import holders
 
@@ -49,13 +50,14 @@ def direct(layer: int, rows: Tensor, routes: Routes) -> Tensor:
 class Stage:
     """An attention worker's dispatcher, and expert workers that behave as told."""
 
-    def __init__(self, stack: ExitStack, config: RouterConfig = CONFIG) -> None:
+    def __init__(self, stack: ExitStack, config: RouterConfig = CONFIG, kind: str = "local") -> None:
         self.stack = stack
+        self.kind = kind
         self.hub = LocalHub()
         self.lost: list[Member] = []
         self.received: Counter[str] = Counter()
         me = identity()
-        end = LocalAttentionEnd(self.hub, me, config)
+        end = attention_end(kind, me, config, self.hub)
         self.dispatcher = Dispatcher(end, me.member, config, self.lost.append)
         stack.callback(self.dispatcher.close)
 
@@ -66,7 +68,8 @@ class Stage:
             self.received[name] += 1
             behave(end, parcel)
 
-        return self.stack.enter_context(ExpertThread(LocalExpertEnd(self.hub, who, CONFIG), who, count))
+        end = expert_end(self.kind, who, CONFIG, self.hub)
+        return self.stack.enter_context(ExpertThread(end, who, count))
 
     def adopt(self, *experts: ExpertThread, replicas: int = 1, number: int = 1) -> Placement:
         members = [(expert.member, expert.end.address) for expert in experts]

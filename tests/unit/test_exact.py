@@ -29,6 +29,18 @@ def test_a_row_has_the_same_bits_in_any_company(threads, dtype, outputs, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 40), (768, 768)])
+def test_rows_within_many_are_computed_in_place_with_the_same_bits(threads, dtype, outputs, inputs):
+    """Whatever stands behind them, be it not a number; more of them than a rung has, too."""
+    linear = exact.Linear(torch.randn(outputs, inputs).to(dtype), "exact")
+    x = torch.randn(200 + exact.ROWS_MAX, inputs).to(dtype)
+    truth = linear(x)
+    x[150:] = float("nan")
+    for first, count in [(0, 1), (3, 5), (7, 9), (64, 33), (149, 1), (100, 50), (0, 150)]:
+        assert torch.equal(linear.rows_of(x, first, count), truth[first : first + count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_take_what_is_said_before_they_are_loaded(dtype):
     """Whatever dtype they were stored in."""
     kept = exact.Linear(torch.randn(8, 16).to(dtype), "exact").compute_dtype.itemsize

@@ -1,12 +1,12 @@
 """Promises of the expert worker: joins what waits, waits for nobody, refuses what it must not compute."""
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from expert_workers.batcher import Batcher
 from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.service import ExpertService
@@ -35,24 +35,6 @@ def parcel(layer=0, routes=3, to=Member("e0", 1), epoch=EpochId(1, 1), expert=0,
         Member(sender, 1), to, epoch, ticket, layer, torch.ones(1, hidden), torch.zeros(routes, dtype=torch.int32),
         torch.full((routes,), expert, dtype=torch.int32),
     )  # fmt: skip
-
-
-def test_a_batch_is_the_oldest_parcel_and_all_of_its_layer():
-    batcher = Batcher(rows_max=100)
-    for p in (first := parcel(2), other := parcel(1), mate := parcel(2, sender="a1")):
-        batcher.add(p)
-    assert batcher.next_batch() == [first, mate]
-    assert batcher.next_batch() == [other]
-    assert not len(batcher)
-
-
-def test_a_batch_is_bounded_but_never_empty():
-    """A parcel larger than the bound is computed alone rather than never."""
-    batcher = Batcher(rows_max=4)
-    for p in (big := parcel(0, routes=9), small := parcel(0, routes=2), mate := parcel(0, routes=2)):
-        batcher.add(p)
-    assert batcher.next_batch() == [big]
-    assert batcher.next_batch() == [small, mate]
 
 
 def placement(checkpoint, *workers, epoch=EpochId(1, 1)):
@@ -94,9 +76,32 @@ def pair(checkpoint):
     end = LocalExpertEnd(hub, identity(me), config)
     client = LocalAttentionEnd(hub, identity(peer), config)
     assert not client.adopt(client.prepare([Peer(me, end.address)], 5))
-    yield ExpertWorker(residency, end, 100), client
+    yield ExpertWorker(residency, end, ExpertConfig(join_wait_s=0.1)), client
     client.close()
     end.close()
+
+
+def test_a_parcel_that_is_held_wakes_its_worker_once(pair):
+    """No spinning: one turn takes it in, the next sleeps until another joins or the wait is over."""
+    worker, client = pair
+    waits = []
+    receive = worker.end.receive
+    worker.end.receive = lambda wait_s: (waits.append(wait_s), receive(wait_s))[1]
+    hidden, layers = worker.residency.checkpoint.config.hidden_size, worker.batcher.num_layers
+    now_s = time.monotonic()
+    for layer, ago_s in ((layers - 1, 9.05), (0, 9.0), (layers - 1, 0.0)):
+        worker.batcher.add(other := parcel(layer, sender="a1"), now_s - ago_s)
+        assert worker.batcher.next_batch(now_s) == [other]
+    ticket = client.dispatch([parcel(hidden=hidden)])
+    assert not worker.turn(0.0)
+    turns = [worker.turn(5.0), worker.turn(5.0)]  # a wait may end a moment before its time
+    assert turns in ([True, False], [False, True])
+    assert isinstance(client.combine(ticket, 5)[0], Reply)
+    held = [wait_s for wait_s in waits if 0 < wait_s < 5]
+    assert 1 <= len(held) <= 2
+    assert max(held) <= 0.1
+    assert 0 < worker.held_s < 1
+    assert (worker.batches, worker.parcels) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,7 @@ def test_a_parcel_for_what_is_not_held_is_refused_and_its_neighbours_are_answere
     assert refused.reason is reason
 
 
-def test_a_long_batch_pulses_between_its_experts(pair, checkpoint):
+def test_a_long_batch_pulses_between_its_products(pair, checkpoint):
     """Slow is not dead: who waits for the last expert hears of the first."""
     worker, client = pair
     me = worker.residency.member
@@ -134,7 +139,7 @@ def test_a_long_batch_pulses_between_its_experts(pair, checkpoint):
     ticket = client.dispatch([wide])
     assert worker.turn(0.0)
     assert isinstance(client.combine(ticket, 5)[0], Reply)
-    assert len(told) == 3
+    assert len(told) == 6  # two products each: no silence is longer than one of them
 
 
 def test_the_service_prepares_in_the_background_and_leaves_no_thread(checkpoint):

@@ -14,7 +14,7 @@ from router.config import RouterConfig
 from router.errors import FrameError
 from router.placement import EpochId, Member
 from router.transport import frame
-from router.transport.base import LinkIdentity, Parcel, Refusal, RefusalReason, Reply
+from router.transport.base import LinkIdentity, Parcel, Refusal, RefusalReason, Reply, Spent
 
 CONFIG = RouterConfig(rows_max=8, experts_per_row_max=2)
 LIMITS = frame.limits_of(LinkIdentity(Member("", 1), "0123456789abcdef", "", 3, torch.bfloat16), CONFIG)
@@ -47,7 +47,7 @@ def test_a_parcel_survives(sent: Parcel) -> None:
     """Every field; odd numbers of rows leave the routes aligned."""
     region = written(sent)
     header = header_of(region)
-    rows, route_rows, route_experts = frame.read_parcel(region, OFFSET, header)
+    rows, route_rows, route_experts, _ = frame.read_parcel(region, OFFSET, header, LIMITS)
     assert torch.equal(rows, sent.rows)
     assert torch.equal(route_rows, sent.route_rows)
     assert torch.equal(route_experts, sent.route_experts)
@@ -58,7 +58,7 @@ def test_a_parcel_survives(sent: Parcel) -> None:
 def test_rows_are_read_in_place_and_routes_are_not() -> None:
     """4 MB need no copy; what indexes memory must not change after it was checked."""
     region = written(parcel())
-    rows, route_rows, _ = frame.read_parcel(region, OFFSET, header_of(region))
+    rows, route_rows, *_ = frame.read_parcel(region, OFFSET, header_of(region), LIMITS)
     payload = region.view[OFFSET + frame.HEADER_BYTES :]
     payload[:] = b"\xff" * len(payload)
     assert rows.isnan().all()
@@ -70,17 +70,18 @@ def test_a_reply_and_a_refusal_survive() -> None:
     sent = parcel()
     region = new_region(frame.reply_bytes(4, LIMITS))
     rows = sent.rows[sent.route_rows] + 1
-    frame.write_reply(region, OFFSET, sent, 11, rows, LIMITS)
+    frame.write_reply(region, OFFSET, sent, 11, rows, Spent(12, 13), LIMITS)
     header = header_of(region)
     assert (header.sender, header.to, header.ticket, header.parcel_index) == (6, 5, 9, 11)
-    reply = frame.read_answer(region, OFFSET, header)
+    reply = frame.read_answer(region, OFFSET, header, LIMITS, heard_ns=14)
     assert isinstance(reply, Reply)
+    assert (reply.spent, reply.heard_ns) == (Spent(12, 13), 14)
     assert torch.equal(reply.rows, rows)
 
     detail = frame.encode_detail("slot 3: loading " * 99)
     region = new_region(frame.REFUSAL_BYTES_MAX)
     frame.write_refusal(region, OFFSET, sent, 11, RefusalReason.NOT_RESIDENT, detail, LIMITS)
-    refusal = frame.read_answer(region, OFFSET, header_of(region))
+    refusal = frame.read_answer(region, OFFSET, header_of(region), LIMITS)
     assert isinstance(refusal, Refusal)
     assert refusal.reason is RefusalReason.NOT_RESIDENT
     assert refusal.detail.startswith("slot 3: loading ")
@@ -110,6 +111,8 @@ def changed(**fields: Any) -> frame.Region:
         ({"num_rows": 5}, "do not agree"),
         ({"num_routes": 5}, "do not agree"),
         ({"payload_bytes": 2**63}, "do not agree"),
+        ({"queued_ns": 2**63}, "ns queued"),
+        ({"computed_ns": 2**64 - 1}, "ns computed"),
         ({"num_rows": 8, "num_routes": 16, "payload_bytes": 48 + 128}, "bytes follow"),
     ],
 )
@@ -125,7 +128,7 @@ def test_a_route_to_a_row_that_is_not_there_is_refused(row: int) -> None:
     region = written(replace(parcel(), route_rows=torch.tensor([0, 1, row, 2], dtype=torch.int32)))
     header = header_of(region)
     with pytest.raises(FrameError, match="outside 0 to 2"):
-        frame.read_parcel(region, OFFSET, header)
+        frame.read_parcel(region, OFFSET, header, LIMITS)
 
 
 @given(st.binary(max_size=400), st.sampled_from([0, 24, 28, 40, 80, 88, 96, 128]))
@@ -141,9 +144,9 @@ def test_noise_is_refused_or_stays_within_its_bytes(noise: bytes, kept: int) -> 
     try:
         header = frame.read_header(region, 0, size, LIMITS)
         if header.kind == frame.PARCEL:
-            tensors = frame.read_parcel(region, 0, header)
+            tensors = frame.read_parcel(region, 0, header, LIMITS)
         else:
-            tensors = tuple(getattr(frame.read_answer(region, 0, header), "rows", ()))
+            tensors = tuple(getattr(frame.read_answer(region, 0, header, LIMITS), "rows", ()))
     except FrameError:
         return
     assert frame.HEADER_BYTES + header.payload_bytes <= size

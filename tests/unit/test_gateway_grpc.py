@@ -39,11 +39,13 @@ async def test_an_answer_has_text_tokens_reason_and_usage(card: ModelCard) -> No
     assert card.tokens is not None
     ids = card.tokens.encode("hello")
     async with facing(card) as face:
+        face.engine.cached = {0: 1}
         answer = await face.inference.Generate(pb.GenerateRequest(text="hello", model="tiny"))
     (choice,) = answer.choices
     assert (choice.text, choice.finish) == ("hello", pb.CHOICE_FINISH_STOP)
     assert list(choice.token_ids) == [*ids, min(card.eos)]
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), len(ids) + 1)
+    assert answer.usage.cached_tokens == 1
     assert (answer.model, answer.request_id[:4]) == ("tiny", "gen-")
 
 
@@ -97,7 +99,7 @@ def test_options_have_rests_names_and_both_requests_the_same_fields() -> None:
 async def test_every_option_reaches_the_worker_as_rests_does(card: ModelCard) -> None:
     asked = {
         "min_p": 0.25, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.5,
-        "min_tokens": 2, "max_tokens": 4, "seed": 1,
+        "min_tokens": 2, "max_tokens": 4, "seed": 1, "cache_salt": "mine",
     }  # fmt: skip
     async with facing(card) as face:
         app = httpx.ASGITransport(create_app(face.state))
@@ -108,6 +110,7 @@ async def test_every_option_reaches_the_worker_as_rests_does(card: ModelCard) ->
         await face.inference.Generate(pb.GenerateRequest(tokens=pb.TokenIds(ids=[5, 6]), options=options))
         rest, ours = face.engine.submissions
     assert dataclasses.replace(ours, request_id=rest.request_id) == rest
+    assert ours.cache_salt == "mine"
     assert (ours.sampling.min_p, ours.min_tokens, dict(ours.sampling.logit_bias)) == (0.25, 2, {5: -100.0, 7: 2.5})
 
 

@@ -70,6 +70,21 @@ async def test_choices_are_numbered_over_prompts_and_n(card: ModelCard) -> None:
     assert {choice["finish_reason"] for choice in choices} == {"length"}
 
 
+async def test_cached_tokens_are_those_that_no_choice_had_to_compute(card: ModelCard) -> None:
+    """A prompt is billed once for its choices, so the fewest of them count; prompts of one call add up."""
+    async with gateway(card) as (_, engine, client):
+        for cached, n, expected in (({}, 1, 0), ({0: 4}, 1, 4), ({0: 2, 1: 4}, 2, 2), ({0: 0, 1: 4}, 2, 0)):
+            engine.cached = cached
+            answer = await client.post("/v1/completions", json={"prompt": [5, 6, 7, 8, 9], "n": n})
+            usage = Completion.model_validate(answer.json(), strict=True).usage
+            assert usage is not None
+            assert usage.prompt_tokens_details is not None
+            assert (usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens) == (5, expected)
+        engine.cached = {0: 2}
+        answer = await client.post("/v1/completions", json={"prompt": [[5, 6, 7], [8, 9, 5]]})
+        assert answer.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+
+
 async def test_the_seed_decides(card: ModelCard) -> None:
     """The same seed gives the same tokens; siblings have seeds of their own."""
     body = {
@@ -260,9 +275,9 @@ async def test_a_call_keeps_the_name_its_client_gave_it(card: ModelCard) -> None
 
 async def test_fields_nobody_reads_are_named_in_a_header(card: ModelCard) -> None:
     async with gateway(card) as (_, _, client):
-        response = await client.post("/v1/completions", json={"prompt": [1], "user": "u", "a\r\nb: c": 1})
+        response = await client.post("/v1/completions", json={"prompt": [1], "metadata": "u", "a\r\nb: c": 1})
         clean = await client.post("/v1/completions", json={"prompt": [1]})
-    assert response.headers["x-expertmesh-ignored-fields"] == "user, a??b??c"
+    assert response.headers["x-expertmesh-ignored-fields"] == "metadata, a??b??c"
     assert "x-expertmesh-ignored-fields" not in clean.headers
 
 

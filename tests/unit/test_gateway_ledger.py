@@ -54,6 +54,23 @@ async def collect(generation: Generation) -> dict[int, list[int]]:
     return choices
 
 
+async def test_a_resume_that_began_anew_says_what_it_found_cached() -> None:
+    """With its first token; what is taken again of a delta from its middle says nothing."""
+    assert delta(0, 5, 6, num_cached=3).since(0).num_cached == 3
+    assert delta(0, 5, 6, num_cached=3).since(1).num_cached == 0
+    ledger, engine = stage()
+    silent(engine)
+    generation = await ledger.open([ask()])
+    ledger.close_attempt("r", 0, 1, CloseReason.WORKER_LOST, "killed")
+    ledger.deliver(delta(0, 5, attempt=2, num_cached=4))
+    assert [part.num_cached async for _, part in _first(generation)] == [4]
+    generation.close()
+
+
+async def _first(generation: Generation) -> Any:
+    yield await anext(generation)
+
+
 async def test_sequences_of_a_call_are_numbered_over_its_requests() -> None:
     """Two prompts with n=2 are choices 0 to 3; each brings its prompt again, and eos."""
     ledger, _ = stage()

@@ -44,6 +44,7 @@ def outcomes(metrics: GatewayMetrics) -> Counter[str]:
 async def test_a_chat_stream_is_what_openais_client_expects(card: ModelCard) -> None:
     """Role first, then the text in whole characters, the reason on the last, usage alone at the end."""
     async with serving(card) as (_, engine, url), client_of(url) as client:
+        engine.cached = {0: 3}
         stream = await client.chat.completions.create(
             model="tiny", messages=CHAT, stream=True, stream_options={"include_usage": True}
         )
@@ -55,6 +56,8 @@ async def test_a_chat_stream_is_what_openais_client_expects(card: ModelCard) -> 
     assert usage.choices == []
     assert usage.usage is not None
     assert usage.usage.completion_tokens == engine.submissions[0].prompt.index(engine.eos) + 1
+    assert usage.usage.prompt_tokens_details is not None
+    assert usage.usage.prompt_tokens_details.cached_tokens == 3
     assert all(c.usage is None for c in chunks[:-1])
     assert len({(c.id, c.created) for c in chunks}) == 1
 

@@ -70,6 +70,7 @@ def test_what_is_given_is_taken(validator: Validator, card: ModelCard) -> None:
         "ignore_eos": True,
         "logprobs": 0,
         "priority": -3,
+        "cache_salt": "mine",
         "stream": True,
         "stream_options": {"include_usage": True},
         "return_token_ids": True,
@@ -91,7 +92,7 @@ def test_what_is_given_is_taken(validator: Validator, card: ModelCard) -> None:
     assert (dataclasses.replace(shaped.sampling, seed=0), shaped.min_tokens) == (expected, 4)
     assert (request.stop, request.stop_token_ids, request.num_logprobs) == (("b", "a"), frozenset({9}), 0)
     assert (call.stream, call.include_usage, call.return_token_ids) == (True, True, True)
-    assert (request.max_tokens, request.n, request.priority) == (63, 2, -3)
+    assert (request.max_tokens, request.n, request.priority, request.cache_salt) == (63, 2, -3, "mine")
     call = validator.completion({"prompt": [3], "stop_token_ids": [9], "stop": "x"})
     assert (call.requests[0].stop_token_ids, call.requests[0].stop) == (card.eos | {9}, ("x",))
 
@@ -172,6 +173,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage is 1"),
     ({"stream": 1}, "stream is 1; accepted: true or false"),
     ({"priority": 2**31}, "priority is 2147483648"),
+    ({"cache_salt": ""}, 'cache_salt is ""; accepted: a string of 1 to 256 characters'),
+    ({"cache_salt": 7}, "cache_salt is 7"),
     ({"model": 7}, "model is 7"),
     ({"tools": []}, "tools is a list of 0 items, which is not supported here; accepted: null"),
     (
@@ -298,7 +301,10 @@ def test_neutral_values_pass_and_unknown_fields_are_named(validator: Validator) 
         "stop": None,
         "temperature": None,
     }
-    assert validator.completion({"prompt": [1], **neutral, "user": "u", "foo": 1}).ignored == ("user", "foo")
+    assert validator.completion({"prompt": [1], **neutral, "metadata": {}, "foo": 1}).ignored == (
+        "metadata",
+        "foo",
+    )
 
 
 def test_a_checkpoint_without_a_tokenizer_refuses_text_by_name(card: ModelCard) -> None:
@@ -392,3 +398,12 @@ def test_no_body_whatever_raises_anything_but_a_refusal(
     else:
         message = ""
     assert len(message) < 600
+
+
+def test_user_names_the_tenant_and_priority_the_place(validator: Validator) -> None:
+    """A request without a user belongs to the tenant without a name."""
+    named = validator.completion({"prompt": [1], "user": "team-a", "priority": -3}).requests[0]
+    assert (named.tenant, named.priority) == ("team-a", -3)
+    assert validator.completion({"prompt": [1]}).requests[0].tenant == ""
+    with pytest.raises(BadRequest, match=r"user .*64 characters"):
+        validator.completion({"prompt": [1], "user": "x" * 65})

@@ -71,9 +71,9 @@ def test_memory_of_a_hybrid_at_4096_tokens_is_the_arithmetic():
     peak = 0
     while not b.sequences[start().attempt].is_prompt_done:
         b.compose(result := StepResult())
-        peak = max(peak, b.spaces[SLIDING].total - b.spaces[SLIDING].num_free)
+        peak = max(peak, b.spaces[SLIDING].total - b.spaces[SLIDING].num_available)
         run_step(b, result=result)
-    held = {kind: space.total - space.num_free for kind, space in b.spaces.items()}
+    held = {kind: space.total - space.num_available for kind, space in b.spaces.items()}
     assert held == {FULL: 4096 // tile, SLIDING: 512 // tile}
     assert peak <= blocks_overlapped(511 + 256, tile) == 25
     assert sum(held.values()) * per_block == 31 * 4096 * (4096 + 512)  # 4,096 bytes a token and layer, as reckoned
@@ -111,7 +111,9 @@ def test_a_table_leaves_blocks_at_its_front_only():
 EVENTS = st.lists(
     st.one_of(
         st.just(("step",)),
-        st.tuples(st.just("start"), st.integers(1, 60), st.integers(1, 30), st.integers(0, 1)),
+        st.tuples(
+            st.just("start"), st.integers(1, 60), st.integers(1, 30), st.integers(0, 1), st.sampled_from("abc")
+        ),
         st.tuples(st.just("stop"), st.integers(0, 9)),
         st.tuples(st.just("limits"), st.integers(1, 40), st.integers(1, 30)),
         st.tuples(st.just("drop"),),
@@ -124,7 +126,7 @@ EVENTS = st.lists(
 @settings(max_examples=150)
 @given(EVENTS, st.integers(4, 20), st.integers(1, 12), st.integers(0, 6))
 def test_blocks_are_conserved_in_both_spaces_after_every_event(events, full, window, spare):
-    """Whatever is started, stopped and starved: free + held = total in each space, and all that stays ends."""
+    """Whatever is started, stopped and starved: free + held + cached = total in each space, all ends."""
     b = hybrid(full, blocks_overlapped(window, 4) + spare, window, model_len_max=64)
     number, arrivals, ends, limits = 0, 0, {}, {"step_tokens_max": 16, "chunk_tokens_max": 8}
 
@@ -137,8 +139,9 @@ def test_blocks_are_conserved_in_both_spaces_after_every_event(events, full, win
     for kind, *args in [*events, *[("step",)] * 3]:
         result, starts, stops = StepResult(), [], []
         if kind == "start":
-            prompt, max_tokens, priority = args
-            starts.append(start(f"r{arrivals}", prompt, max_tokens, priority=priority, arrival=arrivals))
+            prompt, max_tokens, priority, salt = args
+            name = f"r{arrivals}"
+            starts.append(start(name, prompt, max_tokens, priority=priority, arrival=arrivals, salt=salt))
             arrivals += 1
         elif kind == "stop":
             stops = sorted(b.sequences)[args[0] : args[0] + 1]
@@ -157,13 +160,14 @@ def test_blocks_are_conserved_in_both_spaces_after_every_event(events, full, win
         step(StepResult())
     assert not b.sequences
     assert len(ends) == arrivals
-    assert all(space.num_free == space.total for space in b.spaces.values())
+    assert all(space.num_available == space.total for space in b.spaces.values())
     assert set(ends.values()) <= {FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.FAILED}
 
 
 # --- sizes -----------------------------------------------------------------------------------------
 
-SIZES = {"window": 128, "block_tokens": 32, "sequences_max": 256, "sequence_tokens": 1024, "model_len_max": 32768}
+SIZES = {"window": 128, "block_tokens": 32, "sequences_max": 256, "sequence_tokens": 1024, "model_len_max": 32768,
+         "prefix_cache": True}  # fmt: skip
 
 
 def sizes(kv_bytes, full=1000, sliding=1000, **changed):
@@ -180,6 +184,12 @@ def test_both_spaces_run_dry_together_under_sequences_of_the_length_named():
     blocks = sizes(5_000_000)
     assert blocks[FULL] / 32 == pytest.approx((blocks[SLIDING] - 8) / 5, rel=0.01)
     assert 4_999_000 <= sum(blocks.values()) * 1000 <= 5_000_000
+
+
+def test_without_a_prefix_cache_the_sliding_space_has_what_running_sequences_need():
+    """With one, windows of those that have ended are worth keeping: it grows with the memory."""
+    assert sizes(10**9, prefix_cache=False)[SLIDING] == 256 * 5 + 8
+    assert sizes(10**9)[SLIDING] > 100_000
 
 
 @given(

@@ -28,9 +28,10 @@ from cluster.events import (
     ReportBody,
     Retire,
     Role,
+    SendTrace,
 )
 from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status
-from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced
 from router.placement import EpochId, Member, spread
 from tests.unit.served_controller import SHAPE, WAIT_S, Cluster, ListedStarts
 
@@ -203,6 +204,7 @@ registers = st.builds(
     Register, st.sampled_from(Role), st.integers(0, 2**31), names, names, names, st.none() | epochs,
 )  # fmt: skip
 said = st.builds(Prepared, epochs) | st.builds(Adopted, epochs) | st.builds(PeerLost, members)
+said |= st.builds(Traced, st.integers(0, 2**60), st.binary(max_size=9))
 bodies = registers | healths | said
 
 
@@ -221,6 +223,7 @@ placements = st.builds(
 orders = (
     st.builds(Prepare, placements) | st.builds(Publish, placements) | st.builds(Retire, epochs)
     | st.builds(Exit, st.text()) | st.builds(Members, st.lists(members).map(tuple))
+    | st.builds(SendTrace, st.integers(0, 2**60), st.floats(0, 60), st.integers(0, 2**60))
 )  # fmt: skip
 
 

@@ -17,7 +17,9 @@ from gateway.request import Sampling
 def arrived(sampling: Sampling, stop_token_ids: frozenset[int], min_tokens: int) -> step.Start:
     """The order that the worker makes of it."""
     siblings = (Sibling(0, 1, 77),)
-    submission = Submission("r", (1, 2), sampling, stop_token_ids, 9, 3, siblings, min_tokens=min_tokens)
+    submission = Submission(
+        "r", (1, 2), sampling, stop_token_ids, 9, 3, siblings, min_tokens=min_tokens, cache_salt="mine"
+    )
     gateway, worker = Incarnation("g", 1), Incarnation("w", 1)
     sent = schedule_pb2.GatewayMessage.FromString(
         schedule_pb2.GatewayMessage(submit=wire.submit(submission, 10_000), fingerprint="f").SerializeToString()
@@ -27,6 +29,7 @@ def arrived(sampling: Sampling, stop_token_ids: frozenset[int], min_tokens: int)
     spec, prompt = heard.submission.spec, heard.submission.prompt
     start = Start(AttemptId("r", 0, 1), "here", prompt, (), spec, siblings[0].seed, 0, 0)
     plan = scheduler_wire.encode(SendPlan(worker, Plan(1, (start,), (), 8, 8, False)), 1, "f")
+    assert heard.submission.cache_salt == "mine"
     (order,) = worker_wire.plan(step_pb2.Plan.FromString(plan.SerializeToString())).starts
     return order
 
@@ -37,7 +40,7 @@ def test_every_parameter_arrives() -> None:
     order = arrived(asked, frozenset({7, 9}), 4)
     assert order.sampling == step.Sampling(0.7, 0.9, 40, 77, 0.01, 1.1, -0.3, 0.2, ((3, -100.0), (8, 0.1)))
     assert (order.stop_token_ids, order.min_tokens, order.max_tokens) == (frozenset({7, 9}), 4, 9)
-    assert order.num_logprobs == 3
+    assert (order.num_logprobs, order.cache_salt) == (3, "mine")
 
 
 def test_what_was_not_asked_changes_nothing() -> None:

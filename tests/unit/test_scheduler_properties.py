@@ -13,10 +13,13 @@ import pytest
 
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import Command, WorkerLimits
+from cluster.scheduler.prefixes import hints_of
+from tests.unit.scheduler_peers import submission
 from tests.unit.scheduler_world import World
 
-LIMITS = WorkerLimits(block_tokens=4, blocks_total=24, sequences_max=5, model_len_max=80)
+LIMITS = WorkerLimits(block_tokens=4, blocks_total=24, sequences_max=5, model_len_max=80, prefix_cache=True)
 HYBRID = replace(LIMITS, sliding_blocks_total=7, sliding_window=6)
+HINTS = [*hints_of(submission("any", 48), 4), 0, 2**64 - 1]  # of the prompts here, and of none
 CONFIG = SchedulerConfig(
     queued_requests_max=6, queued_tokens_max=400, gateway_lease_s=1.0, recovery_deadline_s=30.0
 )
@@ -33,6 +36,8 @@ def random_move(world: World) -> None:
     elif move < 0.08:
         world.give_up(whole_request=rng.random() < 0.5)
     elif move < 0.55:
+        if rng.random() < 0.3:  # hints may be wrong: then they cost time, and nothing else
+            worker.tell(rng.choice(["kept", "evicted"]), rng.choice(HINTS))
         world.work(worker)
     elif move < 0.75:
         world.deliver(worker, rng.randrange(4))
@@ -98,7 +103,7 @@ def test_when_all_is_healed_every_sequence_has_ended_once_and_nothing_is_held(se
 def test_the_histories_are_eventful() -> None:
     """Else the test above would promise little."""
     counters: Counter[str] = Counter()
-    for seed in range(30):
+    for seed in range(60):
         counters.update(run(seed, num_moves=600).scheduler.counters)
     wanted = {"adopted", "clock_gaps", "ended_finished", "ended_gateway_lost", "ended_preempted"}
     wanted |= {"ended_worker_lost", "ignored_completions", "refused_overloaded", "stopped", "workers_lost"}

@@ -79,8 +79,16 @@ class EpochReport(_message.Message):
     epoch: _identity_pb2.Epoch
     def __init__(self, epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ...) -> None: ...
 
+class TraceReport(_message.Message):
+    __slots__ = ("number", "trace")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    trace: bytes
+    def __init__(self, number: _Optional[int] = ..., trace: _Optional[bytes] = ...) -> None: ...
+
 class MemberReport(_message.Message):
-    __slots__ = ("sender", "fingerprint", "term", "register", "heartbeat", "prepared", "adopted", "peer_lost")
+    __slots__ = ("sender", "fingerprint", "term", "register", "heartbeat", "prepared", "adopted", "peer_lost", "trace")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +97,7 @@ class MemberReport(_message.Message):
     PREPARED_FIELD_NUMBER: _ClassVar[int]
     ADOPTED_FIELD_NUMBER: _ClassVar[int]
     PEER_LOST_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     sender: _identity_pb2.Incarnation
     fingerprint: str
     term: int
@@ -97,7 +106,8 @@ class MemberReport(_message.Message):
     prepared: EpochReport
     adopted: EpochReport
     peer_lost: _identity_pb2.Incarnation
-    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., prepared: _Optional[_Union[EpochReport, _Mapping]] = ..., adopted: _Optional[_Union[EpochReport, _Mapping]] = ..., peer_lost: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ...) -> None: ...
+    trace: TraceReport
+    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., prepared: _Optional[_Union[EpochReport, _Mapping]] = ..., adopted: _Optional[_Union[EpochReport, _Mapping]] = ..., peer_lost: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., trace: _Optional[_Union[TraceReport, _Mapping]] = ...) -> None: ...
 
 class PlacedWorker(_message.Message):
     __slots__ = ("worker", "address", "experts")
@@ -133,6 +143,16 @@ class Members(_message.Message):
     node: str
     def __init__(self, attention: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
 
+class SendTrace(_message.Message):
+    __slots__ = ("number", "seconds", "bytes_max")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    seconds: float
+    bytes_max: int
+    def __init__(self, number: _Optional[int] = ..., seconds: _Optional[float] = ..., bytes_max: _Optional[int] = ...) -> None: ...
+
 class Exit(_message.Message):
     __slots__ = ("reason",)
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -140,7 +160,7 @@ class Exit(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class MemberOrder(_message.Message):
-    __slots__ = ("term", "fingerprint", "prepare", "publish", "retire", "members", "exit")
+    __slots__ = ("term", "fingerprint", "prepare", "publish", "retire", "members", "exit", "send_trace")
     TERM_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PREPARE_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +168,7 @@ class MemberOrder(_message.Message):
     RETIRE_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     EXIT_FIELD_NUMBER: _ClassVar[int]
+    SEND_TRACE_FIELD_NUMBER: _ClassVar[int]
     term: int
     fingerprint: str
     prepare: PlacementTable
@@ -155,7 +176,8 @@ class MemberOrder(_message.Message):
     retire: EpochReport
     members: Members
     exit: Exit
-    def __init__(self, term: _Optional[int] = ..., fingerprint: _Optional[str] = ..., prepare: _Optional[_Union[PlacementTable, _Mapping]] = ..., publish: _Optional[_Union[PlacementTable, _Mapping]] = ..., retire: _Optional[_Union[EpochReport, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., exit: _Optional[_Union[Exit, _Mapping]] = ...) -> None: ...
+    send_trace: SendTrace
+    def __init__(self, term: _Optional[int] = ..., fingerprint: _Optional[str] = ..., prepare: _Optional[_Union[PlacementTable, _Mapping]] = ..., publish: _Optional[_Union[PlacementTable, _Mapping]] = ..., retire: _Optional[_Union[EpochReport, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., exit: _Optional[_Union[Exit, _Mapping]] = ..., send_trace: _Optional[_Union[SendTrace, _Mapping]] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
@@ -176,3 +198,17 @@ class PlacementReply(_message.Message):
     TABLE_FIELD_NUMBER: _ClassVar[int]
     table: PlacementTable
     def __init__(self, table: _Optional[_Union[PlacementTable, _Mapping]] = ...) -> None: ...
+
+class TraceRequest(_message.Message):
+    __slots__ = ("seconds",)
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
+
+class TraceReply(_message.Message):
+    __slots__ = ("traces", "silent")
+    TRACES_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    traces: _containers.RepeatedScalarFieldContainer[bytes]
+    silent: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, traces: _Optional[_Iterable[bytes]] = ..., silent: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -49,6 +49,11 @@ class ControllerServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.PlacementRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.PlacementReply.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/expertmesh.v1.ControllerService/Trace',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceReply.FromString,
+                _registered_method=True)
 
 
 class ControllerServiceServicer:
@@ -72,6 +77,12 @@ class ControllerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -89,6 +100,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.Placement,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.PlacementRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.PlacementReply.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.TraceReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -172,6 +188,33 @@ class ControllerService:
             '/expertmesh.v1.ControllerService/Placement',
             expertmesh_dot_v1_dot_control__pb2.PlacementRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.PlacementReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControllerService/Trace',
+            expertmesh_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.TraceReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import identity_pb2 as expertmesh_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpertmesh/v1/exchange.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\"\xc7\x01\n\tLinkHello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12*\n\x06sender\x18\x02 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12&\n\x02to\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\t\x12\x0e\n\x06hidden\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x12\n\nring_bytes\x18\x08 \x01(\x04\"J\n\x0bLinkWelcome\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x0f\n\x07refused\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpertmesh/v1/exchange.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\"\xf8\x01\n\tLinkHello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12*\n\x06sender\x18\x02 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12&\n\x02to\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\t\x12\x0e\n\x06hidden\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0c\n\x04rows\x18\n \x01(\t\x12\x0f\n\x07replies\x18\x0b \x01(\t\x12\x12\n\nring_bytes\x18\x08 \x01(\x04\x12\x10\n\x08lane_key\x18\t \x01(\x0c\"\\\n\x0bLinkWelcome\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x0f\n\x07refused\x18\x02 \x01(\t\x12\x10\n\x08lane_key\x18\x03 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.exchange_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LINKHELLO']._serialized_start=78
-  _globals['_LINKHELLO']._serialized_end=277
-  _globals['_LINKWELCOME']._serialized_start=279
-  _globals['_LINKWELCOME']._serialized_end=353
+  _globals['_LINKHELLO']._serialized_end=326
+  _globals['_LINKWELCOME']._serialized_start=328
+  _globals['_LINKWELCOME']._serialized_end=420
 # @@protoc_insertion_point(module_scope)

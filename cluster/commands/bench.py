@@ -1,0 +1,309 @@
+"""`expertmesh bench`: what the parts cost on this machine. Each benchmark is a file in `benchmarks/`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import ConfigError
+
+if TYPE_CHECKING:
+    from benchmarks.decode import Outcome, Topology
+    from benchmarks.samples import Samples
+    from benchmarks.transport import Bandwidth, Crossing
+
+T = TypeVar("T")
+
+_COUNT_MAX = 1 << 20
+
+
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure exchange and decoding on this machine",
+        description="Measures on this machine, without Ray and without a running cluster. Results go to standard\n"
+        "output, progress to standard error. Figures and how they came about: docs/benchmarks.md.",
+        epilog="Example:  expertmesh bench transport --kinds shm,grpc\n"
+        "          expertmesh bench decode --model checkpoints/bench --batches 8,32 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    _add_transport(benchmarks)
+    _add_decode(benchmarks)
+
+
+def _add_transport(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "transport",
+        help="round trips and bandwidth between two processes, by kind of link",
+        description="Round trips of parcels between two processes, many parcels in flight, and the bandwidth of\n"
+        "4 MB one way, read in place, against memcpy in the same run.",
+        epilog="Example:  expertmesh bench transport --kinds shm --rows 8 --hidden 768",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--kinds", default="local,shm,grpc", metavar="KINDS", help="of link (default: %(default)s)"
+    )
+    parser.add_argument("--rows", default="8,1,64,256", metavar="N,...", help="of a parcel (default: %(default)s)")
+    parser.add_argument(
+        "--hidden", default="768", metavar="H,...", help="elements of a row (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", default="bfloat16", metavar="DTYPE", help="bfloat16 (default) or float32")
+    parser.add_argument("--round-trips", default="2000", metavar="N", help="of each shape (default: %(default)s)")
+    parser.add_argument(
+        "--in-flight", default="8", metavar="N", help="parcels under way at once (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one document, for scripts")
+    parser.set_defaults(run=_transport)
+
+
+def _add_decode(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "decode",
+        help="tokens a second, taken apart against all in one process",
+        description="Decodes with attention and experts on processes of their own, and with everything in one\n"
+        "process, in turns, so that both see the same machine. In exact mode all must bring the same tokens.",
+        epilog="Example:  expertmesh bench decode --batches 8,32 --microbatches 1 --numerics exact,fast\n"
+        "of the model of  expertmesh make-checkpoint --preset bench --out checkpoints/bench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", type=Path, default=Path("checkpoints/bench"), metavar="DIR", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--numerics", default="exact", metavar="KINDS", help="exact (default), fast, or both: exact,fast"
+    )
+    parser.add_argument("--batches", default="1,8,32", metavar="N,...", help="sequences (default: %(default)s)")
+    parser.add_argument(
+        "--microbatches", default="1,2", metavar="N,...", help="slices of a step (default: %(default)s)"
+    )
+    parser.add_argument("--transports", default="shm,grpc", metavar="KINDS", help="(default: %(default)s)")
+    parser.add_argument(
+        "--topologies",
+        default="1x1,1x2",
+        metavar="AxE,...",
+        help="attention x expert processes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", default="1,2", metavar="N,...", help="of the one process (default: %(default)s)"
+    )
+    parser.add_argument("--context", default="64", metavar="TOKENS", help="of each prompt (default: %(default)s)")
+    parser.add_argument("--steps", default="4", metavar="N", help="in a row (default: %(default)s)")
+    parser.add_argument("--rounds", default="5", metavar="N", help="of all ways in turn (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one document, for scripts")
+    parser.set_defaults(run=_decode)
+
+
+# --- transport -------------------------------------------------------------------------------------
+
+
+def _transport(arguments: argparse.Namespace) -> int:
+    # Here, as below: every other command starts without torch.
+    from benchmarks.errors import BenchmarkError
+    from benchmarks.transport import DTYPES, Effort, Shape, measure
+    from router.transport.select import KINDS
+
+    kinds = _chosen("--kinds", arguments.kinds, [kind for kind in KINDS if kind != "auto"])
+    [dtype] = _chosen("--dtype", arguments.dtype, list(DTYPES), most=1)
+    hidden = _counts("--hidden", arguments.hidden, 8, 1 << 16)
+    rows = _counts("--rows", arguments.rows, 1, 1 << 12)
+    [round_trips] = _counts("--round-trips", arguments.round_trips, 10, _COUNT_MAX, most=1)
+    [in_flight] = _counts("--in-flight", arguments.in_flight, 1, 16, most=1)
+    shapes = [Shape(n, h, dtype) for h in hidden for n in rows]
+    try:
+        crossings, bandwidths = measure(kinds, shapes, Effort(round_trips, in_flight), _teller())
+    except BenchmarkError as error:
+        return _failed("transport", error)
+    if arguments.json:
+        _print_json(
+            "transport",
+            crossings=[dataclasses.asdict(crossing) for crossing in crossings],
+            bandwidths=[dataclasses.asdict(found) | {"of_memcpy": found.of_memcpy} for found in bandwidths],
+        )
+    else:
+        _show_transport(crossings, bandwidths, _console())
+    return 0
+
+
+def _show_transport(crossings: list[Crossing], bandwidths: list[Bandwidth], console: Console) -> None:
+    _show_machine(console)
+    table = Table("link", "parcel", "there and back: p50", "p99", "least", "in flight", "parcels/s", box=None)
+    for found in crossings:
+        parcel = f"{found.shape.rows} x {found.shape.hidden} {found.shape.dtype}"
+        trip = (
+            f"{us:.0f} us" for us in (found.round_trip_us.p50, found.round_trip_us.p99, found.round_trip_us.min)
+        )
+        table.add_row(found.kind, parcel, *trip, str(found.in_flight), f"{found.parcels_per_s:,.0f}")
+    console.print(table)
+    for large in bandwidths:
+        console.print(
+            f"{large.kind}: 4 MB one way, read in place {large.one_way.p50:.1f} GB/s, read through "
+            f"{large.read_through.p50:.1f} GB/s; memcpy {large.memcpy.p50:.1f} GB/s: {large.of_memcpy:.0%} of it",
+            highlight=False,
+        )
+
+
+# --- decode ----------------------------------------------------------------------------------------
+
+
+def _decode(arguments: argparse.Namespace) -> int:
+    from benchmarks.decode import Task, measure
+    from benchmarks.errors import BenchmarkError
+    from model.errors import ModelError
+
+    batches = _counts("--batches", arguments.batches, 1, 256)
+    [context] = _counts("--context", arguments.context, 1, _COUNT_MAX, most=1)
+    [steps] = _counts("--steps", arguments.steps, 1, 1000, most=1)
+    [rounds] = _counts("--rounds", arguments.rounds, 1, 1000, most=1)
+    task = Task(
+        arguments.model,
+        tuple(_chosen("--numerics", arguments.numerics, ["exact", "fast"])),  # type: ignore[arg-type]
+        tuple(batches),
+        tuple(_counts("--microbatches", arguments.microbatches, 1, 4)),
+        tuple(_chosen("--transports", arguments.transports, ["shm", "grpc"])),
+        tuple(_topologies(arguments.topologies)),
+        tuple(_counts("--threads", arguments.threads, 1, 256)),
+        context, steps, rounds,
+    )  # fmt: skip
+    try:
+        outcome = measure(task, _teller())
+    except (BenchmarkError, ModelError) as error:
+        return _failed("decode", error)
+    if arguments.json:
+        _print_json(
+            "decode",
+            context=context,
+            steps=steps,
+            lanes=[
+                {
+                    **dataclasses.asdict(found.lane), "name": found.lane.name, "batch": found.batch,
+                    "tokens_per_s": found.tokens_per_s.as_dict(), "step_ms": found.step_samples_ms.as_dict(),
+                }
+                for found in outcome.measured
+            ],
+            comparisons=[
+                {
+                    "what": found.what, "batch": found.batch, "over": found.over.name, "under": found.under.name,
+                    "ratio": found.ratio.as_dict(),
+                }
+                for found in outcome.comparisons
+            ],
+            exact_tokens_equal=outcome.tokens_compared,
+        )  # fmt: skip
+    else:
+        _show_decode(outcome, f"prompts of {context} tokens, {rounds} rounds of {steps} steps", _console())
+    return 0
+
+
+def _topologies(text: str) -> list[Topology]:
+    from benchmarks.decode import Topology
+
+    found = []
+    for part in text.split(","):
+        attention, _, experts = part.strip().partition("x")
+        try:
+            topology = Topology(int(attention), int(experts))
+        except ValueError:
+            topology = Topology(0, 0)
+        if not (1 <= topology.attention <= 8 and 1 <= topology.experts <= 8):
+            raise ConfigError(f"--topologies: {part!r}; accepted: AxE, 1 to 8 processes each, as 1x2")
+        found.append(topology)
+    return found
+
+
+def _show_decode(outcome: Outcome, how: str, console: Console) -> None:
+    _show_machine(console)
+    console.print(how, highlight=False)
+    table = Table("batch", "way", "tokens/s: median", "least", "most", "step: least", box=None)
+    for found in outcome.measured:
+        rate: Samples = found.tokens_per_s
+        table.add_row(
+            str(found.batch), found.lane.name, f"{rate.p50:.1f}", f"{rate.min:.1f}", f"{rate.max:.1f}",
+            f"{found.step_samples_ms.min:.1f} ms",
+        )  # fmt: skip
+    console.print(table)
+    table = Table("batch", "ratio", "median", "least", "most", "of", "to", box=None)
+    for c in outcome.comparisons:
+        shown = (f"{value:.2f}" for value in (c.ratio.p50, c.ratio.min, c.ratio.max))
+        table.add_row(str(c.batch), c.what, *shown, c.over.name, c.under.name)
+    console.print(table)
+    if outcome.tokens_compared:
+        console.print(f"{outcome.tokens_compared} tokens of exact ways compared: all equal", highlight=False)
+
+
+# --- shared ----------------------------------------------------------------------------------------
+
+
+def _counts(flag: str, text: str, least: int, most_each: int, most: int = 32) -> list[int]:
+    """Comma-separated whole numbers, at most `most` of them. Raises ConfigError."""
+    values = []
+    for part in text.split(","):
+        if not part.strip().isdecimal() or not least <= int(part) <= most_each:
+            raise ConfigError(f"{flag}: {part!r}; accepted: whole numbers from {least} to {most_each}")
+        values.append(int(part))
+    _refuse_many(flag, values, most)
+    return values
+
+
+def _chosen(flag: str, text: str, accepted: Sequence[str], most: int = 32) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in accepted:
+            raise ConfigError(f"{flag}: {name!r}; accepted: {', '.join(accepted)}")
+    _refuse_many(flag, names, most)
+    return names
+
+
+def _refuse_many(flag: str, values: Sequence[T], most: int) -> None:
+    if len(values) > most or len(set(values)) < len(values):
+        raise ConfigError(f"{flag}: {len(values)} values; accepted: at most {most}, none twice")
+
+
+def _teller() -> Callable[[str], None]:
+    """A line of progress on standard error, with the seconds since it was made."""
+    began_s = time.monotonic()
+    return lambda text: print(f"{time.monotonic() - began_s:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+def _console() -> Console:
+    """Lines of a file are not broken."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _failed(benchmark: str, error: Exception) -> int:
+    print(f"expertmesh bench {benchmark}: {error}", file=sys.stderr)
+    return 1
+
+
+def _print_json(benchmark: str, **result: Any) -> None:
+    from benchmarks import machine
+
+    print(json.dumps({"benchmark": benchmark, "command": _command(), "machine": machine.describe(), **result}))
+
+
+def _show_machine(console: Console) -> None:
+    from benchmarks import machine
+
+    found = machine.describe()
+    load = " ".join(map(str, found["load_average"]))
+    console.print(f"$ {_command()}", highlight=False)
+    console.print(
+        f"{found['date']}, {found['cpu']}, {found['cores']} cores ({' '.join(found['flags'])}), "
+        f"torch {found['torch']}, load average {load}",
+        highlight=False,
+    )
+
+
+def _command() -> str:
+    return shlex.join(["expertmesh", *sys.argv[1:]])
