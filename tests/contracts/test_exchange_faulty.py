@@ -68,9 +68,12 @@ class TestFaults(Faulty):
         """The outcomes of one ticket with `count` parcels, whose replies are right."""
         self.kind = f"faulty:local:{faults}"
         self.arrived: list[int] = []
+        self.all_came_twice = threading.Event()
 
         def behave(end: ExpertEnd, received: Parcel) -> None:
             self.arrived.append(len(received.rows))
+            if len(self.arrived) == 2 * count:
+                self.all_came_twice.set()
             answer(end, received)
 
         self.only = self.expert(behave)
@@ -111,6 +114,7 @@ class TestFaults(Faulty):
         for _ in range(3):
             outcomes = self._exchange("duplicate=1", 8)
             assert all(isinstance(outcome, Reply) for outcome in outcomes)
+            assert self.all_came_twice.wait(PATIENCE_S)
             self.end.close()
             self.only.leave()
         assert sorted(self.arrived) == sorted([*range(8)] * 2)

@@ -28,8 +28,13 @@ def start(*argv: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "proto")))
     return subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "bench", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=os.environ | {"PYTHONPATH": paths},
+        text=True, env=os.environ | {"PYTHONPATH": paths}, preexec_fn=_heed_interrupts,
     )  # fmt: skip
+
+
+def _heed_interrupts() -> None:
+    """As in a terminal: a shell that runs these tests in its background has told its children to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def document(child: subprocess.Popen[str]) -> dict:
