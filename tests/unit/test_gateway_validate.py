@@ -398,12 +398,3 @@ def test_no_body_whatever_raises_anything_but_a_refusal(
     else:
         message = ""
     assert len(message) < 600
-
-
-def test_user_names_the_tenant_and_priority_the_place(validator: Validator) -> None:
-    """A request without a user belongs to the tenant without a name."""
-    named = validator.completion({"prompt": [1], "user": "team-a", "priority": -3}).requests[0]
-    assert (named.tenant, named.priority) == ("team-a", -3)
-    assert validator.completion({"prompt": [1]}).requests[0].tenant == ""
-    with pytest.raises(BadRequest, match=r"user .*64 characters"):
-        validator.completion({"prompt": [1], "user": "x" * 65})
