@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import replace
 
 from attention_workers import prefix_names
+from attention_workers.batching import Pace, in_turn, share
 from attention_workers.kv_blocks import BlockTable, KvBlocks
 from attention_workers.prefix_cache import PrefixCache
 from attention_workers.sequence import Sequence, Span
@@ -70,6 +71,7 @@ class Book:
         self.term = 0
         self.plan_number = 0
         self.num_refused = 0
+        self.pace = Pace()
         self._step_tokens_max = 512
         self._chunk_tokens_max = 256
 
@@ -81,6 +83,7 @@ class Book:
         self.term, self.plan_number = plan.term, plan.number
         self._step_tokens_max = min(max(1, plan.step_tokens_max), self.rows_max)
         self._chunk_tokens_max = max(1, plan.chunk_tokens_max)
+        self.pace.promise(plan.inter_token_s)
         for attempt in plan.stops:
             if attempt in self.sequences:
                 self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
@@ -148,8 +151,10 @@ class Book:
             if self._make_room(sequence, 1, result):
                 spans[sequence.start.attempt] = Span(sequence, sequence.computed, 1)
                 budget -= 1
+        budget = self.pace.prompt_rows(len(spans), budget)
         under_way: set[bytes] = set()  # blocks that this step works at
-        for sequence in [s for s in running if s.pending > 1 or not s.computed]:
+        prompts = in_turn([s for s in running if s.pending > 1 or not s.computed])
+        for number, sequence in enumerate(prompts):
             if budget <= 0:
                 break
             num_paused = len(result.paused)
@@ -158,7 +163,8 @@ class Book:
             self._skip_cached(sequence)
             if self._next_name(sequence) in under_way:
                 continue  # an earlier one computes it: the next step finds it cached
-            count = min(sequence.pending, self._chunk_tokens_max, self.chunk_fits, budget)
+            rows = share(budget, len(prompts) - number)
+            count = min(sequence.pending, self._chunk_tokens_max, self.chunk_fits, rows)
             if not self._make_room(sequence, count, result):
                 break
             span = spans[sequence.start.attempt] = Span(sequence, sequence.computed, count)

@@ -57,3 +57,8 @@ class Span:
     @property
     def samples(self) -> bool:
         return self.first + self.count == len(self.sequence.tokens)
+
+    @property
+    def is_decode(self) -> bool:
+        """One token, behind what is computed: not a prompt's chunk."""
+        return self.count == 1 and self.first > 0 and self.samples

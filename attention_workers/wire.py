@@ -76,6 +76,7 @@ def plan(message: step_pb2.Plan) -> Plan:
         message.step_tokens_max,
         message.chunk_tokens_max,
         message.send_state,
+        message.inter_token_s,
     )
 
 
@@ -97,6 +98,7 @@ def completion_pb(completion: Completion) -> step_pb2.Completion:
         attempt=attempt_pb(completion.attempt),
         reason=step_pb2.FinishReason.Name(completion.reason),
         detail=completion.detail,
+        num_tokens=completion.num_tokens,
     )
 
 
@@ -166,6 +168,7 @@ def news_pb(
     report.prompts_done.extend(attempt_pb(a) for a in result.prompts_done)
     report.undelivered.extend(attempt_pb(a) for a in result.undelivered)
     report.completions.extend(completion_pb(c) for c in completions)
+    report.paused.extend(attempt_pb(a) for a in result.paused)
     report.kept.extend(result.kept)
     report.evicted.extend(result.evicted)
     if result.state is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal
 
 import torch
@@ -49,14 +50,18 @@ class AttentionWorker:
         Raises ExpertsUnavailable from the dispatcher: then nothing was sampled, and the same step may be tried
         again; keys and values written meanwhile are overwritten with the same bits.
         """
+        began_s = time.monotonic()
         spans = self.book.compose(result)
         if not spans:
             return False
+        num_decodes = sum(span.is_decode for span in spans)
+        num_prompt_rows = sum(span.count for span in spans) - num_decodes
         logits, batches = self._compute(spans)
         self.book.computed(spans, result)
         for batch, rows in zip(batches, logits, strict=True):
             self._sample(batch, rows, result)
         self.steps += 1
+        self.book.pace.observe(num_decodes, num_prompt_rows, time.monotonic() - began_s)
         return True
 
     def _compute(self, spans: list[Span]) -> tuple[list[Tensor], list[Microbatch]]:

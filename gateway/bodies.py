@@ -58,6 +58,7 @@ class GenerateBody(Body):
     priority: int | None = Field(
         None, ge=-_INT32, lt=_INT32, description="an integer from -2^31 to 2^31 - 1; lower runs earlier"
     )
+    user: str | None = Field(None, max_length=64, description="a string of at most 64 characters")
     cache_salt: str | None = Field(
         None, min_length=1, max_length=256, description="a string of 1 to 256 characters"
     )

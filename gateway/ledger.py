@@ -257,6 +257,7 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         request.num_logprobs,
         siblings,
         request.priority,
+        request.tenant,
         resume,
         request.min_tokens,
         request.cache_salt,

@@ -41,6 +41,7 @@ class Submission:
     num_logprobs: int | None
     siblings: tuple[Sibling, ...]
     priority: int = 0
+    tenant: str = ""
     resume: bool = False  # further attempts, or a claim after a gap: never refused for load
     min_tokens: int = 0
     cache_salt: str = ""

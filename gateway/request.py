@@ -47,6 +47,7 @@ class GenerateRequest:
     stop_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None  # None: none; 0: the sampled token's; k: and the k likeliest
     priority: int = 0  # lower runs earlier
+    tenant: str = ""  # whose share of the cluster serves it
     min_tokens: int = 0  # generated tokens before which neither a stop token nor a stop string ends a sequence
     cache_salt: str = ""  # cached prefixes are shared among requests of one salt
 

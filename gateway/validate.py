@@ -143,6 +143,7 @@ class Validator:
                 stop_token_ids=stop_token_ids,
                 num_logprobs=num_logprobs,
                 priority=body.priority or 0,
+                tenant=body.user or "",
                 min_tokens=self._min_tokens(body, limit, stop_token_ids),
                 cache_salt=body.cache_salt or "",
             )

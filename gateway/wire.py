@@ -68,6 +68,7 @@ def submit(submission: Submission, bytes_max: int) -> schedule_pb2.Submit:
             for s in submission.siblings
         ],
         priority=submission.priority,
+        tenant=submission.tenant,
         resume=submission.resume,
     )
     if message.ByteSize() > bytes_max:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import RejectCode, Submission, WorkerLimits
-from cluster.scheduler.waiting import WaitingQueue
+from cluster.scheduler.waiting import Waiting, WaitingQueue
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ def too_large(submission: Submission, tokens_max: int) -> str:
 
 
 def refusal(
-    submission: Submission,
+    entry: Waiting,
     queue: WaitingQueue,
     workers: Iterable[WorkerLimits],
     per_second: float,
     config: SchedulerConfig,
 ) -> Refusal | None:
     """None: it may enter. `workers` may be empty while they are expected: then size is not judged."""
-    num_prompt = len(submission.prompt)
-    total = num_prompt + submission.max_tokens
+    submission = entry.submission
+    num_prompt, total = len(submission.prompt), entry.tokens_total
     tokens_max = max((limits.tokens_max for limits in workers), default=total)
     if total > tokens_max:
         return Refusal(RejectCode.TOO_LARGE, too_large(submission, tokens_max))
@@ -85,4 +85,17 @@ def refusal(
                 f"this one would make {value}, {name} is {bound}",
                 retry_after_s(queue, per_second, config),
             )
-    return None
+    return _too_late(queue.ahead_of(entry), per_second, config)
+
+
+def _too_late(num_ahead: int, per_second: float, config: SchedulerConfig) -> Refusal | None:
+    """Whether its first token would come later than promised. Not judged before something has ended."""
+    if not config.first_token_s or per_second <= 0 or num_ahead <= config.first_token_s * per_second:
+        return None
+    wait_s = num_ahead / per_second
+    return Refusal(
+        RejectCode.OVERLOADED,
+        f"{num_ahead} sequences wait before this one and {per_second:.3g} end in a second: it would wait "
+        f"{wait_s:.0f} s, first_token_s is {config.first_token_s:g}",
+        min(max(wait_s - config.first_token_s, config.retry_after_s_min), config.retry_after_s_max),
+    )

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import (
     AttemptId,
     CloseAttempt,
@@ -21,7 +22,8 @@ from cluster.scheduler.events import (
     Submission,
 )
 from cluster.scheduler.placing import choose
-from cluster.scheduler.waiting import Waiting, WaitingQueue
+from cluster.scheduler.shares import Shares
+from cluster.scheduler.waiting import Waiting, WaitingQueue, due
 from cluster.scheduler.workers import WorkerBook
 
 ARRIVAL_BITS = 40  # of an arrival, for the count within one term
@@ -43,14 +45,16 @@ class Request:
 
 
 class Books:
-    def __init__(self, ended_max: int, term: int) -> None:
+    def __init__(self, config: SchedulerConfig, term: int) -> None:
         self.requests: dict[str, Request] = {}
-        self.queue = WaitingQueue()
+        self.shares = Shares(config.tenants_remembered_max)
+        self.queue = WaitingQueue(self.shares)
         self.workers: dict[Incarnation, WorkerBook] = {}
         self.unclaimed: dict[str, float] = {}  # requests without a gateway: since when
         # By (request id, index): number and arrival of the last attempt that ended.
         self._ended: OrderedDict[tuple[str, int], tuple[int, int]] = OrderedDict()
-        self._ended_max = ended_max
+        self._ended_max = config.ended_remembered_max
+        self._config = config
         self._arrivals = term << ARRIVAL_BITS  # of one term follow all of the terms before
 
     def live(self, attempt: AttemptId) -> Live | None:
@@ -79,11 +83,16 @@ class Books:
         known = [arrival for _, arrival in filter(None, before)]
         return min(known) if known else self._next_arrival()
 
-    def enqueue(
+    def waiting(
         self, gateway: Incarnation, submission: Submission, sibling: Sibling, arrival: int, now_s: float
-    ) -> None:
-        entry = Waiting(gateway, submission, sibling, arrival, now_s)
-        request = self.requests.setdefault(submission.request_id, Request(arrival, gateway))
+    ) -> Waiting:
+        """Its entry in the queue, had it one."""
+        due_s = due(submission, now_s, self._config.priority_step_s, self._config.overtake_s_max)
+        return Waiting(gateway, submission, sibling, arrival, now_s, due_s)
+
+    def enqueue(self, entry: Waiting) -> None:
+        submission, sibling = entry.submission, entry.sibling
+        request = self.requests.setdefault(submission.request_id, Request(entry.arrival, entry.gateway))
         assert sibling.index not in request.sequences, f"{entry.attempt}: one attempt is still live"
         request.sequences[sibling.index] = Live(entry.attempt, None)
         self.queue.add(entry)
@@ -94,6 +103,7 @@ class Books:
         for entry, book, num_cached in choose(self.queue, self.workers, plan_bytes_max):
             book.start(entry, address_of(entry.gateway), num_cached)
             self.requests[entry.submission.request_id].sequences[entry.sibling.index].worker = book.worker
+            self.shares.charge(entry.submission.tenant, entry.cost)
             placed.append(entry)
         self.queue.remove_all(placed)
 
@@ -147,14 +157,14 @@ class Books:
         """A live attempt has finished. Not remembered: its gateway has all of it (a completion means that),
         and would be given it again if it asked."""
         request_id, index, _ = attempt
-        request = self.requests[request_id]
-        live = request.sequences.pop(index)
-        if live.worker is None:
+        request = self.requests.pop(request_id)  # not a look and a deletion: one walk through cold memory
+        sequences = request.sequences
+        if sequences.pop(index).worker is None:
             self.queue.remove(attempt)
-        if not request.sequences:
-            del self.requests[request_id]
-            if request.gateway is None:
-                del self.unclaimed[request_id]
+        if sequences:
+            self.requests[request_id] = request
+        elif request.gateway is None:
+            del self.unclaimed[request_id]
         return request
 
     def close(self, attempt: AttemptId, reason: CloseReason, detail: str) -> Iterator[CloseAttempt]:
@@ -181,7 +191,7 @@ class Books:
         """Raises AssertionError unless every sequence is in exactly one place and counts agree."""
         waiting = {entry.attempt for entry in self.queue}
         assert len(waiting) == len(self.queue)
-        assert self.queue.num_tokens == sum(entry.num_tokens for entry in self.queue)
+        self.queue.check()
         for request_id, request in self.requests.items():
             assert request.sequences, f"{request_id} has no sequences"
             for live in request.sequences.values():

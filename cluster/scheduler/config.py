@@ -20,6 +20,23 @@ class SchedulerConfig(BaseModel):
     siblings_max: int = Field(128, ge=1, le=4096)
     """Sequences of one request."""
 
+    first_token_s: float = Field(60.0, ge=0)
+    """The promised time in the queue: a request that would wait for longer, at the measured rate of completions,
+    is refused at once. 0: nothing is promised, only the queue's bounds refuse."""
+
+    priority_step_s: float = Field(10.0, ge=0)
+    """How much earlier one level of priority makes a sequence count as come, among its tenant's."""
+
+    overtake_s_max: float = Field(300.0, ge=0)
+    """By priority nobody overtakes who came this long before: the bound of starvation."""
+
+    tenants_remembered_max: int = Field(4096, ge=2)
+    """Accounts of what tenants were served. Beyond it the half that owes most is kept."""
+
+    inter_token_s: float = Field(0.0, ge=0)
+    """The promised time between two tokens: how long a step may take that computes a prompt beside decodes. 0: in
+    proportion to what the decodes alone take."""
+
     step_tokens_max: int = Field(512, ge=1)
     """Rows of one step of a worker: decodes first, prompt chunks fill the rest."""
 

@@ -50,7 +50,7 @@ class Scheduler:
         self.term = term
         self.fingerprint = fingerprint
         self.counters: Counter[str] = Counter()  # what was refused, ignored or ended, and why
-        self._books = Books(config.ended_remembered_max, term)
+        self._books = Books(config, term)
         self._recovery = Recovery(config.recovery_deadline_s)
         self._rate = CompletionRate(config.rate_window_s)
         shared = (self._books, self._recovery, self._rate, self.counters)

@@ -85,6 +85,7 @@ class Submission:
     priority: int  # lower runs earlier
     resume: bool  # a further attempt, or one said again to a scheduler that may not know it
     num_bytes: int  # encoded: no less than what starting any one sibling takes in a plan
+    tenant: str = ""  # whose share of the cluster serves it
     cache_salt: str = ""  # cached blocks are shared among those of one salt
     hints: dict[int, list[int]] = field(default_factory=dict, compare=False, repr=False)
     """By tokens of a block: what `prefixes.hints_of` made of the prompt, kept."""
@@ -186,6 +187,7 @@ class Completion(NamedTuple):
     attempt: AttemptId
     reason: FinishReason
     detail: str  # only with FAILED
+    num_tokens: int = 0  # generated in all
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ class WorkerReported:
     completions: tuple[Completion, ...] = ()
     state: tuple[Running, ...] | None = None  # everything it runs
     sliding_blocks_free: int = 0
+    paused: tuple[AttemptId, ...] = ()  # gave up their blocks since, the last in order first
     kept: Sequence[int] = ()  # hints of blocks that have been cached since it last said so; of all, with `state`
     evicted: Sequence[int] = ()  # and of those that are so no more
 
@@ -271,6 +274,7 @@ class Plan:
     stops: tuple[AttemptId, ...]
     step_tokens_max: int
     chunk_tokens_max: int
+    inter_token_s: float
     send_state: bool  # answer with all that runs
 
 

@@ -31,6 +31,8 @@ from cluster.scheduler.events import (
 from cluster.scheduler.recovery import Recovery
 from cluster.scheduler.waiting import Waiting
 
+NEWEST = 1 << 64  # an arrival after all that there are
+
 
 @dataclass(slots=True)
 class Gateway:
@@ -88,7 +90,7 @@ class GatewaySide:
                 detail = f"request id {submission.request_id!r} is in use by {request.gateway}"
                 yield CloseAttempt(gateway, _attempt(submission, sibling), CloseReason.FAILED, detail)
             return
-        refusal = self._refusal(submission, now_s)
+        refusal = self._refusal(gateway, submission, now_s)
         if refusal:
             self._counters[f"refused_{refusal.code.name.lower()}"] += 1
             yield Reject(gateway, submission.request_id, refusal.code, refusal.message, refusal.retry_after_s)
@@ -96,10 +98,10 @@ class GatewaySide:
         if submission.request_id in self._books.unclaimed:
             self._books.claim(submission.request_id, gateway)
         arrival = self._books.arrival_of(submission)
-        first = Waiting(gateway, submission, submission.siblings[0], arrival, now_s)
-        yield Accept(gateway, submission.request_id, self._books.queue.ahead_of(first.key))
-        for sibling in submission.siblings:
-            yield from self._take(gateway, submission, sibling, arrival, now_s)
+        entries = [self._books.waiting(gateway, submission, s, arrival, now_s) for s in submission.siblings]
+        yield Accept(gateway, submission.request_id, self._books.queue.ahead_of(entries[0]))
+        for entry in entries:
+            yield from self._take(entry)
 
     def cancel(self, event: CancelRequested, _now_s: float) -> Iterator[Command]:
         request = self._books.requests.get(event.request_id)
@@ -168,7 +170,7 @@ class GatewaySide:
         self._counters["ignored_unknown_gateway"] += 1
         return None
 
-    def _refusal(self, submission: Submission, now_s: float) -> admission.Refusal | None:
+    def _refusal(self, gateway: Incarnation, submission: Submission, now_s: float) -> admission.Refusal | None:
         if submission.fingerprint != self._fingerprint:
             return admission.Refusal(
                 RejectCode.WRONG_MODEL,
@@ -182,29 +184,28 @@ class GatewaySide:
             )
         limits = [book.limits for book in self._books.workers.values()]
         rate = self._rate.per_second(now_s)
-        return admission.refusal(submission, self._books.queue, limits, rate, self._config)
+        entry = self._books.waiting(gateway, submission, submission.siblings[0], NEWEST, now_s)
+        return admission.refusal(entry, self._books.queue, limits, rate, self._config)
 
-    def _take(
-        self, gateway: Incarnation, submission: Submission, sibling: Sibling, arrival: int, now_s: float
-    ) -> Iterator[Command]:
+    def _take(self, entry: Waiting) -> Iterator[Command]:
         """One sibling of what is accepted. The higher attempt wins."""
-        attempt = _attempt(submission, sibling)
+        attempt = entry.attempt
         live = self._books.live(attempt)
         if live and live.attempt == attempt:
             return  # said twice, or found running at a worker
         detail = ""
         if live and live.attempt > attempt:
             detail = f"attempt {live.attempt.number} is already open"
-        elif not live and self._must_reopen(attempt, submission.resume):
+        elif not live and self._must_reopen(attempt, entry.submission.resume):
             detail = "this attempt has ended, or may run at a worker that is not back"
         if detail:
             if not live:
-                self._books.remember(attempt, arrival)
-            yield CloseAttempt(gateway, attempt, CloseReason.WORKER_LOST, detail)
+                self._books.remember(attempt, entry.arrival)
+            yield CloseAttempt(entry.gateway, attempt, CloseReason.WORKER_LOST, detail)
             return
         if live:
             self._books.withdraw(live.attempt)
-        self._books.enqueue(gateway, submission, sibling, arrival, now_s)
+        self._books.enqueue(entry)
 
     def _must_reopen(self, attempt: AttemptId, resume: bool) -> bool:
         """Whether a sequence under this number may have run, or still run, where we do not see it."""

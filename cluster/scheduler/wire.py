@@ -7,6 +7,8 @@ costs a memcpy rather than an object per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 
 from cluster.scheduler.config import SchedulerConfig
@@ -75,7 +77,8 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
         experts_missing=message.experts_missing,
         prompts_done=tuple(map(_attempt, message.prompts_done)),
         undelivered=tuple(map(_attempt, message.undelivered)),
-        completions=tuple(map(_completion, message.completions)),
+        completions=_completions(message.completions),
+        paused=tuple(map(_attempt, message.paused)),
         state=tuple(map(_running, message.state.running)) if message.HasField("state") else None,
         kept=message.kept,
         evicted=message.evicted,
@@ -111,14 +114,15 @@ def _plan(command: SendPlan, term: int, fingerprint: str) -> step_pb2.Plan:
         number=plan.number,
         to=identity_pb2.Incarnation(id=command.to.id, number=command.to.number),
         fingerprint=fingerprint,
-        stops=[_encode_attempt(attempt) for attempt in plan.stops],
+        stops=[encode_attempt(attempt) for attempt in plan.stops],
         step_tokens_max=plan.step_tokens_max,
         chunk_tokens_max=plan.chunk_tokens_max,
+        inter_token_s=plan.inter_token_s,
         send_state=plan.send_state,
     )
     for start in plan.starts:
         added = message.starts.add(
-            attempt=_encode_attempt(start.attempt),
+            attempt=encode_attempt(start.attempt),
             gateway_address=start.gateway_address,
             prompt=start.prompt,
             accepted=start.accepted,
@@ -150,7 +154,7 @@ def _order(
             order.rejected.CopyFrom(rejected)
         case CloseAttempt():
             closed = schedule_pb2.AttemptClosed(
-                attempt=_encode_attempt(command.attempt),
+                attempt=encode_attempt(command.attempt),
                 reason=f"CLOSE_REASON_{command.reason.name}",
                 detail=command.detail,
             )
@@ -160,6 +164,8 @@ def _order(
 
 def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: SchedulerConfig) -> Submission:
     _check_text("submit.request_id", submit.request_id, ID_BYTES_MAX)
+    if submit.tenant:
+        _check_text("submit.tenant", submit.tenant, ID_BYTES_MAX)
     num_bytes = submit.ByteSize() + START_BYTES
     _check_range("submit size in bytes", num_bytes, 1, config.message_bytes_max)
     _check_range("submit.prompt length", len(submit.prompt), 1)
@@ -181,6 +187,7 @@ def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: Scheduler
         priority=submit.priority,
         resume=submit.resume,
         num_bytes=num_bytes,
+        tenant=submit.tenant,
         cache_salt=submit.spec.cache_salt,
     )
 
@@ -190,16 +197,22 @@ def _attempt(message: identity_pb2.Attempt) -> AttemptId:
     return tuple.__new__(AttemptId, (message.request_id, message.index, message.number))
 
 
-def _encode_attempt(attempt: AttemptId) -> identity_pb2.Attempt:
+def encode_attempt(attempt: AttemptId) -> identity_pb2.Attempt:
     return identity_pb2.Attempt(request_id=attempt.request_id, index=attempt.index, number=attempt.number)
 
 
-def _completion(message: step_pb2.Completion) -> Completion:
-    reason = FINISH_REASONS.get(message.reason)
-    if reason is None:
-        raise MalformedMessage(f"completions.reason is {message.reason}, accepted: {list(FINISH_REASONS)}")
-    detail = message.detail if reason is FinishReason.FAILED else ""
-    return tuple.__new__(Completion, (_attempt(message.attempt), reason, detail))
+def _completions(messages: Iterable[step_pb2.Completion]) -> tuple[Completion, ...]:
+    new, known, failed = tuple.__new__, FINISH_REASONS, FinishReason.FAILED
+    decoded = []
+    for message in messages:
+        attempt, number = message.attempt, message.reason
+        reason = known.get(number)
+        if reason is None:
+            raise MalformedMessage(f"completions.reason is {number}, accepted: {list(known)}")
+        key = new(AttemptId, (attempt.request_id, attempt.index, attempt.number))
+        detail = message.detail if reason is failed else ""
+        decoded.append(new(Completion, (key, reason, detail, message.num_tokens)))
+    return tuple(decoded)
 
 
 def _running(message: step_pb2.RunningSequence) -> Running:

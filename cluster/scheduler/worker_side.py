@@ -93,6 +93,7 @@ class WorkerSide:
         yield from self._endings(book, event, now_s)
         gone = book.update(event, self._term)
         yield from self._settle(book, gone, event.state or (), now_s)
+        yield from self._move(book, event.paused)
 
     def members_expected(self, event: MembersExpected, _now_s: float) -> Iterator[Command]:
         """The controller's word is final: whoever is gone and not expected is lost now."""
@@ -134,25 +135,34 @@ class WorkerSide:
         self._counters["workers_lost"] += 1
         book = self._books.workers.pop(worker)
         for attempt, held in sorted(book.held.items()):
+            self._books.shares.give_back(held.tenant, held.max_tokens - held.num_accepted)
             if not held.stopping:
                 yield from self._close(attempt, CloseReason.WORKER_LOST, detail)
 
     def _endings(self, book: WorkerBook, report: WorkerReported, now_s: float) -> Iterator[Command]:
-        num_finished = 0
-        for attempt, reason, detail in report.completions:
-            held = book.release(attempt)
+        num_finished = num_stopped = num_ignored = 0
+        release, finish = book.release, self._books.finish
+        unused: dict[str, int] = {}  # tokens that were charged, by tenant
+        for attempt, reason, detail, num_tokens in report.completions:
+            held = release(attempt)
             if held is None:
-                self._counters["ignored_completions"] += 1
-            elif held.stopping:
-                self._counters["stopped"] += 1
-            elif reason in CLOSED_BY_WORKER:
+                num_ignored += 1
+                continue
+            if num_tokens < held.max_tokens:
+                unused[held.tenant] = unused.get(held.tenant, 0) + held.max_tokens - num_tokens
+            if held.stopping:
+                num_stopped += 1
+            elif reason is FinishReason.CANCELLED or reason is FinishReason.FAILED:
                 yield from self._close(attempt, CLOSED_BY_WORKER[reason], detail)
             else:
                 num_finished += 1
-                self._books.finish(attempt)
+                finish(attempt)
+        for tenant, num_unused in unused.items():
+            self._books.shares.give_back(tenant, num_unused)
         if report.completions:
             self._rate.add(len(report.completions), now_s)
-            self._counters["ended_finished"] += num_finished
+            counts = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}
+            self._counters.update({name: count for name, count in counts.items() if count})
         for attempt in report.undelivered:
             held = book.release(attempt)
             if held is not None and not held.stopping:
@@ -170,6 +180,23 @@ class WorkerSide:
             if running.attempt not in book.held:
                 self._counters["adopted"] += 1
                 self._books.adopt(book, running, now_s)
+
+    def _move(self, book: WorkerBook, paused: Iterable[AttemptId]) -> Iterator[Command]:
+        """What a dry worker paused goes to another that has room for all it can become; it has lost its blocks
+        already, so nothing more is lost. Where there is none it stays, and is recomputed when there is room."""
+        others = [other for _, other in sorted(self._books.workers.items()) if other is not book]
+        for attempt in paused:
+            held = book.held.get(attempt)
+            if held is None or held.stopping or not held.tokens_total:
+                continue
+            total = held.tokens_total
+            to = next((other for other in others if other.accepts() and other.has_room_for(total)), None)
+            if to is not None:
+                others.remove(to)  # one each: its room is promised to none until it is placed
+                book.stop(attempt)
+                self._counters["moved"] += 1
+                detail = f"{book.worker} is out of blocks, {to.worker} has room"
+                yield from self._close(attempt, CloseReason.PREEMPTED, detail)
 
     def _close(self, attempt: AttemptId, reason: CloseReason, detail: str) -> Iterator[Command]:
         self._counters[f"ended_{reason.name.lower()}"] += 1

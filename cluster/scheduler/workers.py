@@ -40,6 +40,10 @@ class Held:
     blocks_promised: Blocks  # NONE once its prompt is done: from then on the worker's own count has them
     rows_ahead: int  # of its prompt, without what was expected to be cached; 0 once it is done
     since_plan: int
+    tenant: str = ""  # who paid for it
+    max_tokens: int = 0  # of its answer; 0: not known here
+    num_accepted: int = 0
+    tokens_total: int = 0  # prompt and answer at their longest; 0: not known here
     stopping: bool = False  # a stop is given or due; it counts until the worker says it has ended
 
 
@@ -106,6 +110,10 @@ class WorkerBook:
     def could_ever_hold(self, entry: Waiting) -> bool:
         return entry.tokens_total <= self.limits.tokens_max
 
+    def has_room_for(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens fits now."""
+        return num_tokens <= self.limits.tokens_max and self._blocks_for(num_tokens).fits(self.room())
+
     def takes(self, entry: Waiting, plan_bytes_max: int) -> bool:
         """Whether there is room now, for what it brings and its first token, and in the next plan."""
         stops_bytes = min(len(self._stops) * STOP_BYTES, plan_bytes_max // 2)
@@ -132,7 +140,10 @@ class WorkerBook:
         """Give it this sequence with the next plan."""
         attempt, submission, sibling = entry.attempt, entry.submission, entry.sibling
         assert attempt not in self.held, f"{attempt} is already at {self.worker}"
-        self._hold(attempt, self._blocks_for(entry.num_tokens), self.sent + 1, entry.num_tokens - num_cached)
+        rows = entry.num_tokens - num_cached
+        held = self._hold(attempt, self._blocks_for(entry.num_tokens), self.sent + 1, rows)
+        held.tenant, held.max_tokens = submission.tenant, submission.max_tokens
+        held.num_accepted, held.tokens_total = len(sibling.accepted), entry.tokens_total
         self._starts_bytes += submission.num_bytes
         self._starts.append(
             Start(
@@ -161,8 +172,10 @@ class WorkerBook:
         """It has ended there. None: it was not there (any more)."""
         held = self.held.pop(attempt, None)
         if held is not None:
-            self._settle(held)
-            self._stops.discard(attempt)
+            if held.blocks_promised is not NONE:
+                self._settle(held)
+            if held.stopping:
+                self._stops.discard(attempt)
         return held
 
     def next_plan(self, config: SchedulerConfig) -> Plan | None:
@@ -181,6 +194,7 @@ class WorkerBook:
             stops=tuple(stops),
             step_tokens_max=config.step_tokens_max,
             chunk_tokens_max=config.chunk_tokens_max,
+            inter_token_s=config.inter_token_s,
             send_state=is_first,
         )
 
@@ -215,10 +229,11 @@ class WorkerBook:
         """For so many tokens and the one they bring."""
         return self.limits.blocks_for(num_tokens + 1, self.chunk_tokens_max)
 
-    def _hold(self, attempt: AttemptId, blocks: Blocks, since_plan: int, rows: int) -> None:
-        self.held[attempt] = Held(blocks, rows, since_plan)
+    def _hold(self, attempt: AttemptId, blocks: Blocks, since_plan: int, rows: int) -> Held:
+        held = self.held[attempt] = Held(blocks, rows, since_plan)
         self._promised = self._promised.plus(blocks)
         self.rows_ahead += rows
+        return held
 
     def _settle(self, held: Held) -> None:
         """Its prompt is done, or has ended."""

@@ -51,6 +51,7 @@ def submission(
     priority: int = 0,
     resume: bool = False,
     fingerprint: str = MODEL,
+    tenant: str = "",
 ) -> Submission:
     siblings = siblings or (Sibling(0, 1, 7, ()),)
     tokens = num_prompt + sum(len(sibling.accepted) for sibling in siblings)
@@ -64,6 +65,7 @@ def submission(
         priority=priority,
         resume=resume,
         num_bytes=4 * tokens + 100,
+        tenant=tenant,
     )
 
 
@@ -139,8 +141,9 @@ class SimWorker:
 
     def end(self, attempt: AttemptId, reason: FinishReason) -> None:
         if attempt in self.sequences:
+            num_tokens = len(self.sequences[attempt].tokens)
             self.drop(attempt)
-            self.tell("completions", Completion(attempt, reason, ""))
+            self.tell("completions", Completion(attempt, reason, "", num_tokens))
 
     def drop(self, attempt: AttemptId) -> None:
         self._hold(self.sequences.pop(attempt), NOTHING)
@@ -179,6 +182,7 @@ class SimWorker:
             self._hold(last, NOTHING)
             last.computed = 0
             last.is_paused = True
+            self.tell("paused", last.start.attempt)
             if last is sequence:
                 return False
         self._hold(sequence, needed)
@@ -209,6 +213,7 @@ class SimRequest:
     num_prompt: int
     max_tokens: int
     priority: int
+    tenant: str
     attempts: dict[int, int]
     accepted: dict[int, list[int]]
     is_admitted: bool = False
@@ -237,7 +242,15 @@ class SimGateway:
         siblings = tuple(Sibling(i, request.attempts[i], i, tuple(request.accepted[i])) for i in indices)
         return Submitted(
             self.incarnation,
-            submission(request_id, request.num_prompt, request.max_tokens, siblings, request.priority, resume),
+            submission(
+                request_id,
+                request.num_prompt,
+                request.max_tokens,
+                siblings,
+                request.priority,
+                resume,
+                tenant=request.tenant,
+            ),
         )
 
     def open_sequences(self) -> list[tuple[str, int]]:

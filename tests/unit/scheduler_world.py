@@ -101,12 +101,12 @@ class World:
 
     # --- moves -----------------------------------------------------------------------------------
 
-    def submit(self, n: int, num_prompt: int, max_tokens: int, priority: int) -> None:
+    def submit(self, n: int, num_prompt: int, max_tokens: int, priority: int, tenant: str = "") -> None:
         gateway = self.rng.choice(sorted(self.gateways.values(), key=lambda g: g.incarnation))
         request_id = f"{gateway.incarnation}-{next(self._names)}"
         attempts = dict.fromkeys(range(n), 1)
         gateway.requests[request_id] = SimRequest(
-            num_prompt, max_tokens, priority, attempts, {index: [] for index in attempts}
+            num_prompt, max_tokens, priority, tenant, attempts, {index: [] for index in attempts}
         )
         if gateway.is_welcome and gateway.incarnation in self.orders:
             self.inbox.append(gateway.submission(request_id, list(attempts), resume=False))

@@ -275,9 +275,9 @@ async def test_a_call_keeps_the_name_its_client_gave_it(card: ModelCard) -> None
 
 async def test_fields_nobody_reads_are_named_in_a_header(card: ModelCard) -> None:
     async with gateway(card) as (_, _, client):
-        response = await client.post("/v1/completions", json={"prompt": [1], "user": "u", "a\r\nb: c": 1})
+        response = await client.post("/v1/completions", json={"prompt": [1], "metadata": "u", "a\r\nb: c": 1})
         clean = await client.post("/v1/completions", json={"prompt": [1]})
-    assert response.headers["x-expertmesh-ignored-fields"] == "user, a??b??c"
+    assert response.headers["x-expertmesh-ignored-fields"] == "metadata, a??b??c"
     assert "x-expertmesh-ignored-fields" not in clean.headers
 
 

@@ -301,7 +301,10 @@ def test_neutral_values_pass_and_unknown_fields_are_named(validator: Validator) 
         "stop": None,
         "temperature": None,
     }
-    assert validator.completion({"prompt": [1], **neutral, "user": "u", "foo": 1}).ignored == ("user", "foo")
+    assert validator.completion({"prompt": [1], **neutral, "metadata": {}, "foo": 1}).ignored == (
+        "metadata",
+        "foo",
+    )
 
 
 def test_a_checkpoint_without_a_tokenizer_refuses_text_by_name(card: ModelCard) -> None:

@@ -28,7 +28,7 @@ def arrived(sampling: Sampling, stop_token_ids: frozenset[int], min_tokens: int)
     assert isinstance(heard, Submitted)
     spec, prompt = heard.submission.spec, heard.submission.prompt
     start = Start(AttemptId("r", 0, 1), "here", prompt, (), spec, siblings[0].seed, 0, 0)
-    plan = scheduler_wire.encode(SendPlan(worker, Plan(1, (start,), (), 8, 8, False)), 1, "f")
+    plan = scheduler_wire.encode(SendPlan(worker, Plan(1, (start,), (), 8, 8, 0.0, False)), 1, "f")
     assert heard.submission.cache_salt == "mine"
     (order,) = worker_wire.plan(step_pb2.Plan.FromString(plan.SerializeToString())).starts
     return order

@@ -52,20 +52,22 @@ class Sibling(_message.Message):
     def __init__(self, index: _Optional[int] = ..., attempt: _Optional[int] = ..., seed: _Optional[int] = ..., accepted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt", "spec", "siblings", "priority", "resume")
+    __slots__ = ("request_id", "prompt", "spec", "siblings", "priority", "resume", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     SIBLINGS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     spec: _step_pb2.SequenceSpec
     siblings: _containers.RepeatedCompositeFieldContainer[Sibling]
     priority: int
     resume: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., spec: _Optional[_Union[_step_pb2.SequenceSpec, _Mapping]] = ..., siblings: _Optional[_Iterable[_Union[Sibling, _Mapping]]] = ..., priority: _Optional[int] = ..., resume: _Optional[bool] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., spec: _Optional[_Union[_step_pb2.SequenceSpec, _Mapping]] = ..., siblings: _Optional[_Iterable[_Union[Sibling, _Mapping]]] = ..., priority: _Optional[int] = ..., resume: _Optional[bool] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)

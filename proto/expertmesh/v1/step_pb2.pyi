@@ -86,7 +86,7 @@ class Start(_message.Message):
     def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., gateway_address: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., accepted: _Optional[_Iterable[int]] = ..., spec: _Optional[_Union[SequenceSpec, _Mapping]] = ..., priority: _Optional[int] = ..., arrival: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("term", "number", "to", "fingerprint", "starts", "stops", "step_tokens_max", "chunk_tokens_max", "send_state")
+    __slots__ = ("term", "number", "to", "fingerprint", "starts", "stops", "step_tokens_max", "chunk_tokens_max", "send_state", "inter_token_s")
     TERM_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     TO_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class Plan(_message.Message):
     STEP_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     SEND_STATE_FIELD_NUMBER: _ClassVar[int]
+    INTER_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     term: int
     number: int
     to: _identity_pb2.Incarnation
@@ -105,17 +106,20 @@ class Plan(_message.Message):
     step_tokens_max: int
     chunk_tokens_max: int
     send_state: bool
-    def __init__(self, term: _Optional[int] = ..., number: _Optional[int] = ..., to: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., starts: _Optional[_Iterable[_Union[Start, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., step_tokens_max: _Optional[int] = ..., chunk_tokens_max: _Optional[int] = ..., send_state: _Optional[bool] = ...) -> None: ...
+    inter_token_s: float
+    def __init__(self, term: _Optional[int] = ..., number: _Optional[int] = ..., to: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., starts: _Optional[_Iterable[_Union[Start, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., step_tokens_max: _Optional[int] = ..., chunk_tokens_max: _Optional[int] = ..., send_state: _Optional[bool] = ..., inter_token_s: _Optional[float] = ...) -> None: ...
 
 class Completion(_message.Message):
-    __slots__ = ("attempt", "reason", "detail")
+    __slots__ = ("attempt", "reason", "detail", "num_tokens")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     attempt: _identity_pb2.Attempt
     reason: FinishReason
     detail: str
-    def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., detail: _Optional[str] = ...) -> None: ...
+    num_tokens: int
+    def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., reason: _Optional[_Union[FinishReason, str]] = ..., detail: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class RunningSequence(_message.Message):
     __slots__ = ("attempt", "num_tokens", "prompt_done", "arrival")
@@ -154,7 +158,7 @@ class WorkerHello(_message.Message):
     def __init__(self, block_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., sequences_max: _Optional[int] = ..., model_len_max: _Optional[int] = ..., sliding_blocks_total: _Optional[int] = ..., sliding_window: _Optional[int] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("sender", "fingerprint", "term", "plan_number", "steps", "tokens", "blocks_free", "num_running", "num_paused", "prompts_done", "undelivered", "completions", "state", "hello", "refused_orders", "experts_missing", "sliding_blocks_free", "blocks_cached", "sliding_blocks_cached", "kept", "evicted")
+    __slots__ = ("sender", "fingerprint", "term", "plan_number", "steps", "tokens", "blocks_free", "num_running", "num_paused", "prompts_done", "undelivered", "completions", "state", "hello", "refused_orders", "experts_missing", "sliding_blocks_free", "blocks_cached", "sliding_blocks_cached", "kept", "evicted", "paused")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +180,7 @@ class WorkerReport(_message.Message):
     SLIDING_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
     sender: _identity_pb2.Incarnation
     fingerprint: str
     term: int
@@ -197,7 +202,8 @@ class WorkerReport(_message.Message):
     sliding_blocks_cached: int
     kept: _containers.RepeatedScalarFieldContainer[int]
     evicted: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., plan_number: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., num_running: _Optional[int] = ..., num_paused: _Optional[int] = ..., prompts_done: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., undelivered: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., state: _Optional[_Union[State, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., refused_orders: _Optional[int] = ..., experts_missing: _Optional[bool] = ..., sliding_blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., sliding_blocks_cached: _Optional[int] = ..., kept: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ...) -> None: ...
+    paused: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Attempt]
+    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., plan_number: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., num_running: _Optional[int] = ..., num_paused: _Optional[int] = ..., prompts_done: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., undelivered: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., state: _Optional[_Union[State, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., refused_orders: _Optional[int] = ..., experts_missing: _Optional[bool] = ..., sliding_blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., sliding_blocks_cached: _Optional[int] = ..., kept: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ..., paused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token", "logprob")

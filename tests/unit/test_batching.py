@@ -1,0 +1,89 @@
+"""Promises of a step's composition: steady gaps between tokens, and no prompt that waits for ever."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from attention_workers.batching import GROWTH_MAX, ROWS_MIN, Pace, in_turn, share
+from attention_workers.step import StepResult
+from tests.unit.test_book import book, plan, run_step, start
+
+
+@dataclass
+class Prompt:
+    order: int
+    pending: int
+    is_paused: bool = False
+
+
+def measured(promised_s: float, decode_s: float, row_s: float) -> Pace:
+    pace = Pace()
+    pace.promise(promised_s)
+    for _ in range(50):
+        pace.observe(16, 0, decode_s)
+        pace.observe(16, 100, decode_s + 100 * row_s)
+    return pace
+
+
+@pytest.mark.parametrize(("decode_s", "row_s"), [(0.010, 0.0002), (0.002, 0.00001), (0.2, 0.001)])
+@pytest.mark.parametrize("promised_s", [0.0, 0.25])
+def test_a_step_with_prompt_rows_stays_within_the_promise(
+    promised_s: float, decode_s: float, row_s: float
+) -> None:
+    rows = measured(promised_s, decode_s, row_s).prompt_rows(16, 100_000)
+    allowed_s = promised_s or GROWTH_MAX * decode_s
+    assert decode_s + rows * row_s <= allowed_s * 1.001
+    assert decode_s + (rows + 2) * row_s > allowed_s  # and no further from it than must be
+
+
+def test_a_prompt_goes_on_whatever_was_promised() -> None:
+    assert measured(0.001, 0.010, 0.001).prompt_rows(16, 512) == ROWS_MIN
+    assert Pace().prompt_rows(16, 512) == ROWS_MIN  # nothing measured yet
+
+
+def test_prompts_have_the_whole_step_while_nobody_decodes() -> None:
+    assert measured(0.001, 0.010, 0.001).prompt_rows(0, 512) == 512
+
+
+def test_the_measure_follows_a_machine_that_slows_down() -> None:
+    pace = measured(0.0, 0.010, 0.0001)
+    before = pace.prompt_rows(16, 10_000)
+    for _ in range(30):
+        pace.observe(16, 50, 0.010 + 50 * 0.0010)
+    assert pace.prompt_rows(16, 10_000) < before / 8
+
+
+def test_the_first_and_the_shortest_go_together_and_strictly_in_order_while_one_is_paused() -> None:
+    prompts = [Prompt(n, pending) for n, pending in enumerate([3000, 2000, 9, 1000, 5, 7])]
+    assert [p.order for p in in_turn(prompts)] == [0, 2, 4, 5]
+    prompts[3].is_paused = True
+    assert in_turn(prompts) == prompts
+
+
+def test_what_one_does_not_need_is_there_for_the_next() -> None:
+    left, given = 10, []
+    for number, pending in enumerate([1, 9, 9]):
+        given.append(min(pending, share(left, 3 - number)))
+        left -= given[-1]
+    assert given == [1, 5, 4]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_long_one_for_ever() -> None:
+    """Short ones that keep coming cost the long one at most its share of each step."""
+    b = book(blocks=400, block_tokens=4, model_len_max=1024)
+    limits = {"step_tokens_max": 16, "chunk_tokens_max": 16}
+    b.apply(plan(1, [start("long", prompt=160, max_tokens=1, arrival=0)], **limits), StepResult())
+    waits: dict[str, int] = {}
+    steps = 0
+    while any(a.request_id == "long" for a in b.sequences):
+        name = f"s{steps}"
+        b.apply(plan(steps + 2, [start(name, prompt=4, max_tokens=1, arrival=steps + 1)], **limits), StepResult())
+        waits[name] = steps
+        _, result = run_step(b)
+        for completion in result.completions:
+            waits[completion.attempt.request_id] = steps - waits.get(completion.attempt.request_id, 0)
+        steps += 1
+        assert steps <= 160 // 4 + 2  # a quarter of the rows are its own
+    assert max(waits[f"s{n}"] for n in range(steps - 1)) <= 1
