@@ -1,0 +1,125 @@
+"""Load, workers and the placement there is -> the placement there should be, by few moves. Pure, deterministic.
+
+First what must be (`cover`), whatever it takes. Then, within a budget, what helps: the layer that loses most time
+to its busiest worker comes first, and there the step that relieves this worker most. Rearranging comes before
+replicating: an expert is copied only where the best move or exchange would leave more than half of the busiest
+worker's surplus, for a copy takes a slot for good and an exchange takes none.
+
+It does not swing: a layer within `slack` of its mean is left alone, and everything is left as it is unless the
+whole gains at least `gain_min`, both in units of a perfectly balanced pool's time. What has just been placed is
+within both, so that placing it again changes nothing, and load must shift by more than `gain_min` to move anything.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.balancer.cover import cover
+from cluster.balancer.layer import Loads, Step
+from cluster.balancer.search import search
+from cluster.balancer.table import Room, Table
+from router.errors import PlacementError
+from router.placement import EpochId, Placement
+
+_PRIOR = 0.01  # of a layer's mean load: what an expert that was never asked for counts as
+_WORTH = 0.001  # of a layer's mean load: a step gains at least so much for each expert loaded
+
+
+@dataclass(frozen=True)
+class Policy:
+    replicas: int = 1
+    """Holders of every expert, for safety, where slots allow."""
+    moves_max: int | None = None
+    """Experts loaded at most to balance the pool, beyond what covering takes. None: as many as help."""
+    slack: float = 0.05
+    """A layer whose busiest worker does at most so much more than the mean is balanced."""
+    gain_min: float = 0.05
+    """Of a balanced pool's time: less is not worth a new epoch."""
+
+
+def place(
+    epoch: EpochId,
+    fingerprint: str,
+    rooms: Sequence[Room],
+    load: Loads,
+    current: Placement | None,
+    policy: Policy,
+    together: Loads | None = None,
+) -> Placement:
+    """load [L, E], of any unit that adds up; all zero: not known, and all the same. `current`: what workers hold
+    now, lost ones included. `together` [L, E, E]: how often one token asked for both experts, where it is known.
+
+    Raises PlacementError when the slots cannot hold every expert once.
+    """
+    if not rooms:
+        raise PlacementError("rooms: none; accepted: at least one expert worker")
+    table = Table(rooms, _smoothed(load), policy.replicas, current, together)
+    cover(table)
+    covered = table.placement(epoch, fingerprint, current)
+    before = table.busiest
+    improve(table, policy)
+    if before - table.busiest < policy.gain_min * table.mean:
+        return covered
+    return table.placement(epoch, fingerprint, current)
+
+
+def improve(table: Table, policy: Policy) -> None:
+    """Take steps until every layer is balanced, none helps, or the budget is spent."""
+    left = sys.maxsize if policy.moves_max is None else policy.moves_max
+    has_changed = True
+    while has_changed and left > 0:
+        has_changed = False
+        waiting = [(layer.mean - layer.busiest, index) for index, layer in enumerate(table.layers)]
+        heapq.heapify(waiting)
+        while waiting and left > 0:
+            _, index = heapq.heappop(waiting)
+            layer = table.layers[index]
+            if layer.busiest <= (1 + policy.slack) * layer.mean:
+                continue
+            spent = _improve_layer(table, index, left)
+            if spent is not None:
+                left -= spent
+                has_changed = True
+                heapq.heappush(waiting, (layer.mean - layer.busiest, index))
+
+
+def _improve_layer(table: Table, index: int, left: int) -> int | None:
+    """How many experts are loaded for what was done; None: nothing was, for nothing helps enough."""
+    step = _best_step(table, index)
+    if step is not None:
+        if step.weights_loaded > left:
+            return None
+        table.apply(index, step)
+        return step.weights_loaded
+    layer = table.layers[index]
+    better = search(layer, table.slots - table.used, left)
+    if better is None:
+        return None
+    spent = int((better & ~layer.held).sum())
+    table.replace(index, better)
+    return spent
+
+
+def _best_step(table: Table, index: int) -> Step | None:
+    layer = table.layers[index]
+    source = int(np.argmax(layer.levels))
+    rearranged = layer.best_rearrangement(source, table.has_room)
+    best = rearranged
+    if rearranged is None or rearranged.ends > (layer.busiest + layer.mean) / 2:
+        copied = layer.best_copy(source, table.has_room)
+        if copied is not None and (rearranged is None or copied.ends < rearranged.ends):
+            best = copied
+    if best is None or layer.busiest - best.ends < _WORTH * layer.mean * best.step.weights_loaded:
+        return None
+    return best.step
+
+
+def _smoothed(load: Loads) -> Loads:
+    """[L, E], with a little for experts never asked for, so that they are spread too."""
+    mean = load.mean(axis=1, keepdims=True)
+    return np.where(mean > 0, np.maximum(load, _PRIOR * mean), 1.0)
