@@ -10,6 +10,7 @@ Legend: E experts of the layer · W workers. Pure and deterministic: of equals t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ class Layer:
         self._set(step)
         levels = divide(self.load, self.held).sum(axis=0)
         self.held = before
-        return levels
+        return np.asarray(levels)
 
     # Steps that relieve a worker.
 
@@ -146,8 +147,8 @@ class Layer:
         ]
 
     def _first_helpful(self, found: list[tuple[float, Step]]) -> Found | None:
-        """Of the best by estimate, the first that lowers the levels. Of those about equal, who loads less and parts
-        co-activated experts."""
+        """Of the best by estimate, the first that lowers the levels: of those about equal, one that loads less and
+        parts co-activated experts."""
         found.sort(key=lambda pair: pair[0])
         if found:
             equal = [pair for pair in found if pair[0] <= found[0][0] + _EQUAL * self.mean]
@@ -205,7 +206,7 @@ class Layer:
         )
 
     def _hosts_needed(self) -> NDArray[np.int64]:
-        return np.minimum((self._at_hosts() > 0).sum(axis=1), self.replicas)
+        return np.asarray(np.minimum((self._at_hosts() > 0).sum(axis=1), self.replicas))
 
     def _joined_by(self, step: Step) -> float:
         """How much more often, after this step, one token would ask one worker for two of its experts."""
@@ -250,12 +251,11 @@ def _pour(amount: float, holders: list[int], levels: list[float]) -> list[float]
         levels[two] += amount - first
         return [first, amount - first]
     order = sorted(holders, key=levels.__getitem__)
-    total, count, surface = amount, 0, 0.0
-    for holder in order:
-        if count and levels[holder] >= surface:
+    total, surface = amount, math.inf
+    for count, holder in enumerate(order, start=1):
+        if levels[holder] >= surface:
             break
         total += levels[holder]
-        count += 1
         surface = total / count
     given = []
     for holder in holders:

@@ -7,7 +7,7 @@ worker's surplus, for a copy takes a slot for good and an exchange takes none.
 
 It does not swing: a layer within `slack` of its mean is left alone, and everything is left as it is unless the
 whole gains at least `gain_min`, both in units of a perfectly balanced pool's time. What has just been placed is
-within both, so that placing it again changes nothing, and load must shift by more than `gain_min` to move anything.
+within both: placing it again changes nothing, and load must shift by more than `gain_min` to move anything.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 from cluster.balancer.layer import Flags, Layer, Loads, divide
 
 CELLS_MAX = 64
-"""Experts x workers of a layer that is searched. In larger ones single steps get closer to the mean than needed."""
+"""Experts x workers of a layer that is searched. In larger ones single steps get close enough to the mean."""
 LOOKS_MAX = 1000
 
 _LEAST = 1e-9

@@ -102,7 +102,7 @@ class Table:
         held = np.stack([layer.held for layer in self.layers])  # [L, E, W]
         workers = []
         for index, room in enumerate(self.rooms):
-            now = set(map(tuple, np.argwhere(held[:, :, index]).tolist()))
+            now = {(layer, expert) for layer, expert in np.argwhere(held[:, :, index]).tolist()}
             kept = [pair for pair in before.get(room.member, ()) if pair in now]
             workers.append(PlacedWorker(room.member, room.address, (*kept, *sorted(now.difference(kept)))))
         placement = Placement(epoch, fingerprint, held.shape[0], held.shape[1], tuple(workers))
