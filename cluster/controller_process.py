@@ -57,6 +57,7 @@ def _controller_config(spec: ClusterSpec) -> ControllerConfig:
         attention_workers=pools.attention_workers,
         expert_workers=pools.expert_workers,
         replicas=pools.replicas,
+        balancer=spec.config.balancer,
         drain_timeout_s=life.drain_timeout_s + _DRAIN_MARGIN_S,
         companion_deadline_s=life.companion_deadline_s,
         pid=os.getpid(),

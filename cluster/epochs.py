@@ -1,16 +1,17 @@
 """Which placement comes next: proposed, prepared by its expert workers, published, and its elders retired. Pure.
 
 One placement is being prepared at a time, and one is published. What is being prepared is left to finish unless
-one of its workers is lost. Knows expert workers as (member, address), and no life cycles.
+one of its workers is lost. Knows expert workers by where they are, and no life cycles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cluster.balancer.balancer import Balancer, Home, Proposal
 from router.errors import PlacementError
-from router.placement import EpochId, Member, Placement, spread
+from router.placement import EpochId, Member, Placement
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ModelShape:
 class Epochs:
     term: int
     shape: ModelShape
-    replicas: int
+    balancer: Balancer
     number: int = 0  # of the newest epoch proposed in this term
     preparing: Placement | None = None
     published: Placement | None = None
@@ -37,17 +38,17 @@ class Epochs:
     def newest(self) -> Placement | None:
         return self.preparing or self.published
 
-    def propose(self, here: Mapping[Member, str], is_complete: bool) -> Placement | None:
+    def propose(self, here: Mapping[Member, Home], is_complete: bool) -> Placement | None:
         """The placement to prepare now; None when nothing is to change, or nothing can.
 
-        `here`: live expert workers in a fixed order, and their addresses. `is_complete`: all that are expected
-        are here. With everyone here experts are spread anew, which gives a replacement its predecessor's slots;
+        `here`: live expert workers in a fixed order, and where they are. `is_complete`: all that are expected
+        are here. With everyone here experts are arranged by the balancer, which leaves what can stay where it is;
         with someone missing the rest go on as soon as they cover the model. Otherwise: wait for who is to come.
         """
         if self.preparing and here.keys() >= _members(self.preparing):
             return None
         self.preparing = None
-        considered = (tuple(here.items()), is_complete)
+        considered = (tuple((member, home.address) for member, home in here.items()), is_complete)
         if considered == self._considered:
             return None  # asked at every event: the answer has not changed
         self._considered = considered
@@ -58,14 +59,19 @@ class Epochs:
         self.preparing = wanted
         return wanted
 
-    def _everyone(self, here: Mapping[Member, str]) -> Placement:
-        replicas = min(self.replicas, len(here))
-        shape = self.shape
-        return spread(
-            self._next, shape.fingerprint, list(here.items()), shape.num_layers, shape.num_experts, replicas
-        )
+    def rebalance(self, proposal: Proposal) -> Placement | None:
+        """The placement to prepare now: what is proposed, if what it set out from is still in use."""
+        if self.preparing or self.published is None or proposal.before != self.published:
+            return None
+        self.number += 1
+        self.preparing = replace(proposal.after, epoch=EpochId(self.term, self.number))
+        return self.preparing
 
-    def _survivors(self, here: Mapping[Member, str]) -> Placement | None:
+    def _everyone(self, here: Mapping[Member, Home]) -> Placement:
+        """What must be, and no more: others may wait for it."""
+        return self.balancer.task(self.shape.fingerprint, here, self.published, moves_max=0).solve(self._next)
+
+    def _survivors(self, here: Mapping[Member, Home]) -> Placement | None:
         if self.published is None:
             return None
         workers = tuple(worker for worker in self.published.workers if worker.member in here)

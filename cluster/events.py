@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from cluster.balancer.balancer import Proposal
 from router.membership import Adopted, Health, PeerLost, Prepared, Traced
 from router.placement import EpochId, Member, Placement
 
@@ -64,6 +65,13 @@ class ActorDied:
 
 
 @dataclass(frozen=True)
+class Rebalance:
+    """A person or the autoscaler wants experts where the balancer would have them."""
+
+    proposal: Proposal
+
+
+@dataclass(frozen=True)
 class StopAll:
     """Drain: gateways first, then everything else."""
 
@@ -73,7 +81,7 @@ class Tick:
     """Time has passed; everything that came before it has been told."""
 
 
-Event = Report | Left | ActorDied | StopAll | Tick
+Event = Report | Left | ActorDied | Rebalance | StopAll | Tick
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class Prepare:
     """Expert worker: load what this placement gives you, then report Prepared."""
 
     placement: Placement
+    unhurried: bool = False  # nothing waits for it: loaded at a bounded rate
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,14 @@ from expertmesh.v1.control_pb2 import PlacementTable, TraceReply
 from cluster import address
 from cluster.events import Exit, OrderBody, Register, Role
 from cluster.loop_thread import LoopThread
-from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status, fetch_trace
+from cluster.member_link import (
+    ControllerUnreachable,
+    MemberLink,
+    ask_rebalance,
+    fetch_placement,
+    fetch_status,
+    fetch_trace,
+)
 from cluster.spec import ClusterSpec
 from cluster.version import VERSION
 from cluster.watch import TurnWatch
@@ -98,7 +105,7 @@ class GatewayProcess:
         self._ledger = Ledger(self._link, config, metrics)
         self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
         self._state = GatewayState(
-            config, card, self._link, self._ledger, metrics, self._status, self._trace, VERSION
+            config, card, self._link, self._ledger, metrics, self._status, self._trace, self._rebalance, VERSION
         )
         self._link.token_address = await self._tokens.start()
         if spec.config.grpc_port:
@@ -120,10 +127,16 @@ class GatewayProcess:
     async def _trace(self, seconds: float) -> TraceReply:
         return await self._ask(functools.partial(fetch_trace, seconds=seconds))
 
-    async def _ask(self, fetch: Callable[[str, str, float], Awaitable[Answer]]) -> Answer:
+    async def _rebalance(self, dry_run: bool) -> dict[str, Any]:
+        timeout_s = self._spec.config.gateway.rebalance_timeout_s
+        return await self._ask(functools.partial(ask_rebalance, dry_run=dry_run), timeout_s)
+
+    async def _ask(
+        self, fetch: Callable[[str, str, float], Awaitable[Answer]], timeout_s: float | None = None
+    ) -> Answer:
         config, spec = self._spec.config.gateway, self._spec
         try:
-            return await fetch(spec.controller_address, spec.token, config.status_timeout_s)
+            return await fetch(spec.controller_address, spec.token, timeout_s or config.status_timeout_s)
         except ControllerUnreachable as error:
             raise NotReady(str(error), retry_after_s=config.retry_after_s) from error
 

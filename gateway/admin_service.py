@@ -10,6 +10,7 @@ from expertmesh.v1 import admin_pb2, admin_pb2_grpc, control_pb2, identity_pb2
 
 from gateway.errors import NotReady, invalid
 from gateway.grpc_errors import Context
+from gateway.rebalancing import typed
 from gateway.state import GatewayState
 
 NAME = "expertmesh.v1.AdminService"
@@ -66,6 +67,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         if table is None:
             raise NotReady("no placement is published yet", retry_after_s=self._state.config.retry_after_s)
         return placement_page(table, request.page_size or PAGE_LAYERS, request.page_token)
+
+    async def Rebalance(
+        self, request: admin_pb2.RebalanceRequest, _context: Context
+    ) -> admin_pb2.RebalanceResponse:
+        return typed(await self._state.rebalanced(request.dry_run))
 
 
 def placement_page(

@@ -107,6 +107,9 @@ class GatewayConfig(BaseModel):
     status_timeout_s: float = Field(default=5.0, gt=0)
     """Longest wait for the controller's status document."""
 
+    rebalance_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait for the controller to work out a better placement: seconds for large models."""
+
     @model_validator(mode="after")
     def _one_body_fits(self) -> GatewayConfig:
         if self.bodies_bytes_max < self.body_bytes_max:

@@ -23,6 +23,7 @@ from gateway.completions import CompletionDialect
 from gateway.errors import BadRequest, NotFound, NotReady, Refusal
 from gateway.keys import Keeper
 from gateway.prompts import unknown_model
+from gateway.rebalancing import is_dry_run
 from gateway.state import GatewayState
 from gateway.traces import trace_document, trace_seconds
 from gateway.validate import Validator
@@ -104,6 +105,10 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
     async def trace(request: Request) -> Response:
         seconds = trace_seconds(request.query_params)
         return JSONResponse(trace_document(await state.asked(state.trace(seconds))))
+
+    @app.post("/v1/admin/rebalance")
+    async def rebalance(request: Request) -> Response:
+        return JSONResponse(await state.rebalanced(is_dry_run(request.query_params)))
 
 
 class FrontDoor:

@@ -57,14 +57,16 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
     return fetch_document(url, api_key, "/v1/admin/status", "workers")
 
 
-def fetch_document(url: str, api_key: str | None, path: str, key: str) -> dict[str, Any]:
+def fetch_document(
+    url: str, api_key: str | None, path: str, key: str, method: str = "GET", timeout_s: float = _TIMEOUT_S
+) -> dict[str, Any]:
     """What the gateway at `url` has at `path`, a JSON object that has `key`. Raises Unreachable."""
     if not url.startswith(("http://", "https://")):
         raise Unreachable(f"--url: {url!r}; accepted: http://host:port")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers, method=method)
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             document = json.load(answer)
     except urllib.error.HTTPError as error:
         raise Unreachable(f"{url} answers {error.code}: {_message(error)}") from None
@@ -108,6 +110,8 @@ def show(document: dict[str, Any], console: Console) -> None:
             console.print(f"{worker['id']}: links {told}", highlight=False)
         if worker["gauges"].get("microbatches"):
             console.print(f"{worker['id']}: {_waits(worker['gauges'])}", highlight=False)
+    if (imbalance := document["balance"]["imbalance"]) is not None:
+        console.print(f"experts: {_balance(document['balance'], imbalance)}", highlight=False)
     gauges = (document["scheduler"] or {}).get("gauges", {})
     told = ", ".join(f"{gauges[name]:g} {name}" for name in ("running", "waiting") if name in gauges)
     console.print(f"scheduler: {told or 'not there'}")
@@ -138,6 +142,15 @@ def _waits(gauges: dict[str, float]) -> str:
         f"steps wait for experts {100 * gauges['exposed_wait_share']:.0f} % of their time (exchange "
         f"{100 * gauges['exchange_share']:.0f} %), {gauges['microbatches']:g} microbatch(es) in the last one"
     )
+
+
+def _balance(balance: dict[str, Any], imbalance: float) -> str:
+    """Of late, since the placement last changed."""
+    total = sum(balance["loads"].values())
+    shares = ", ".join(f"{worker} {load / total:.0%}" for worker, load in balance["loads"].items())
+    preparing = balance["preparing"]
+    then = f"; epoch {preparing['term']}.{preparing['number']} is being prepared" if preparing else ""
+    return f"the busiest has {imbalance:.2f} of the mean load ({shares}){then}"
 
 
 def _headline(document: dict[str, Any]) -> Text:

@@ -175,7 +175,15 @@ def state_of(card: ModelCard, **limits: Any) -> tuple[GatewayState, EchoEngine]:
     async def trace(seconds: float) -> control_pb2.TraceReply:
         return control_pb2.TraceReply(traces=[f"{seconds:g} s".encode()], silent=["attention-1"])
 
-    return GatewayState(config, card, engine, ledger, metrics, status, trace, "0.1.0"), engine
+    async def rebalance(dry_run: bool) -> dict[str, Any]:
+        epoch = None if dry_run else {"term": 1, "number": 2}
+        moves = [{"layer": 3, "expert": 5, "to": "expert-1", "from": source} for source in ("expert-0", None)]
+        return {
+            "epoch": epoch, "moves": moves, "dropped": 1, "bytes": 64, "imbalance_before": 1.5,
+            "imbalance_after": 1.25,
+        }  # fmt: skip
+
+    return GatewayState(config, card, engine, ledger, metrics, status, trace, rebalance, "0.1.0"), engine
 
 
 async def settled() -> None:

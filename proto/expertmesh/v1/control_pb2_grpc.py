@@ -54,6 +54,11 @@ class ControllerServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceReply.FromString,
                 _registered_method=True)
+        self.Balance = channel.unary_unary(
+                '/expertmesh.v1.ControllerService/Balance',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.BalanceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.BalanceReply.FromString,
+                _registered_method=True)
 
 
 class ControllerServiceServicer:
@@ -83,6 +88,12 @@ class ControllerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Balance(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -105,6 +116,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.Trace,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.TraceReply.SerializeToString,
+            ),
+            'Balance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Balance,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.BalanceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.BalanceReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -215,6 +231,33 @@ class ControllerService:
             '/expertmesh.v1.ControllerService/Trace',
             expertmesh_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.TraceReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Balance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControllerService/Balance',
+            expertmesh_dot_v1_dot_control__pb2.BalanceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.BalanceReply.FromString,
             options,
             channel_credentials,
             insecure,
