@@ -47,13 +47,9 @@ class Task:
         """What rebalancing `current`, which there must be, would do. Takes seconds for large models."""
         assert self.current is not None
         after = self.solve(self.current.epoch)
-        return Proposal(
-            self.current,
-            after,
-            *_moves(self.current, after),
-            self._imbalance(self.current),
-            self._imbalance(after),
-        )
+        moves, dropped = _moves(self.current, after)
+        before = self._imbalance(self.current)
+        return Proposal(self.current, after, moves, dropped, before, self._imbalance(after))
 
     def _imbalance(self, placement: Placement) -> float | None:
         if not self.load.any():

@@ -18,7 +18,7 @@ Loads = NDArray[np.float64]
 class LoadBook:
     def __init__(self, num_layers: int, num_experts: int, half_life_s: float, rows_per_read: float) -> None:
         self._half_life_s, self._rows_per_read = half_life_s, rows_per_read
-        self._load: Loads = np.zeros((num_layers, num_experts))
+        self._load: Loads = np.zeros((num_layers, num_experts))  # as of the last report
         self._levels: dict[str, Loads] = {}  # by worker id, [L]: since the placement last changed
         self._heard: dict[str, tuple[Member, Loads]] = {}  # by worker id: what its life had counted, [L, E]
         self._at_s = 0.0
@@ -46,9 +46,8 @@ class LoadBook:
         """What the first report of a life has counted was before our time, or is next to nothing."""
         self._decay(now_s)
         slots = np.array(counted.slots, dtype=np.int64)
-        total = np.zeros(self._load.size)
-        total[slots] = np.array(counted.reads) + np.array(counted.rows) / self._rows_per_read
-        total = total.reshape(self._load.shape)
+        total: Loads = np.zeros(self._load.shape)
+        total.reshape(-1)[slots] = np.array(counted.reads) + np.array(counted.rows) / self._rows_per_read
         before = self._heard.get(member.id)
         self._heard[member.id] = (member, total)
         if before is None or before[0] != member:
@@ -65,5 +64,5 @@ class LoadBook:
     def _decay(self, now_s: float) -> None:
         kept = 0.5 ** (max(0.0, now_s - self._at_s) / self._half_life_s)
         self._at_s = max(self._at_s, now_s)
-        self._load *= kept
+        self._load = np.asarray(self._load * kept)
         self._levels = {worker: kept * levels for worker, levels in self._levels.items()}

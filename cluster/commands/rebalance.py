@@ -65,8 +65,9 @@ def show(document: dict[str, Any], dry_run: bool, console: Console) -> None:
     console.print(table)
     if len(moves) > _SHOWN_MAX:
         console.print(f"and {len(moves) - _SHOWN_MAX} more (--json shows all)", highlight=False)
+    dropped = document["dropped"]
     console.print(
-        f"{len(moves)} expert(s) loaded, {show_size(document['bytes'])}; {document['dropped']} replica(s) dropped; "
+        f"{len(moves)} expert(s) loaded, {show_size(document['bytes'])}; {dropped} replica(s) dropped; "
         f"the busiest has {before:.2f} of the mean load, and would have {after:.2f}",
         highlight=False,
     )
