@@ -42,7 +42,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "status", "trace", "make-checkpoint", "bench", "bench transport", "bench decode"]
+    "command",
+    ["serve", "status", "rebalance", "trace", "make-checkpoint", "bench", "bench transport", "bench decode"],
 )
 def test_help_of_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -234,6 +235,8 @@ DOCUMENT = {
                     "kv_sliding_block_bytes": 24576.0}},
     ],
     "scheduler": {"gauges": {"running": 3.0, "waiting": 1.0}},
+    "balance": {"imbalance": 1.2, "loads": {"expert-0": 30.0, "expert-1": 20.0},
+                "preparing": {"term": 1, "number": 3}},
     "gateways": [{"id": "gateway-0", "address": "http://127.0.0.1:8000", "state": "ready"}],
     "failures": [{"id": "expert-0", "incarnation": 1, "reason": "silent for 5.1 s", "ago_s": 9.0}],
 }  # fmt: skip
@@ -282,6 +285,7 @@ def test_status_for_people_shows_workers_and_what_was_lost(
         "4.0 MiB bfloat16",
         "3 running, 1 waiting",
         "silent for 5.1 s",
+        "1.20 of the mean load (expert-0 60%, expert-1 40%); epoch 1.3 is being prepared",
     ):
         assert words in shown
 
