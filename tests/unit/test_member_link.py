@@ -157,7 +157,8 @@ def test_rebalancing_is_asked_over_the_wire_once_a_placement_is_in_use(cluster: 
     serve_one_epoch(cluster, join)
     for dry_run in (True, False):  # one worker has nobody to share with
         assert asked(dry_run) == {
-            "epoch": None, "moves": [], "dropped": 0, "bytes": 0, "imbalance_before": None, "imbalance_after": None,
+            "epoch": None, "moves": [], "dropped": 0, "bytes": 0, "imbalance_before": None,
+            "imbalance_after": None,
         }  # fmt: skip
 
 
