@@ -2,8 +2,8 @@
 
 The published one is EPLB as DeepSeek describes it (deepseek-ai/EPLB, global form): give a replica to whichever
 expert has most load per replica until all slots are taken, then pack replicas by descending load onto the worker
-with least that has a slot left; equal slots on every worker; from scratch each time. It does not know where experts
-are, nor that a worker must not hold one twice: such twins are dropped here, as an expert worker would.
+with least that has a slot left; equal slots on every worker; from scratch each time. It does not know where
+experts are, nor that a worker must not hold one twice: such twins are dropped here, as an expert worker would.
 
 Both see how often the first half of the microbatches read each expert. Then the second half is planned by the real
 `router.plan` on what they made of it: what is compared is what expert workers would be asked for.
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`busiest`: of a worker's load by the mean, summed over layers. `modelled` as the balancer sees it, `reads` and
+    """The busiest worker's load by the mean, summed over layers: `modelled` as the balancer sees it, `reads` and
     `rows` of the second half as planned; `step`: the mean of single microbatches' reads."""
 
     case: str
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def drawn(exponent: float, layers: int, experts: int, top: int, tokens: int, batches: int, seed: int) -> Ids:
-    """[S, L, T, K]: experts of each token drawn without replacement, by Zipf's law; each layer has its own order."""
+    """[S, L, T, K]: experts of each token drawn without replacement by Zipf's law, each layer in its own order."""
     rng = np.random.default_rng(seed)
     weights = np.arange(1, experts + 1) ** -exponent
     order = np.stack([rng.permutation(experts) for _ in range(layers)])
@@ -239,15 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"target": TARGET, "outcomes": [dataclasses.asdict(outcome) for outcome in found]}))
         return 0
-    print(
-        f"{'case':<26} {'workers':>7} {'slots':>5}  {'by':<10} {'moves':>6} {'modelled':>8} {'reads':>6} {'step':>6} "
-        f"{'rows':>6} {'time':>8}"
-    )
+    heads = ("case", "workers", "slots", "by", "moves", "modelled", "reads", "step", "rows", "time")
+    print("{:<26} {:>7} {:>5}  {:<10} {:>6} {:>8} {:>6} {:>6} {:>6} {:>8}".format(*heads))
     for o in found:
-        print(
-            f"{o.case:<26} {o.workers:>7} {o.slots:>5}  {o.who:<10} {o.moves:>6} {o.modelled:>8.3f} {o.reads:>6.3f} "
-            f"{o.step:>6.3f} {o.rows:>6.3f} {o.seconds:>6.2f} s"
-        )
+        balance = f"{o.modelled:>8.3f} {o.reads:>6.3f} {o.step:>6.3f} {o.rows:>6.3f} {o.seconds:>6.2f} s"
+        print(f"{o.case:<26} {o.workers:>7} {o.slots:>5}  {o.who:<10} {o.moves:>6} {balance}")
     return 0
 
 

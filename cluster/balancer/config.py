@@ -15,7 +15,7 @@ class BalancerConfig(BaseModel):
     moves_max: int = Field(default=64, ge=1, le=1 << 20)
     """Experts loaded at most by one rebalancing. Until it is done, workers hold them beside what they replace."""
 
-    slack: float = Field(default=0.05, ge=0, le=1)
+    slack: float = Field(default=0.03, ge=0, le=1)
     """A layer whose busiest worker does at most so much more than the mean of all is left alone."""
 
     gain_min: float = Field(default=0.05, gt=0, le=1)

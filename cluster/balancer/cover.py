@@ -4,6 +4,8 @@ as many of them as are asked for, on distinct hosts if there are several, where 
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 
 from cluster.balancer.layer import Layer
@@ -42,6 +44,39 @@ def _fill(table: Table, replicas: int) -> None:
             touched.add(index)
     for index in touched:
         table.layers[index].refresh()
+
+
+_SKEWED = 1.1
+"""A layer whose busiest expert has so many times the load of its mean expert has use for copies."""
+
+
+def add_copies(table: Table, left: int) -> int:
+    """Fill empty slots with copies, at most `left`, of the experts with most load for each holder first: how many
+    are left. A layer whose experts are about equally busy gets none."""
+    hottest = [
+        (-float(layer.load[expert]) / int(layer.held[expert].sum()), index, expert)
+        for index, layer in enumerate(table.layers)
+        if layer.load.max() > _SKEWED * layer.load.mean()
+        for expert in range(len(layer.load))
+    ]
+    heapq.heapify(hottest)
+    levels = [layer.levels.copy() for layer in table.layers]
+    while hottest and left > 0 and table.has_room.any():
+        load, index, expert = heapq.heappop(hottest)
+        layer = table.layers[index]
+        worker = _taker(table, index, expert, levels[index])
+        if worker is None or layer.held[:, worker].sum() >= table.share[worker]:
+            continue
+        copies = int(layer.held[expert].sum())
+        levels[index][layer.held[expert]] += load / (copies + 1)  # load is negative: about what they give away
+        levels[index][worker] -= load * copies / (copies + 1)
+        layer.held[expert, worker] = True
+        table.used[worker] += 1
+        left -= 1
+        heapq.heappush(hottest, (load * copies / (copies + 1), index, expert))
+    for layer in table.layers:
+        layer.refresh()
+    return left
 
 
 def _expected(layer: Layer, replicas: int) -> np.ndarray:

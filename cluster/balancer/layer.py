@@ -27,13 +27,15 @@ _LEAST = 1e-9  # relative: less is no progress
 
 @dataclass(frozen=True)
 class Step:
-    """`expert` goes from `source` to `target`; or in exchange for `other`; or is copied, and stays as well."""
+    """`expert` goes from `source` to `target`; or in exchange for `other`; or is copied and stays as well, perhaps
+    in place of a replica that `target` gives up."""
 
     expert: int
     source: int
     target: int
     other: int = -1  # an expert of the target's that goes to the source
     stays: bool = False
+    given_up: int = -1  # an expert of the target's that others hold too
 
     @property
     def weights_loaded(self) -> int:
@@ -85,6 +87,8 @@ class Layer:
     def _set(self, step: Step) -> None:
         self.held[step.expert, step.target] = True
         self.held[step.expert, step.source] = step.stays
+        if step.given_up >= 0:
+            self.held[step.given_up, step.target] = False
         if step.other >= 0:
             self.held[step.other, step.target] = False
             self.held[step.other, step.source] = True
@@ -104,18 +108,35 @@ class Layer:
         return self._first_helpful([*self._moves(source, has_room), *self._exchanges(source)])
 
     def best_copy(self, source: int, has_room: Flags) -> Found | None:
-        """The further replica, of an expert that `source` holds, that relieves it most."""
+        """The further replica, of an expert that `source` holds, that relieves it most: on a worker with room, or
+        in the place of the replica that a worker can best do without."""
         experts = np.flatnonzero(self.held[:, source])
+        given_up = self._least_needed()
         surplus = np.clip((self.levels[source] - self.levels) / 2, 0, None)  # [W]: what may be poured into each
         poured = np.minimum(self.amounts[experts, source][:, None], surplus[None, :])
-        poured[self.held[experts] | ~has_room[None, :]] = 0
+        poured[self.held[experts] | ~(has_room | (given_up >= 0))[None, :]] = 0
         best = np.argsort(-poured, axis=None, kind="stable")[:_TRIED_MAX]
         found = []
         for flat in best[poured.reshape(-1)[best] > 0].tolist():
             row, target = divmod(flat, len(self.levels))
             after = self.levels[source] - poured[row, target]
-            found.append((float(after), Step(int(experts[row]), source, target, stays=True)))
+            gone = -1 if has_room[target] else int(given_up[target])
+            found.append((float(after), Step(int(experts[row]), source, target, stays=True, given_up=gone)))
         return self._first_helpful(found)
+
+    def _least_needed(self) -> NDArray[np.int64]:
+        """[W]: of the replicas beyond those each expert should have, the one that each worker is least asked for;
+        -1: it has none."""
+        counts = np.count_nonzero(self.held, axis=1)
+        found = np.full(len(self.levels), -1)
+        if counts.max() <= self.replicas:
+            return found
+        for worker in range(len(found)):
+            mine = np.flatnonzero(self.held[:, worker] & (counts > self.replicas))
+            mine = mine[[self.is_spread_without(int(expert), worker) for expert in mine]] if mine.size else mine
+            if mine.size:
+                found[worker] = mine[np.argmin(self.amounts[mine, worker])]
+        return found
 
     def best_move(self, source: int, has_room: Flags) -> Step | None:
         """As `best_rearrangement`, of moves alone, and whether or not it helps: for a worker that is too full."""

@@ -5,9 +5,12 @@ to its busiest worker comes first, and there the step that relieves this worker 
 replicating: an expert is copied only where the best move or exchange would leave more than half of the busiest
 worker's surplus, for a copy takes a slot for good and an exchange takes none.
 
-It does not swing: a layer within `slack` of its mean is left alone, and everything is left as it is unless the
-whole gains at least `gain_min`, both in units of a perfectly balanced pool's time. What has just been placed is
-within both: placing it again changes nothing, and load must shift by more than `gain_min` to move anything.
+Then spare slots that are still empty get copies, of the busiest experts first. On average that may gain nothing,
+but it gives `router.plan` a choice in each microbatch, of which no two ask for the same experts.
+
+It does not swing: a layer within `slack` of its mean is left alone, and where no empty slot is filled everything
+is left as it is unless the whole gains at least `gain_min`; both in units of a perfectly balanced pool's time. So
+load must shift by more than `gain_min` to move anything, and what is balanced and full stays.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.balancer.cover import cover
+from cluster.balancer.cover import add_copies, cover
 from cluster.balancer.layer import Loads, Step
 from cluster.balancer.search import search
 from cluster.balancer.table import Room, Table
@@ -36,7 +39,7 @@ class Policy:
     """Holders of every expert, for safety, where slots allow."""
     moves_max: int | None = None
     """Experts loaded at most to balance the pool, beyond what covering takes. None: as many as help."""
-    slack: float = 0.05
+    slack: float = 0.03
     """A layer whose busiest worker does at most so much more than the mean is balanced."""
     gain_min: float = 0.05
     """Of a balanced pool's time: less is not worth a new epoch."""
@@ -61,16 +64,18 @@ def place(
     table = Table(rooms, _smoothed(load), policy.replicas, current, together)
     cover(table)
     covered = table.placement(epoch, fingerprint, current)
-    before = table.busiest
-    improve(table, policy)
-    if before - table.busiest < policy.gain_min * table.mean:
-        return covered
-    return table.placement(epoch, fingerprint, current)
+    before, used = table.busiest, table.used.sum()
+    left = improve(table, policy.slack, sys.maxsize if policy.moves_max is None else policy.moves_max)
+    if load.any():
+        left = add_copies(table, left)
+        improve(table, policy.slack, left)
+    gains = before - table.busiest >= policy.gain_min * table.mean
+    fills = table.used.sum() > used and table.busiest <= max(before, (1 + policy.slack) * table.mean)
+    return table.placement(epoch, fingerprint, current) if gains or fills else covered
 
 
-def improve(table: Table, policy: Policy) -> None:
-    """Take steps until every layer is balanced, none helps, or the budget is spent."""
-    left = sys.maxsize if policy.moves_max is None else policy.moves_max
+def improve(table: Table, slack: float, left: int) -> int:
+    """Take steps until every layer is balanced, none helps, or `left` experts are loaded: how many are left."""
     has_changed = True
     while has_changed and left > 0:
         has_changed = False
@@ -79,13 +84,14 @@ def improve(table: Table, policy: Policy) -> None:
         while waiting and left > 0:
             _, index = heapq.heappop(waiting)
             layer = table.layers[index]
-            if layer.busiest <= (1 + policy.slack) * layer.mean:
+            if layer.busiest <= (1 + slack) * layer.mean:
                 continue
             spent = _improve_layer(table, index, left)
             if spent is not None:
                 left -= spent
                 has_changed = True
                 heapq.heappush(waiting, (layer.mean - layer.busiest, index))
+    return left
 
 
 def _improve_layer(table: Table, index: int, left: int) -> int | None:

@@ -69,7 +69,7 @@ class Table:
 
     def apply(self, layer: int, step: Step) -> None:
         self.layers[layer].apply(step)
-        self.used[step.target] += step.other < 0
+        self.used[step.target] += step.other < 0 and step.given_up < 0
         self.used[step.source] -= step.other < 0 and not step.stays
 
     def replace(self, layer: int, held: Flags) -> None:
