@@ -176,9 +176,10 @@ def compare(case: Case) -> list[Outcome]:
     ):
         table = Table(rooms, load, 1, placement, None)
         measured = planned(placement, case.ids[half:])
-        figures = (round(figure, 3) for figure in (table.busiest / table.mean, *measured))
-        moves = num_moves(before, placement)
-        found.append(Outcome(case.name, case.workers, slots, who, moves, *figures, round(seconds, 3)))
+        reads, step, rows = (round(figure, 3) for figure in measured)
+        moves, modelled = num_moves(before, placement), round(table.busiest / table.mean, 3)
+        figures = (modelled, reads, step, rows, round(seconds, 3))
+        found.append(Outcome(case.name, case.workers, slots, who, moves, *figures))
     return found
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from benchmarks.balancer import Case, compare, drawn, eplb
 
 
 def test_the_published_greedy_replicates_the_hottest_and_packs_by_load() -> None:
-    """Three workers with two slots: the hottest expert twice, on the workers with least."""
-    assert eplb([9, 6, 4, 3, 2], workers=3, slots=2) == [[1, 4], [0, 3], [0, 2]]
+    """Three workers with two slots: the hottest expert twice, each replica where least is."""
+    assert eplb(np.array([9.0, 6, 4, 3, 2]), workers=3, slots=2) == [[1, 4], [0, 2], [0, 3]]
 
 
 @pytest.mark.parametrize("exponent", [1.0, 1.5])
