@@ -140,9 +140,8 @@ class EchoEngine:
     async def _run(self, submission: Submission, sibling: Sibling) -> None:
         ledger, key = self.ledger, (submission.request_id, sibling.index, sibling.attempt)
         assert ledger is not None
-        for position in (
-            range(sibling.score_from, len(submission.prompt)) if sibling.score_from and self.scores else ()
-        ):
+        wanted = range(sibling.score_from or len(submission.prompt), len(submission.prompt))
+        for position in wanted if self.scores else ():
             await asyncio.sleep(0)
             if position in self.score_deaths:
                 self.score_deaths.remove(position)
