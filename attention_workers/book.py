@@ -71,6 +71,7 @@ class Book:
         self.term = 0
         self.plan_number = 0
         self.num_refused = 0
+        self.is_draining = False
         self.pace = Pace()
         self._step_tokens_max = 512
         self._chunk_tokens_max = 256
@@ -84,6 +85,7 @@ class Book:
         self._step_tokens_max = min(max(1, plan.step_tokens_max), self.rows_max)
         self._chunk_tokens_max = max(1, plan.chunk_tokens_max)
         self.pace.promise(plan.inter_token_s)
+        self.is_draining = plan.draining
         for attempt in plan.stops:
             if attempt in self.sequences:
                 self._end(self.sequences[attempt], FinishReason.CANCELLED, result)

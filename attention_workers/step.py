@@ -71,6 +71,7 @@ class Plan:
     chunk_tokens_max: int = 256
     send_state: bool = False
     inter_token_s: float = 0.0  # how long a step with prompt rows may take; 0: in proportion to one without
+    draining: bool = False  # nothing more comes
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def plan(message: step_pb2.Plan) -> Plan:
         message.chunk_tokens_max,
         message.send_state,
         message.inter_token_s,
+        message.draining,
     )
 
 
@@ -143,6 +144,7 @@ def report_pb(sender: Member, book: Book, steps: int, tokens: int, experts_missi
         num_paused=sum(s.is_paused for s in book.sequences.values()),
         refused_orders=book.num_refused,
         experts_missing=experts_missing,
+        draining=book.is_draining,
     )
 
 

@@ -18,6 +18,7 @@ from cluster.scheduler.events import (
     CloseReason,
     Incarnation,
     Running,
+    SequenceKey,
     Sibling,
     Submission,
 )
@@ -52,7 +53,8 @@ class Books:
         self.workers: dict[Incarnation, WorkerBook] = {}
         self.unclaimed: dict[str, float] = {}  # requests without a gateway: since when
         # By (request id, index): number and arrival of the last attempt that ended.
-        self._ended: OrderedDict[tuple[str, int], tuple[int, int]] = OrderedDict()
+        self._ended: OrderedDict[SequenceKey, tuple[int, int]] = OrderedDict()
+        self._moving: dict[SequenceKey, WorkerBook] = {}  # taken off one worker, with room kept for it at another
         self._ended_max = config.ended_remembered_max
         self._config = config
         self._arrivals = term << ARRIVAL_BITS  # of one term follow all of the terms before
@@ -95,6 +97,8 @@ class Books:
         request = self.requests.setdefault(submission.request_id, Request(entry.arrival, entry.gateway))
         assert sibling.index not in request.sequences, f"{entry.attempt}: one attempt is still live"
         request.sequences[sibling.index] = Live(entry.attempt, None)
+        if to := self._moving.pop(entry.attempt[:2], None):
+            to.give_room(entry.attempt[:2])
         self.queue.add(entry)
 
     def place(self, address_of: Callable[[Incarnation], str], plan_bytes_max: int) -> None:
@@ -166,6 +170,24 @@ class Books:
         elif request.gateway is None:
             del self.unclaimed[request_id]
         return request
+
+    def move(self, attempt: AttemptId, by: WorkerBook, to: WorkerBook, now_s: float) -> Iterator[CloseAttempt]:
+        """Take a live attempt off one worker, and keep room for it at another until its gateway has opened the
+        next: that goes ahead of all that wait."""
+        key, held = attempt[:2], by.held[attempt]
+        by.stop(attempt)
+        to.keep_room(key, held.tokens_total, now_s)
+        self._moving[key] = to
+        yield from self.close(attempt, CloseReason.PREEMPTED, f"{by.worker} gives it up, {to.worker} has room")
+
+    def expire_moves(self, before_s: float) -> None:
+        """Room that was kept since before that goes to whoever wants it."""
+        if not self._moving:
+            return
+        here = set(self.workers.values())
+        for book in here:
+            book.expire_room(before_s)
+        self._moving = {key: to for key, to in self._moving.items() if to in here and to.keeps_room(key)}
 
     def close(self, attempt: AttemptId, reason: CloseReason, detail: str) -> Iterator[CloseAttempt]:
         """End a live attempt and tell its gateway."""

@@ -22,6 +22,10 @@ class Incarnation(NamedTuple):
         return f"{self.id}#{self.number}"
 
 
+SequenceKey: TypeAlias = tuple[str, int]
+"""Of a sequence, whatever its attempt: (request id, index)."""
+
+
 class AttemptId(NamedTuple):
     """One placement of one sequence on a worker. Opened by the gateway; the higher number wins."""
 
@@ -202,6 +206,7 @@ class WorkerReported:
     num_paused: int
     tokens: int  # sampled in this life
     experts_missing: bool = False  # it can compute nothing now: some expert has no live holder
+    draining: bool = False  # as the last plan it applied said
     prompts_done: tuple[AttemptId, ...] = ()
     undelivered: tuple[AttemptId, ...] = ()  # dropped: their gateway could not be reached
     completions: tuple[Completion, ...] = ()
@@ -234,9 +239,12 @@ class WorkerLost:
 
 @dataclass(frozen=True)
 class MembersExpected:
-    """The attention workers that live, or are being started, as the controller knows them."""
+    """The attention workers that live, or are being started, as the controller knows them. Said again with every
+    change, and to every new term."""
 
     workers: frozenset[Incarnation]
+    draining: frozenset[Incarnation] = frozenset()
+    """Of them: these are given nothing more, and are emptied. Each says to the controller when it is empty."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +284,7 @@ class Plan:
     chunk_tokens_max: int
     inter_token_s: float
     send_state: bool  # answer with all that runs
+    draining: bool = False  # nothing is started there any more, until a plan says otherwise
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,11 @@ class WaitingQueue:
     def num_requests(self) -> int:
         return len(self._per_request)
 
+    @property
+    def num_resumes(self) -> int:
+        """Sequences that wait to go on."""
+        return len(self._lines[None])
+
     def ahead_of(self, entry: Waiting) -> int:
         """How many sequences come before this one, about: other tenants are taken to ask for as much at a time."""
         own = bisect_left(self._lines.get(entry.line, []), entry.key)

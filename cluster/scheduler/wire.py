@@ -75,6 +75,7 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
         num_paused=message.num_paused,
         tokens=message.tokens,
         experts_missing=message.experts_missing,
+        draining=message.draining,
         prompts_done=tuple(map(_attempt, message.prompts_done)),
         undelivered=tuple(map(_attempt, message.undelivered)),
         completions=_completions(message.completions),
@@ -119,6 +120,7 @@ def _plan(command: SendPlan, term: int, fingerprint: str) -> step_pb2.Plan:
         chunk_tokens_max=plan.chunk_tokens_max,
         inter_token_s=plan.inter_token_s,
         send_state=plan.send_state,
+        draining=plan.draining,
     )
     for start in plan.starts:
         added = message.starts.add(

@@ -50,6 +50,7 @@ class WorkerSide:
         self._recovery = recovery
         self._rate = rate
         self._counters = counters
+        self._draining: frozenset[Incarnation] | None = None  # None: the controller has not said
 
     def joined(self, event: WorkerJoined, now_s: float) -> Iterator[Command]:
         worker = event.worker
@@ -70,6 +71,7 @@ class WorkerSide:
         )
         yield from self._endings(book, event.report, now_s)
         gone = book.link(event.limits, event.report, self._term)
+        book.is_draining = event.report.draining if self._draining is None else worker in self._draining
         self._books.workers[worker] = book
         yield from self._settle(book, gone, event.report.state or (), now_s)
 
@@ -93,11 +95,15 @@ class WorkerSide:
         yield from self._endings(book, event, now_s)
         gone = book.update(event, self._term)
         yield from self._settle(book, gone, event.state or (), now_s)
-        yield from self._move(book, event.paused)
+        # They have lost their blocks already, so nothing more is lost.
+        yield from self._move_off(book, event.paused, now_s)
 
     def members_expected(self, event: MembersExpected, _now_s: float) -> Iterator[Command]:
         """The controller's word is final: whoever is gone and not expected is lost now."""
         self._recovery.expect(event.workers)
+        self._draining = event.draining
+        for book in self._books.workers.values():
+            book.is_draining = book.worker in event.draining
         for book in self._unlinked():
             if book.worker not in event.workers:
                 yield from self._lose(book.worker, f"worker {book.worker} was lost")
@@ -108,6 +114,14 @@ class WorkerSide:
         for book in self._unlinked():
             if book.unlinked_s is not None and now_s - book.unlinked_s >= deadline_s:
                 yield from self._lose(book.worker, f"worker {book.worker} was lost")
+
+    def drain(self, now_s: float) -> Iterator[Command]:
+        """Move what draining workers still run to where there is room: the latest first, which lose least."""
+        self._books.expire_moves(now_s - self._config.gateway_lease_s)
+        if self._config.drain == "move" and self._recovery.over:
+            for _, book in sorted(self._books.workers.items()):
+                if book.is_draining and book.unlinked_s is None:
+                    yield from self._move_off(book, list(reversed(book.held)), now_s)
 
     def restart_deadlines(self, now_s: float) -> None:
         for book in self._unlinked():
@@ -181,22 +195,25 @@ class WorkerSide:
                 self._counters["adopted"] += 1
                 self._books.adopt(book, running, now_s)
 
-    def _move(self, book: WorkerBook, paused: Iterable[AttemptId]) -> Iterator[Command]:
-        """What a dry worker paused goes to another that has room for all it can become; it has lost its blocks
-        already, so nothing more is lost. Where there is none it stays, and is recomputed when there is room."""
+    def _move_off(self, book: WorkerBook, attempts: Iterable[AttemptId], now_s: float) -> Iterator[Command]:
+        """To workers that have room for all that each can become. Where there is none it stays; nobody is added to
+        those who wait to go on already."""
+        if self._books.queue.num_resumes:
+            return
         others = [other for _, other in sorted(self._books.workers.items()) if other is not book]
-        for attempt in paused:
+        for attempt in attempts:
+            if not any(other.accepts() for other in others):
+                return
             held = book.held.get(attempt)
             if held is None or held.stopping or not held.tokens_total:
                 continue
-            total = held.tokens_total
-            to = next((other for other in others if other.accepts() and other.has_room_for(total)), None)
+            to = next(
+                (other for other in others if other.accepts() and other.has_room_for(held.tokens_total)), None
+            )
             if to is not None:
-                others.remove(to)  # one each: its room is promised to none until it is placed
-                book.stop(attempt)
                 self._counters["moved"] += 1
-                detail = f"{book.worker} is out of blocks, {to.worker} has room"
-                yield from self._close(attempt, CloseReason.PREEMPTED, detail)
+                self._counters[f"ended_{CloseReason.PREEMPTED.name.lower()}"] += 1
+                yield from self._books.move(attempt, book, to, now_s)
 
     def _close(self, attempt: AttemptId, reason: CloseReason, detail: str) -> Iterator[Command]:
         self._counters[f"ended_{reason.name.lower()}"] += 1

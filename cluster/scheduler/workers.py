@@ -20,6 +20,7 @@ from cluster.scheduler.events import (
     Incarnation,
     Plan,
     Running,
+    SequenceKey,
     Start,
     WorkerLimits,
     WorkerReported,
@@ -55,6 +56,9 @@ class WorkerBook:
         self.rows_ahead = 0  # of prompts given to it and not yet done
         self.held: dict[AttemptId, Held] = {}
         self.unlinked_s: float | None = None  # since when its link is gone
+        self.is_draining = False  # it is given nothing more
+        self._told_draining = False  # by the last plan
+        self._kept: dict[SequenceKey, tuple[Blocks, float]] = {}  # for those on their way here, and since when
         self._promised = NONE  # over all held
         self._starts: list[Start] = []  # of the next plan
         self._starts_bytes = 0
@@ -69,6 +73,7 @@ class WorkerBook:
         self.limits = limits
         self.unlinked_s = None
         self.sent = self.applied = report.plan_number if report.term == term else 0
+        self._told_draining = report.draining
         self._count(report)
         self._prompts_done(running.attempt for running in state if running.prompt_done)
         gone = self._absent(state, self.held)
@@ -101,18 +106,37 @@ class WorkerBook:
 
     def room(self) -> Blocks:
         """Blocks that nothing has a claim on."""
-        return self.blocks_free.minus(self._promised)
+        room = self.blocks_free.minus(self._promised)
+        for blocks, _ in self._kept.values():
+            room = room.minus(blocks)
+        return room
 
     def accepts(self) -> bool:
         is_able = self.unlinked_s is None and not self.num_paused and not self.experts_missing
-        return is_able and len(self.held) < self.limits.sequences_max
+        return is_able and not self.is_draining and len(self.held) + len(self._kept) < self.limits.sequences_max
 
     def could_ever_hold(self, entry: Waiting) -> bool:
-        return entry.tokens_total <= self.limits.tokens_max
+        return entry.tokens_total <= self.limits.tokens_max and not self.is_draining
 
     def has_room_for(self, num_tokens: int) -> bool:
         """Whether a sequence of so many tokens fits now."""
         return num_tokens <= self.limits.tokens_max and self._blocks_for(num_tokens).fits(self.room())
+
+    def keep_room(self, key: SequenceKey, num_tokens: int, now_s: float) -> None:
+        """For a sequence of so many tokens that is taken off another worker, until it is there to be placed."""
+        self._kept[key] = (self._blocks_for(num_tokens), now_s)
+
+    def give_room(self, key: SequenceKey) -> None:
+        """It is there, or will not come."""
+        self._kept.pop(key, None)
+
+    def keeps_room(self, key: SequenceKey) -> bool:
+        return key in self._kept
+
+    def expire_room(self, before_s: float) -> None:
+        """What was kept since before that is wanted no more."""
+        for key in [key for key, (_, since_s) in self._kept.items() if since_s < before_s]:
+            del self._kept[key]
 
     def takes(self, entry: Waiting, plan_bytes_max: int) -> bool:
         """Whether there is room now, for what it brings and its first token, and in the next plan."""
@@ -182,11 +206,13 @@ class WorkerBook:
         """None when nothing changed. The first of a term is sent all the same: orders of older terms are
         refused from then on, and its answer is the first state that none of them can change."""
         is_first = self.sent == 0
-        if self.unlinked_s is not None or not (is_first or self._starts or self._stops):
+        is_news = is_first or self._starts or self._stops or self.is_draining != self._told_draining
+        if self.unlinked_s is not None or not is_news:
             return None
         stops = sorted(self._stops)[: config.plan_bytes_max // 2 // STOP_BYTES]
         starts, self._starts, self._starts_bytes = tuple(self._starts), [], 0
         self._stops.difference_update(stops)
+        self._told_draining = self.is_draining
         self.sent += 1
         return Plan(
             number=self.sent,
@@ -196,6 +222,7 @@ class WorkerBook:
             chunk_tokens_max=config.chunk_tokens_max,
             inter_token_s=config.inter_token_s,
             send_state=is_first,
+            draining=self.is_draining,
         )
 
     def gauges(self) -> dict[str, float]:
@@ -203,6 +230,7 @@ class WorkerBook:
             "held": len(self.held),
             "paused": self.num_paused,
             "experts_missing": self.experts_missing,
+            "draining": self.is_draining,
             "blocks_total": self.limits.blocks_total,
             "blocks_free": self.blocks_free.full,
             "blocks_promised": self._promised.full,

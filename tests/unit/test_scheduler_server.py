@@ -14,7 +14,7 @@ from cluster.scheduler import wire
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.core import Scheduler
 from cluster.scheduler.errors import AddressUnusable
-from cluster.scheduler.events import CloseReason, FinishReason, Incarnation, RejectCode
+from cluster.scheduler.events import CloseReason, FinishReason, Incarnation, MembersExpected, RejectCode
 from cluster.scheduler.server import Link, SchedulerServer
 from tests.unit.scheduler_streams import (
     MODEL,
@@ -73,6 +73,18 @@ def test_a_worker_that_dies_is_noticed_and_its_attempt_closed() -> None:
             assert closed.reason == schedule_pb2.CLOSE_REASON_WORKER_LOST
             assert closed.attempt.request_id == "r1"
             assert "attention-0#1" in closed.detail
+
+    run(story)
+
+
+def test_the_controllers_word_that_a_worker_drains_reaches_it() -> None:
+    async def story() -> None:
+        async with cluster() as (server, client):
+            worker = await joined_worker(client)
+            member = Incarnation(W0.id, W0.number)
+            server.post(MembersExpected(frozenset({member}), frozenset({member})))
+            plan = await worker.hear()
+            assert (plan.number, plan.draining) == (2, True)
 
     run(story)
 

@@ -86,7 +86,7 @@ class Start(_message.Message):
     def __init__(self, attempt: _Optional[_Union[_identity_pb2.Attempt, _Mapping]] = ..., gateway_address: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., accepted: _Optional[_Iterable[int]] = ..., spec: _Optional[_Union[SequenceSpec, _Mapping]] = ..., priority: _Optional[int] = ..., arrival: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("term", "number", "to", "fingerprint", "starts", "stops", "step_tokens_max", "chunk_tokens_max", "send_state", "inter_token_s")
+    __slots__ = ("term", "number", "to", "fingerprint", "starts", "stops", "step_tokens_max", "chunk_tokens_max", "send_state", "inter_token_s", "draining")
     TERM_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     TO_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,7 @@ class Plan(_message.Message):
     CHUNK_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     SEND_STATE_FIELD_NUMBER: _ClassVar[int]
     INTER_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     term: int
     number: int
     to: _identity_pb2.Incarnation
@@ -107,7 +108,8 @@ class Plan(_message.Message):
     chunk_tokens_max: int
     send_state: bool
     inter_token_s: float
-    def __init__(self, term: _Optional[int] = ..., number: _Optional[int] = ..., to: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., starts: _Optional[_Iterable[_Union[Start, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., step_tokens_max: _Optional[int] = ..., chunk_tokens_max: _Optional[int] = ..., send_state: _Optional[bool] = ..., inter_token_s: _Optional[float] = ...) -> None: ...
+    draining: bool
+    def __init__(self, term: _Optional[int] = ..., number: _Optional[int] = ..., to: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., starts: _Optional[_Iterable[_Union[Start, _Mapping]]] = ..., stops: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., step_tokens_max: _Optional[int] = ..., chunk_tokens_max: _Optional[int] = ..., send_state: _Optional[bool] = ..., inter_token_s: _Optional[float] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Completion(_message.Message):
     __slots__ = ("attempt", "reason", "detail", "num_tokens")
@@ -158,7 +160,7 @@ class WorkerHello(_message.Message):
     def __init__(self, block_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., sequences_max: _Optional[int] = ..., model_len_max: _Optional[int] = ..., sliding_blocks_total: _Optional[int] = ..., sliding_window: _Optional[int] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
 
 class WorkerReport(_message.Message):
-    __slots__ = ("sender", "fingerprint", "term", "plan_number", "steps", "tokens", "blocks_free", "num_running", "num_paused", "prompts_done", "undelivered", "completions", "state", "hello", "refused_orders", "experts_missing", "sliding_blocks_free", "blocks_cached", "sliding_blocks_cached", "kept", "evicted", "paused")
+    __slots__ = ("sender", "fingerprint", "term", "plan_number", "steps", "tokens", "blocks_free", "num_running", "num_paused", "prompts_done", "undelivered", "completions", "state", "hello", "refused_orders", "experts_missing", "sliding_blocks_free", "blocks_cached", "sliding_blocks_cached", "kept", "evicted", "draining", "paused")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +182,7 @@ class WorkerReport(_message.Message):
     SLIDING_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     PAUSED_FIELD_NUMBER: _ClassVar[int]
     sender: _identity_pb2.Incarnation
     fingerprint: str
@@ -202,8 +205,9 @@ class WorkerReport(_message.Message):
     sliding_blocks_cached: int
     kept: _containers.RepeatedScalarFieldContainer[int]
     evicted: _containers.RepeatedScalarFieldContainer[int]
+    draining: bool
     paused: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Attempt]
-    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., plan_number: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., num_running: _Optional[int] = ..., num_paused: _Optional[int] = ..., prompts_done: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., undelivered: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., state: _Optional[_Union[State, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., refused_orders: _Optional[int] = ..., experts_missing: _Optional[bool] = ..., sliding_blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., sliding_blocks_cached: _Optional[int] = ..., kept: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ..., paused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ...) -> None: ...
+    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., plan_number: _Optional[int] = ..., steps: _Optional[int] = ..., tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ..., num_running: _Optional[int] = ..., num_paused: _Optional[int] = ..., prompts_done: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., undelivered: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ..., completions: _Optional[_Iterable[_Union[Completion, _Mapping]]] = ..., state: _Optional[_Union[State, _Mapping]] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., refused_orders: _Optional[int] = ..., experts_missing: _Optional[bool] = ..., sliding_blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., sliding_blocks_cached: _Optional[int] = ..., kept: _Optional[_Iterable[int]] = ..., evicted: _Optional[_Iterable[int]] = ..., draining: _Optional[bool] = ..., paused: _Optional[_Iterable[_Union[_identity_pb2.Attempt, _Mapping]]] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token", "logprob")
