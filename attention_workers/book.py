@@ -269,7 +269,7 @@ class Book:
             self.prefixes.leave(sequence.tables, sequence.computed, given, sequence.parted)
             if not sequence.is_prompt_done and sequence.computed >= given:
                 sequence.is_prompt_done = True
-                result.prompts_done.append(sequence.start.attempt)
+                result.prompts_done.append(sequence.start.handle)
                 self._tell_changes(result)
 
     def _tell_changes(self, result: StepResult) -> None:
@@ -328,7 +328,8 @@ class Book:
         del self.sequences[sequence.start.attempt]
         self._give_back_all(sequence)
         self._tell_changes(result)
-        result.completions.append(Completion(sequence.start.attempt, reason, sequence.num_generated, detail))
+        start, num_tokens = sequence.start, sequence.num_generated
+        result.completions.append(Completion(start.attempt, reason, num_tokens, detail, start.handle))
 
     def state(self) -> list[RunningSequence]:
         return [
@@ -337,6 +338,7 @@ class Book:
                 len(s.tokens),
                 s.is_prompt_done,
                 s.start.arrival,
+                s.start.handle,
             )
             for s in self.sequences.values()
         ]

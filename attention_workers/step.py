@@ -55,6 +55,7 @@ class Start:
     arrival: int = 0  # orders equals
     min_tokens: int = 0  # generated tokens before which no stop token is sampled
     cache_salt: str = ""  # cached blocks are shared among those of one salt
+    handle: int = 0  # names this start in what the scheduler is told
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Completion:
     reason: FinishReason
     num_tokens: int
     detail: str = ""
+    handle: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class RunningSequence:
     num_tokens: int
     prompt_done: bool
     arrival: int
+    handle: int
 
 
 @dataclass
@@ -117,7 +120,7 @@ class StepResult:
 
     deltas: dict[str, list[TokenDelta]] = field(default_factory=dict)  # by gateway address
     completions: list[Completion] = field(default_factory=list)
-    prompts_done: list[AttemptId] = field(default_factory=list)
+    prompts_done: list[int] = field(default_factory=list)  # handles
     paused: list[AttemptId] = field(default_factory=list)
     undelivered: list[AttemptId] = field(default_factory=list)  # their gateway could not be reached
     state: list[RunningSequence] | None = None  # asked for, or a plan did not follow

@@ -184,14 +184,20 @@ class Running(NamedTuple):
     attempt: AttemptId
     num_tokens: int  # prompt and generated
     prompt_done: bool
-    arrival: int  # as its start said, in whichever term
+    arrival: int  # this and the next as its start said, in whichever term
+    handle: int
 
 
-class Completion(NamedTuple):
-    attempt: AttemptId
-    reason: FinishReason
-    detail: str  # only with FAILED
-    num_tokens: int = 0  # generated in all
+class Endings(NamedTuple):
+    """Sequences that a worker has ended, as columns."""
+
+    handles: Sequence[int] = ()
+    reasons: Sequence[int] = ()  # FinishReason of each
+    num_tokens: Sequence[int] = ()  # generated in all, by each
+    details: Sequence[str] = ()  # of those that FAILED, in order
+
+
+NO_ENDINGS = Endings()
 
 
 @dataclass(frozen=True)
@@ -207,9 +213,9 @@ class WorkerReported:
     tokens: int  # sampled in this life
     experts_missing: bool = False  # it can compute nothing now: some expert has no live holder
     draining: bool = False  # as the last plan it applied said
-    prompts_done: tuple[AttemptId, ...] = ()
+    prompts_done: Sequence[int] = ()  # handles
     undelivered: tuple[AttemptId, ...] = ()  # dropped: their gateway could not be reached
-    completions: tuple[Completion, ...] = ()
+    endings: Endings = NO_ENDINGS
     state: tuple[Running, ...] | None = None  # everything it runs
     sliding_blocks_free: int = 0
     paused: tuple[AttemptId, ...] = ()  # gave up their blocks since, the last in order first
@@ -271,6 +277,7 @@ class Start:
     seed: int  # takes the place of the spec's own
     priority: int
     arrival: int  # count of admissions, over all terms: orders equals
+    handle: int  # names this start in reports: no other has it, in no term
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.scheduler.config import SchedulerConfig
@@ -34,10 +34,13 @@ STOP_BYTES = 300  # of a plan, at most: request ids are limited to 256 bytes
 NONE = Blocks(0, 0)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Held:
     """A sequence at a worker, or under way to it."""
 
+    attempt: AttemptId
+    worker: Incarnation
+    handle: int
     blocks_promised: Blocks  # NONE once its prompt is done: from then on the worker's own count has them
     rows_ahead: int  # of its prompt, without what was expected to be cached; 0 once it is done
     since_plan: int
@@ -54,7 +57,7 @@ class WorkerBook:
         self.chunk_tokens_max = chunk_tokens_max
         self.prefixes = Prefixes(prefix_hints_max)
         self.rows_ahead = 0  # of prompts given to it and not yet done
-        self.held: dict[AttemptId, Held] = {}
+        self.held: dict[int, Held] = {}  # by handle
         self.unlinked_s: float | None = None  # since when its link is gone
         self.is_draining = False  # it is given nothing more
         self._told_draining = False  # by the last plan
@@ -62,9 +65,10 @@ class WorkerBook:
         self._promised = NONE  # over all held
         self._starts: list[Start] = []  # of the next plan
         self._starts_bytes = 0
-        self._stops: set[AttemptId] = set()  # still to be said
+        self._stopping: set[AttemptId] = set()
+        self._stops: set[AttemptId] = set()  # of those, still to be said
 
-    def link(self, limits: WorkerLimits, report: WorkerReported, term: int) -> list[AttemptId]:
+    def link(self, limits: WorkerLimits, report: WorkerReported, term: int) -> list[Held]:
         """Its stream began: nothing is under way, so its state is all it runs.
 
         Plan numbers go on from the last it applied. Returns what it no longer runs, released.
@@ -75,9 +79,9 @@ class WorkerBook:
         self.sent = self.applied = report.plan_number if report.term == term else 0
         self._told_draining = report.draining
         self._count(report)
-        self._prompts_done(running.attempt for running in state if running.prompt_done)
+        self._prompts_done(running.handle for running in state if running.prompt_done)
         gone = self._absent(state, self.held)
-        self._stops = {attempt for attempt, held in self.held.items() if held.stopping}
+        self._stops = set(self._stopping)
         return gone
 
     def violation(self, report: WorkerReported, term: int) -> str | None:
@@ -94,14 +98,14 @@ class WorkerBook:
             return f"plan {applied + 1} of {self.sent} refused"
         return None
 
-    def update(self, report: WorkerReported, term: int) -> list[AttemptId]:
+    def update(self, report: WorkerReported, term: int) -> list[Held]:
         """Take its counts. Returns what its state, if it sent one, no longer has, released."""
         self.applied = report.plan_number if report.term == term else 0
         self._count(report)
         self._prompts_done(report.prompts_done)
         if report.state is None:
             return []
-        known = [attempt for attempt, held in self.held.items() if held.since_plan <= self.applied]
+        known = [handle for handle, held in self.held.items() if held.since_plan <= self.applied]
         return self._absent(report.state, known)
 
     def room(self) -> Blocks:
@@ -143,7 +147,7 @@ class WorkerBook:
         stops_bytes = min(len(self._stops) * STOP_BYTES, plan_bytes_max // 2)
         return (
             self.could_ever_hold(entry)
-            and entry.attempt not in self.held  # stopping, and forgotten elsewhere: it must end first
+            and entry.attempt not in self._stopping  # and forgotten elsewhere: it must end first
             and self._blocks_for(entry.num_tokens).fits(self.room())
             and stops_bytes + self._starts_bytes + entry.submission.num_bytes <= plan_bytes_max
         )
@@ -160,12 +164,11 @@ class WorkerBook:
         if self.limits.prefix_cache:
             self.prefixes.expect(hints_of(entry.submission, self.limits.block_tokens))
 
-    def start(self, entry: Waiting, gateway_address: str, num_cached: int) -> None:
+    def start(self, entry: Waiting, gateway_address: str, num_cached: int, handle: int) -> Held:
         """Give it this sequence with the next plan."""
         attempt, submission, sibling = entry.attempt, entry.submission, entry.sibling
-        assert attempt not in self.held, f"{attempt} is already at {self.worker}"
         rows = entry.num_tokens - num_cached
-        held = self._hold(attempt, self._blocks_for(entry.num_tokens), self.sent + 1, rows)
+        held = self._hold(attempt, handle, self._blocks_for(entry.num_tokens), self.sent + 1, rows)
         held.tenant, held.max_tokens = submission.tenant, submission.max_tokens
         held.num_accepted, held.tokens_total = len(sibling.accepted), entry.tokens_total
         self._starts_bytes += submission.num_bytes
@@ -179,28 +182,38 @@ class WorkerBook:
                 seed=sibling.seed,
                 priority=submission.priority,
                 arrival=entry.arrival,
+                handle=handle,
             )
         )
+        return held
 
-    def adopt(self, running: Running) -> None:
+    def adopt(self, running: Running) -> Held:
         """It runs this, and we did not know."""
         blocks = NONE if running.prompt_done else self._blocks_for(running.num_tokens)
-        self._hold(running.attempt, blocks, self.applied, 0 if running.prompt_done else running.num_tokens)
+        rows = 0 if running.prompt_done else running.num_tokens
+        return self._hold(running.attempt, running.handle, blocks, self.applied, rows)
 
-    def stop(self, attempt: AttemptId) -> None:
+    def stop(self, held: Held) -> None:
         """Have it end this with the next plan."""
-        self.held[attempt].stopping = True
-        self._stops.add(attempt)
+        held.stopping = True
+        self._stopping.add(held.attempt)
+        self._stops.add(held.attempt)
 
-    def release(self, attempt: AttemptId) -> Held | None:
+    def release(self, handle: int) -> Held | None:
         """It has ended there. None: it was not there (any more)."""
-        held = self.held.pop(attempt, None)
-        if held is not None:
-            if held.blocks_promised is not NONE:
-                self._settle(held)
-            if held.stopping:
-                self._stops.discard(attempt)
+        held = self.held.pop(handle, None)
+        if held is not None and (held.stopping or held.blocks_promised is not NONE):
+            self._prompt_done(held)
+            self._stopping.discard(held.attempt)
+            self._stops.discard(held.attempt)
         return held
+
+    def named(self, attempts: Sequence[AttemptId]) -> list[Held]:
+        """Those of these that are there."""
+        if not attempts:
+            return []
+        held = {held.attempt: held for held in self.held.values()}
+        return [held[attempt] for attempt in attempts if attempt in held]
 
     def next_plan(self, config: SchedulerConfig) -> Plan | None:
         """None when nothing changed. The first of a term is sent all the same: orders of older terms are
@@ -250,21 +263,22 @@ class WorkerBook:
             promised = promised.plus(held.blocks_promised)
         assert promised == self._promised, f"{self.worker}: promised {self._promised}, held {promised}"
         assert sum(held.rows_ahead for held in self.held.values()) == self.rows_ahead, f"{self.worker}: rows"
-        assert self._stops <= self.held.keys(), f"{self.worker}: stops of nothing held"
+        stopping = {held.attempt for held in self.held.values() if held.stopping}
+        assert self._stops <= self._stopping == stopping, f"{self.worker}: stops of nothing held"
         assert self.applied <= self.sent, f"{self.worker}: applied {self.applied} of {self.sent}"
 
     def _blocks_for(self, num_tokens: int) -> Blocks:
         """For so many tokens and the one they bring."""
         return self.limits.blocks_for(num_tokens + 1, self.chunk_tokens_max)
 
-    def _hold(self, attempt: AttemptId, blocks: Blocks, since_plan: int, rows: int) -> Held:
-        held = self.held[attempt] = Held(blocks, rows, since_plan)
+    def _hold(self, attempt: AttemptId, handle: int, blocks: Blocks, since_plan: int, rows: int) -> Held:
+        held = self.held[handle] = Held(attempt, self.worker, handle, blocks, rows, since_plan)
         self._promised = self._promised.plus(blocks)
         self.rows_ahead += rows
         return held
 
-    def _settle(self, held: Held) -> None:
-        """Its prompt is done, or has ended."""
+    def _prompt_done(self, held: Held) -> None:
+        """Or it has ended."""
         self._promised = self._promised.minus(held.blocks_promised)
         self.rows_ahead -= held.rows_ahead
         held.blocks_promised, held.rows_ahead = NONE, 0
@@ -277,14 +291,24 @@ class WorkerBook:
         self.tokens = report.tokens
         self.prefixes.hear(report)
 
-    def _prompts_done(self, attempts: Iterable[AttemptId]) -> None:
-        for attempt in attempts:
-            if held := self.held.get(attempt):
-                self._settle(held)
+    def _prompts_done(self, handles: Iterable[int]) -> None:
+        """Summed up first: ten thousand in a round."""
+        get, none = self.held.get, NONE
+        full = sliding = rows = 0
+        for handle in handles:
+            held = get(handle)
+            if held is not None:
+                blocks = held.blocks_promised
+                full += blocks[0]
+                sliding += blocks[1]
+                rows += held.rows_ahead
+                held.blocks_promised, held.rows_ahead = none, 0
+        self._promised = self._promised.minus(Blocks(full, sliding))
+        self.rows_ahead -= rows
 
-    def _absent(self, state: Iterable[Running], known: Iterable[AttemptId]) -> list[AttemptId]:
-        present = {running.attempt for running in state}
-        gone = sorted(attempt for attempt in known if attempt not in present)
-        for attempt in gone:
-            self.release(attempt)
-        return gone
+    def _absent(self, state: Iterable[Running], known: Iterable[int]) -> list[Held]:
+        present = {running.handle for running in state}
+        gone = [self.held[handle] for handle in known if handle not in present]
+        for held in gone:
+            self.release(held.handle)
+        return sorted(gone, key=lambda held: held.attempt)

@@ -67,6 +67,7 @@ class World:
         self._at = f"unix-abstract:expertmesh-test-service-{id(self)}"
         self._config = AttentionConfig(kv_bytes=1 << 20, **config)
         self._plans = self._epochs = 0
+        self._handles: dict[int, tuple[str, int]] = {}  # request id and attempt of what was started
         self._experts: list[ExpertService] = []
         self.loop = asyncio.get_running_loop()
 
@@ -137,9 +138,10 @@ class World:
         """A plan that starts this attempt."""
         plan = self.plan(**said)
         spec = step_pb2.SequenceSpec(max_tokens=max_tokens)
+        self._handles[self._plans] = (request_id, number)
         plan.starts.add(
-            attempt=identity_pb2.Attempt(request_id=request_id, number=number), prompt=[3, 1, 4, 1, 5], spec=spec,
-            gateway_address=f"{self._at}-gateway",
+            handle=self._plans, attempt=identity_pb2.Attempt(request_id=request_id, number=number),
+            prompt=[3, 1, 4, 1, 5], spec=spec, gateway_address=f"{self._at}-gateway",
         )  # fmt: skip
         self.scheduler.plans.put_nowait(plan)
 
@@ -150,7 +152,7 @@ class World:
         return SimpleNamespace(
             experts_missing=report.experts_missing,
             completions=[
-                (c.attempt.request_id, c.attempt.number, step_pb2.FinishReason.Name(c.reason))
-                for c in report.completions
+                (*self._handles[handle], step_pb2.FinishReason.Name(reason))
+                for handle, reason in zip(report.endings.handles, report.endings.reasons, strict=True)
             ],
         )

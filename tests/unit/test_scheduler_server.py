@@ -10,7 +10,6 @@ import pytest
 from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 
 from cluster.auth import TokenInterceptor, auth_metadata
-from cluster.scheduler import wire
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.core import Scheduler
 from cluster.scheduler.errors import AddressUnusable
@@ -50,8 +49,9 @@ def test_a_request_goes_from_gateway_to_worker_and_its_end_frees_it() -> None:
             spec.sampling.seed = 77
             assert start.spec == spec
             assert (start.priority, start.gateway_address) == (-2, "unix:tokens")
-            done = step_pb2.Completion(attempt=start.attempt, reason=step_pb2.FINISH_REASON_STOP)
-            await worker.say(plan_number=2, blocks_free=64, completions=[done])
+            stop = step_pb2.FINISH_REASON_STOP
+            done = step_pb2.Endings(handles=[start.handle], reasons=[stop], num_tokens=[3])
+            await worker.say(plan_number=2, blocks_free=64, endings=done)
             await until(lambda: server.snapshot()["ended_finished_total"] == 1)
             assert server.snapshot()["running"] == 0
 
@@ -317,4 +317,3 @@ def test_an_address_in_use_is_an_error() -> None:
 def test_enumerations_have_the_wires_names_and_values(ours: Any, theirs: Any, prefix: str) -> None:
     known = {f"{prefix}{one.name}": one.value for one in ours}
     assert known | {f"{prefix}UNSPECIFIED": 0} == dict(theirs.items())
-    assert wire.FINISH_REASONS[1] is FinishReason.STOP
