@@ -69,6 +69,8 @@ def submission(
     resume: bool = False,
     fingerprint: str = MODEL,
     tenant: str = "",
+    time_left_s: float = 0.0,
+    waited_s: float = 0.0,
 ) -> Submission:
     siblings = siblings or (Sibling(0, 1, 7, ()),)
     tokens = num_prompt + sum(len(sibling.accepted) for sibling in siblings)
@@ -83,6 +85,8 @@ def submission(
         resume=resume,
         num_bytes=4 * tokens + 100,
         tenant=tenant,
+        time_left_s=time_left_s,
+        waited_s=waited_s,
     )
 
 
