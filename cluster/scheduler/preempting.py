@@ -40,8 +40,7 @@ def who_gives_way(entry: Waiting, books: Iterable[WorkerBook], config: Scheduler
 def _at(entry: Waiting, book: WorkerBook, config: SchedulerConfig) -> Preemption | None:
     if not book.could_take(entry):
         return None
-    told = (held for held in book.held.values() if held.since_plan <= book.sent)
-    able = [held for held in told if _may_be_asked(held, entry, config)]
+    able = [held for held in book.held.values() if _may_be_asked(held, entry, config)]
     if not book.paused <= {held.handle for held in able}:
         return None  # one that is paused comes first
     able.sort(key=lambda held: (held.handle not in book.paused, -held.priority, book.lost_by(held), -held.handle))

@@ -131,10 +131,10 @@ class WorkerSide:
         entry = next(iter(self._books.queue), None)
         if entry is None or entry.goes_on or now_s - entry.queued_s < self._config.preempt_after_s:
             return
-        if now_s - self._looked_s < self._config.preempt_after_s:
-            return
-        self._looked_s = now_s
         books = [book for _, book in sorted(self._books.workers.items())]
+        if now_s - self._looked_s < self._config.preempt_after_s or any(book.has_starts for book in books):
+            return  # what goes with this round's plans cannot be stopped by them
+        self._looked_s = now_s
         if entry.is_called and any(held.gives_way for book in books for held in book.held.values()):
             return  # under way
         asked = who_gives_way(entry, books, self._config)

@@ -137,6 +137,11 @@ class WorkerBook:
         """Whether a sequence of so many tokens fits now."""
         return num_tokens <= self.limits.tokens_max and self.blocks_for(num_tokens).fits(self.room())
 
+    @property
+    def has_starts(self) -> bool:
+        """For its next plan."""
+        return bool(self._starts)
+
     def could_take(self, entry: Waiting) -> bool:
         """Whether it would, had others given it room: all that are paused are known."""
         is_able = self.unlinked_s is None and not self.experts_missing and len(self.paused) >= self.num_paused

@@ -102,16 +102,16 @@ def test_a_sequence_gives_way_a_bounded_number_of_times() -> None:
 
 
 def test_nobody_is_called_while_one_that_gave_way_waits() -> None:
-    story = full(("low", 9), ("lower", 8))
+    story = full(("other", 1), ("low", 9))
     story.submit("urgent1")
     assert after_a_while(story) == [("low/0@1", CloseReason.PREEMPTED)]
     story.resume("low", attempt=2, num_accepted=1, priority=9)
-    story.complete(W0, attempt("low"))
-    assert story.started(story.round()) == {W0: ["urgent1"]}
+    story.complete(W1, attempt("low"))
+    assert story.started(story.round()) == {W1: ["urgent1"]}
     story.submit("urgent2")
     assert after_a_while(story) == []
-    story.complete(W0, attempt("urgent1"))
-    assert story.started(story.round()) == {W0: ["low"]}
+    story.complete(W1, attempt("urgent1"))
+    assert story.started(story.round()) == {W1: ["low"]}
     assert after_a_while(story) == [("low/0@2", CloseReason.PREEMPTED)]
 
 
