@@ -73,6 +73,7 @@ class Start:
     cache_salt: str = ""  # cached blocks are shared among those of one salt
     num_prompt_logprobs: int = 0  # with each of the prompt's tokens that is scored, so many likeliest
     score_from: int = 0  # logprobs of the prompt's tokens are wanted from here on; 0: of none
+    handle: int = 0  # names this start in what the scheduler is told
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Plan:
     chunk_tokens_max: int = 256
     send_state: bool = False
     inter_token_s: float = 0.0  # how long a step with prompt rows may take; 0: in proportion to one without
+    draining: bool = False  # nothing more comes
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Completion:
     reason: FinishReason
     num_tokens: int
     detail: str = ""
+    handle: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ class RunningSequence:
     num_tokens: int
     prompt_done: bool
     arrival: int
+    handle: int
 
 
 @dataclass
@@ -147,7 +151,7 @@ class StepResult:
 
     deltas: dict[str, list[TokenDelta]] = field(default_factory=dict)  # by gateway address
     completions: list[Completion] = field(default_factory=list)
-    prompts_done: list[AttemptId] = field(default_factory=list)
+    prompts_done: list[int] = field(default_factory=list)  # handles
     paused: list[AttemptId] = field(default_factory=list)
     undelivered: list[AttemptId] = field(default_factory=list)  # their gateway could not be reached
     state: list[RunningSequence] | None = None  # asked for, or a plan did not follow

@@ -104,6 +104,8 @@ class Members:
     attention: tuple[Member, ...]
     pid: int = 0  # of the controller that says so: the scheduler watches it
     node: str = ""
+    draining: tuple[Member, ...] = ()
+    """Those of `attention` that the scheduler is to empty: `Health.is_drained` says when one is."""
 
 
 @dataclass(frozen=True)

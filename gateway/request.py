@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 import struct
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -55,6 +56,7 @@ class GenerateRequest:
     min_tokens: int = 0  # generated tokens before which neither a stop token nor a stop string ends a sequence
     cache_salt: str = ""  # cached prefixes are shared among requests of one salt
     num_prompt_logprobs: int | None = None  # None: none; 0: those of the prompt's tokens; k: and the k likeliest
+    time_s: float = math.inf  # from its admission to its deadline
 
 
 class PromptLogprob(NamedTuple):

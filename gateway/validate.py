@@ -60,6 +60,13 @@ class Call:
     def num_prompt_tokens(self) -> int:
         return sum(len(request.prompt) for request in self.requests)
 
+    def within(self, time_s: float | None) -> Call:
+        """With no more time than so much. None: as it is."""
+        if time_s is None:
+            return self
+        limited = (dataclasses.replace(r, time_s=min(r.time_s, max(time_s, 0.0))) for r in self.requests)
+        return dataclasses.replace(self, requests=tuple(limited))
+
     def request_of(self, choice: int) -> GenerateRequest:
         return self.requests[choice // self.requests[0].n]
 
@@ -167,6 +174,7 @@ class Validator:
                 min_tokens=self._min_tokens(body, limit),
                 cache_salt=self._cache_salt(body),
                 num_prompt_logprobs=num_prompt_logprobs,
+                time_s=self._time_s(body),
             )
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         )
@@ -204,6 +212,12 @@ class Validator:
         if self._config.cache_shared_by == "all":
             return body.cache_salt or ""
         return f"salt {body.cache_salt}" if body.cache_salt else f"user {body.user or ''}"
+
+    def _time_s(self, body: GenerateBody) -> float:
+        most = self._config.request_s_max
+        if body.timeout is not None and body.timeout > most:
+            raise invalid("timeout", body.timeout, f"a number of seconds above 0 and at most {most:g}")
+        return body.timeout or most
 
     def _include_usage(self, body: GenerateBody) -> bool:
         options = body.stream_options or {}
