@@ -71,6 +71,7 @@ class Book:
         self.term = 0
         self.plan_number = 0
         self.num_refused = 0
+        self.is_draining = False
         self.pace = Pace()
         self._step_tokens_max = 512
         self._chunk_tokens_max = 256
@@ -84,6 +85,7 @@ class Book:
         self._step_tokens_max = min(max(1, plan.step_tokens_max), self.rows_max)
         self._chunk_tokens_max = max(1, plan.chunk_tokens_max)
         self.pace.promise(plan.inter_token_s)
+        self.is_draining = plan.draining
         for attempt in plan.stops:
             if attempt in self.sequences:
                 self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
@@ -267,7 +269,7 @@ class Book:
             self.prefixes.leave(sequence.tables, sequence.computed, given, sequence.parted)
             if not sequence.is_prompt_done and sequence.computed >= given:
                 sequence.is_prompt_done = True
-                result.prompts_done.append(sequence.start.attempt)
+                result.prompts_done.append(sequence.start.handle)
                 self._tell_changes(result)
 
     def _tell_changes(self, result: StepResult) -> None:
@@ -326,7 +328,8 @@ class Book:
         del self.sequences[sequence.start.attempt]
         self._give_back_all(sequence)
         self._tell_changes(result)
-        result.completions.append(Completion(sequence.start.attempt, reason, sequence.num_generated, detail))
+        start, num_tokens = sequence.start, sequence.num_generated
+        result.completions.append(Completion(start.attempt, reason, num_tokens, detail, start.handle))
 
     def state(self) -> list[RunningSequence]:
         return [
@@ -335,6 +338,7 @@ class Book:
                 len(s.tokens),
                 s.is_prompt_done,
                 s.start.arrival,
+                s.start.handle,
             )
             for s in self.sequences.values()
         ]

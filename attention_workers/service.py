@@ -114,6 +114,7 @@ class AttentionService:
                 **_sliding_gauges(worker, counts),
                 **_prefix_gauges(worker.book),
                 "sequences": counts.num_running,
+                "sequences_open": self._streams.num_open,
                 "sequences_paused": counts.num_paused,
                 "steps_total": counts.steps,
                 "tokens_total": counts.tokens,
@@ -123,7 +124,8 @@ class AttentionService:
             }
             links = {member.id: kind for member, kind in worker.dispatcher.transports().items()}
         kept = (worker.model.bytes_kept, worker.model.kept_as) if worker is not None else (0, "")
-        return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept, links)
+        state = HealthState.DRAINING if self._state is HealthState.READY and counts.draining else self._state
+        return Health(state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept, links)
 
     def trace(self, seconds: float, bytes_max: int) -> bytes:
         """What the step trace holds of the last `seconds`, at most `bytes_max` of it, encoded. From any thread."""
@@ -326,9 +328,11 @@ class AttentionService:
         if is_news or self._has_new_orders:
             running = wire.state_pb(book.state())
             self._has_new_orders = False
-        self._streams.latest = Snapshot(counts, running)
+        latest = Snapshot(counts, running)
         if is_news or result.deltas:
-            self._streams.hand_over(result)
+            self._streams.hand_over(result, latest)
+        else:
+            self._streams.latest = latest
 
     def _tell(self, item: _Item) -> None:
         """From other threads. Never waits: so many unread messages mean that the compute thread hangs."""

@@ -55,6 +55,7 @@ class Start:
     arrival: int = 0  # orders equals
     min_tokens: int = 0  # generated tokens before which no stop token is sampled
     cache_salt: str = ""  # cached blocks are shared among those of one salt
+    handle: int = 0  # names this start in what the scheduler is told
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Plan:
     chunk_tokens_max: int = 256
     send_state: bool = False
     inter_token_s: float = 0.0  # how long a step with prompt rows may take; 0: in proportion to one without
+    draining: bool = False  # nothing more comes
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Completion:
     reason: FinishReason
     num_tokens: int
     detail: str = ""
+    handle: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class RunningSequence:
     num_tokens: int
     prompt_done: bool
     arrival: int
+    handle: int
 
 
 @dataclass
@@ -116,7 +120,7 @@ class StepResult:
 
     deltas: dict[str, list[TokenDelta]] = field(default_factory=dict)  # by gateway address
     completions: list[Completion] = field(default_factory=list)
-    prompts_done: list[AttemptId] = field(default_factory=list)
+    prompts_done: list[int] = field(default_factory=list)  # handles
     paused: list[AttemptId] = field(default_factory=list)
     undelivered: list[AttemptId] = field(default_factory=list)  # their gateway could not be reached
     state: list[RunningSequence] | None = None  # asked for, or a plan did not follow

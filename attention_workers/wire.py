@@ -10,6 +10,7 @@ from attention_workers.book import Book
 from attention_workers.step import (
     AttemptId,
     Completion,
+    FinishReason,
     Plan,
     RunningSequence,
     Sampling,
@@ -48,6 +49,7 @@ def start(message: step_pb2.Start) -> Start:
         message.arrival,
         spec.min_tokens,
         spec.cache_salt,
+        message.handle,
     )
 
 
@@ -77,6 +79,7 @@ def plan(message: step_pb2.Plan) -> Plan:
         message.chunk_tokens_max,
         message.send_state,
         message.inter_token_s,
+        message.draining,
     )
 
 
@@ -86,6 +89,7 @@ def running_pb(running: RunningSequence) -> step_pb2.RunningSequence:
         num_tokens=running.num_tokens,
         prompt_done=running.prompt_done,
         arrival=running.arrival,
+        handle=running.handle,
     )
 
 
@@ -93,12 +97,12 @@ def state_pb(running: Sequence[RunningSequence]) -> step_pb2.State:
     return step_pb2.State(running=[running_pb(r) for r in running])
 
 
-def completion_pb(completion: Completion) -> step_pb2.Completion:
-    return step_pb2.Completion(
-        attempt=attempt_pb(completion.attempt),
-        reason=step_pb2.FinishReason.Name(completion.reason),
-        detail=completion.detail,
-        num_tokens=completion.num_tokens,
+def endings_pb(completions: Sequence[Completion]) -> step_pb2.Endings:
+    return step_pb2.Endings(
+        handles=[c.handle for c in completions],
+        reasons=[step_pb2.FinishReason.Name(c.reason) for c in completions],
+        num_tokens=[c.num_tokens for c in completions],
+        details=[c.detail for c in completions if c.reason is FinishReason.FAILED],
     )
 
 
@@ -143,6 +147,7 @@ def report_pb(sender: Member, book: Book, steps: int, tokens: int, experts_missi
         num_paused=sum(s.is_paused for s in book.sequences.values()),
         refused_orders=book.num_refused,
         experts_missing=experts_missing,
+        draining=book.is_draining,
     )
 
 
@@ -165,9 +170,10 @@ def news_pb(
     """The counts with what one step brought about."""
     report = step_pb2.WorkerReport()
     report.CopyFrom(counts)
-    report.prompts_done.extend(attempt_pb(a) for a in result.prompts_done)
+    report.prompts_done.extend(result.prompts_done)
     report.undelivered.extend(attempt_pb(a) for a in result.undelivered)
-    report.completions.extend(completion_pb(c) for c in completions)
+    if completions:
+        report.endings.CopyFrom(endings_pb(completions))
     report.paused.extend(attempt_pb(a) for a in result.paused)
     report.kept.extend(result.kept)
     report.evicted.extend(result.evicted)

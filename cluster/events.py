@@ -153,6 +153,8 @@ class Members:
     draining: tuple[Member, ...] = ()  # those that are to leave: the scheduler empties them, and says so
     pid: int = 0  # of the controller that says so: the scheduler watches it
     node: str = ""
+    draining: tuple[Member, ...] = ()
+    """Those of `attention` that the scheduler is to empty: `Health.is_drained` says when one is."""
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,8 @@ def encode_order(order: Order) -> control_pb2.MemberOrder:
             message.publish.CopyFrom(placement_to_pb(placement))
         case Retire(epoch):
             message.retire.epoch.CopyFrom(_epoch(epoch))
-        case Members(attention, pid, node):
-            members = map(incarnation_to_pb, attention)
-            message.members.CopyFrom(control_pb2.Members(attention=members, pid=pid, node=node))
+        case Members() as body:
+            message.members.CopyFrom(_members(body))
         case Exit(reason):
             message.exit.reason = reason
             message.exit.SetInParent()
@@ -128,8 +127,7 @@ def _order_body(message: control_pb2.MemberOrder) -> OrderBody:
         case "retire":
             return Retire(_epoch_id(message.retire.epoch))
         case "members":
-            members = message.members
-            return Members(tuple(map(_member, members.attention)), members.pid, members.node)
+            return _decode_members(message.members)
         case "exit":
             return Exit(message.exit.reason)
         case "send_trace":
@@ -166,6 +164,18 @@ def _decode_register(body: control_pb2.Register) -> Register:
         raise Malformed(f"register: role {body.role}; accepted: {sorted(_ROLES_BACK)}")
     epoch = _epoch_id(body.epoch) if body.HasField("epoch") else None
     return Register(_ROLES_BACK[body.role], body.pid, body.node, body.device, body.address, epoch)
+
+
+def _members(body: Members) -> control_pb2.Members:
+    attention, draining = map(incarnation_to_pb, body.attention), map(incarnation_to_pb, body.draining)
+    return control_pb2.Members(attention=attention, pid=body.pid, node=body.node, draining=draining)
+
+
+def _decode_members(body: control_pb2.Members) -> Members:
+    attention, draining = tuple(map(_member, body.attention)), tuple(map(_member, body.draining))
+    if strangers := set(draining) - set(attention):
+        raise Malformed(f"members: draining {sorted(strangers)}; accepted: some of attention")
+    return Members(attention, body.pid, body.node, draining)
 
 
 def _heartbeat(body: Health) -> control_pb2.Heartbeat:

@@ -36,6 +36,11 @@ class Health:
     kept_as: str = ""  # their dtypes in memory: "bfloat16", "fp8", "bfloat16 and fp8"
     links: Mapping[str, str] = field(default_factory=dict)  # attention: expert worker to the link's transport
 
+    @property
+    def is_drained(self) -> bool:
+        """Attention worker: nothing more comes, says the scheduler, and all it had has ended and arrived."""
+        return self.state is HealthState.DRAINING and self.gauges.get("sequences_open") == 0
+
 
 @dataclass(frozen=True)
 class Prepared:

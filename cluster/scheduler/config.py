@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
@@ -46,6 +48,11 @@ class SchedulerConfig(BaseModel):
     prefix_hints_max: int = Field(32_768, ge=1)
     """Cached blocks remembered of each worker, to place by; those longest unused are forgotten first. About 100
     bytes each."""
+
+    drain: Literal["move", "finish"] = "move"
+    """What becomes of sequences at a draining worker: moved, one after another, to workers that have room for all
+    they can become, and computed again there; or left to finish where they are. Nothing new goes there either
+    way."""
 
     gateway_lease_s: float = Field(5.0, ge=0)
     """How long a gateway's requests outlive its link, and running sequences nobody has claimed."""

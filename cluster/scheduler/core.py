@@ -138,6 +138,7 @@ class Scheduler:
         if self._recovery.judge(self._books.heard, now_s):
             yield from self._gateways.judge_claims()
         yield from self._workers.judge(now_s)
+        yield from self._workers.drain(now_s)
         self._gateways.judge(now_s)
         for entry in self._books.queue.overdue(now_s, self.config.queue_wait_s_max):
             self.counters["ended_overdue"] += 1

@@ -22,6 +22,10 @@ class Incarnation(NamedTuple):
         return f"{self.id}#{self.number}"
 
 
+SequenceKey: TypeAlias = tuple[str, int]
+"""Of a sequence, whatever its attempt: (request id, index)."""
+
+
 class AttemptId(NamedTuple):
     """One placement of one sequence on a worker. Opened by the gateway; the higher number wins."""
 
@@ -180,14 +184,20 @@ class Running(NamedTuple):
     attempt: AttemptId
     num_tokens: int  # prompt and generated
     prompt_done: bool
-    arrival: int  # as its start said, in whichever term
+    arrival: int  # this and the next as its start said, in whichever term
+    handle: int
 
 
-class Completion(NamedTuple):
-    attempt: AttemptId
-    reason: FinishReason
-    detail: str  # only with FAILED
-    num_tokens: int = 0  # generated in all
+class Endings(NamedTuple):
+    """Sequences that a worker has ended, as columns."""
+
+    handles: Sequence[int] = ()
+    reasons: Sequence[int] = ()  # FinishReason of each
+    num_tokens: Sequence[int] = ()  # generated in all, by each
+    details: Sequence[str] = ()  # of those that FAILED, in order
+
+
+NO_ENDINGS = Endings()
 
 
 @dataclass(frozen=True)
@@ -202,9 +212,10 @@ class WorkerReported:
     num_paused: int
     tokens: int  # sampled in this life
     experts_missing: bool = False  # it can compute nothing now: some expert has no live holder
-    prompts_done: tuple[AttemptId, ...] = ()
+    draining: bool = False  # as the last plan it applied said
+    prompts_done: Sequence[int] = ()  # handles
     undelivered: tuple[AttemptId, ...] = ()  # dropped: their gateway could not be reached
-    completions: tuple[Completion, ...] = ()
+    endings: Endings = NO_ENDINGS
     state: tuple[Running, ...] | None = None  # everything it runs
     sliding_blocks_free: int = 0
     paused: tuple[AttemptId, ...] = ()  # gave up their blocks since, the last in order first
@@ -234,9 +245,12 @@ class WorkerLost:
 
 @dataclass(frozen=True)
 class MembersExpected:
-    """The attention workers that live, or are being started, as the controller knows them."""
+    """The attention workers that live, or are being started, as the controller knows them. Said again with every
+    change, and to every new term."""
 
     workers: frozenset[Incarnation]
+    draining: frozenset[Incarnation] = frozenset()
+    """Of them: these are given nothing more, and are emptied. Each says to the controller when it is empty."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +277,7 @@ class Start:
     seed: int  # takes the place of the spec's own
     priority: int
     arrival: int  # count of admissions, over all terms: orders equals
+    handle: int  # names this start in reports: no other has it, in no term
 
 
 @dataclass(frozen=True)
@@ -276,6 +291,7 @@ class Plan:
     chunk_tokens_max: int
     inter_token_s: float
     send_state: bool  # answer with all that runs
+    draining: bool = False  # nothing is started there any more, until a plan says otherwise
 
 
 @dataclass(frozen=True)

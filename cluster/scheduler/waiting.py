@@ -13,7 +13,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from cluster.scheduler.events import AttemptId, Incarnation, Sibling, Submission
@@ -22,7 +22,7 @@ from cluster.scheduler.shares import Shares
 Key: TypeAlias = tuple[float, int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Waiting:
     """One sequence in the queue."""
 
@@ -109,6 +109,11 @@ class WaitingQueue:
     def num_requests(self) -> int:
         return len(self._per_request)
 
+    @property
+    def num_resumes(self) -> int:
+        """Sequences that wait to go on."""
+        return len(self._lines[None])
+
     def ahead_of(self, entry: Waiting) -> int:
         """How many sequences come before this one, about: other tenants are taken to ask for as much at a time."""
         own = bisect_left(self._lines.get(entry.line, []), entry.key)
@@ -157,8 +162,8 @@ class WaitingQueue:
 
     def restart_waits(self, now_s: float) -> None:
         """Count every wait from now on."""
-        for key, entry in self._by_key.items():
-            self._by_key[key] = self._by_attempt[entry.attempt] = replace(entry, queued_s=now_s)
+        for entry in self._by_key.values():
+            entry.queued_s = now_s
 
     def check(self) -> None:
         """Raises AssertionError when lines and counts contradict one another."""

@@ -7,7 +7,9 @@ the next attempt when one is closed.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cluster.scheduler.events import (
     Accept,
@@ -16,7 +18,7 @@ from cluster.scheduler.events import (
     CloseAttempt,
     CloseReason,
     Command,
-    Completion,
+    Endings,
     Event,
     FinishReason,
     Incarnation,
@@ -36,6 +38,21 @@ from cluster.scheduler.events import (
 MODEL = "model-a"
 NOTHING = Blocks(0, 0)
 CHUNK_TOKENS = 64  # at most, of a worker's step here
+
+
+class Completion(NamedTuple):
+    """One sequence that a worker has ended."""
+
+    handle: int
+    reason: FinishReason
+    detail: str = ""
+    num_tokens: int = 0
+
+
+def endings(completions: Iterable[Completion]) -> Endings:
+    handles, reasons, details, num_tokens = tuple(zip(*completions, strict=True)) or ((),) * 4
+    failed = [why for reason, why in zip(reasons, details, strict=True) if reason is FinishReason.FAILED]
+    return Endings(handles, reasons, num_tokens, failed)
 
 
 def token_at(request_id: str, index: int, position: int) -> int:
@@ -104,12 +121,14 @@ class SimWorker:
 
     def state(self) -> tuple[Running, ...]:
         return tuple(
-            Running(attempt, s.num_tokens, s.prompt_told, s.start.arrival) for attempt, s in self.sequences.items()
+            Running(attempt, s.num_tokens, s.prompt_told, s.start.arrival, s.start.handle)
+            for attempt, s in self.sequences.items()
         )
 
     def report(self, state: tuple[Running, ...] | None = None) -> WorkerReported:
         """What is new, with the counts."""
         news, self.news = self.news, {}
+        ended = endings(news.pop("completions", []))  # type: ignore[arg-type]
         return WorkerReported(
             worker=self.incarnation,
             term=self.term,
@@ -120,6 +139,7 @@ class SimWorker:
             num_paused=sum(s.is_paused for s in self.sequences.values()),
             tokens=self.tokens,
             state=state,
+            endings=ended,
             **{name: tuple(said) for name, said in news.items()},
         )
 
@@ -141,9 +161,9 @@ class SimWorker:
 
     def end(self, attempt: AttemptId, reason: FinishReason) -> None:
         if attempt in self.sequences:
-            num_tokens = len(self.sequences[attempt].tokens)
+            sequence = self.sequences[attempt]
             self.drop(attempt)
-            self.tell("completions", Completion(attempt, reason, "", num_tokens))
+            self.tell("completions", Completion(sequence.start.handle, reason, "", len(sequence.tokens)))
 
     def drop(self, attempt: AttemptId) -> None:
         self._hold(self.sequences.pop(attempt), NOTHING)
@@ -164,7 +184,7 @@ class SimWorker:
             self._hold(sequence, self._needed(sequence, 0))
             if sequence.computed >= len(sequence.start.prompt) and not sequence.prompt_told:
                 sequence.prompt_told = True
-                self.tell("prompts_done", sequence.start.attempt)
+                self.tell("prompts_done", sequence.start.handle)
             if sequence.computed == sequence.num_tokens:
                 sampling.append(sequence)
         return [s for s in sampling if not s.is_paused]

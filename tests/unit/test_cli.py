@@ -42,7 +42,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "status", "trace", "make-checkpoint", "bench", "bench transport", "bench decode"]
+    "command",
+    ["serve", "status", "trace", "make-checkpoint", "bench", "bench transport", "bench decode", "bench scheduler"],
 )
 def test_help_of_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

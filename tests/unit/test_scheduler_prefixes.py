@@ -117,7 +117,7 @@ def test_a_new_scheduler_learns_what_its_workers_have() -> None:
     told.report(W1, kept=hints(320), state=())
     ask(told, "a", 330)
     assert told.started(told.round()) == {W1: ["a"]}
-    told.report(W1, kept=hints(64), state=(Running(attempt("a"), 330, True, 0),))
+    told.report(W1, kept=hints(64), state=(Running(attempt("a"), 330, True, 0, 1),))
     assert told.scheduler.snapshot()["worker/attention-1/prefix_hints"] == 4
 
 

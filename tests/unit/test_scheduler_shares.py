@@ -13,7 +13,6 @@ from cluster.scheduler.events import (
     Accept,
     AttemptId,
     CloseReason,
-    Completion,
     FinishReason,
     Reject,
     RejectCode,
@@ -107,7 +106,7 @@ def test_what_an_answer_did_not_take_is_given_back() -> None:
         story.submit(f"short{n}", max_tokens=40, tenant="short")
     order, done = [], "runs"
     for _ in range(10):
-        ended = Completion(attempt(done), FinishReason.STOP, "", 40 if done != "runs" else 10)
+        ended = (attempt(done), FinishReason.STOP, "", 40 if done != "runs" else 10)
         story.report(W0, completions=(ended,))
         (done,) = story.started(story.round())[W0]
         order.append(done[:-1])

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import identity_pb2 as expertmesh_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\"\x8e\x01\n\x08Register\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12#\n\x05\x65poch\x18\x06 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\"\xdd\x02\n\tHeartbeat\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.expertmesh.v1.MemberState\x12\x14\n\x0c\x62ytes_loaded\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x34\n\x06gauges\x18\x05 \x03(\x0b\x32$.expertmesh.v1.Heartbeat.GaugesEntry\x12\x12\n\nbytes_kept\x18\x06 \x01(\x04\x12\x0f\n\x07kept_as\x18\x07 \x01(\t\x12\x32\n\x05links\x18\x08 \x03(\x0b\x32#.expertmesh.v1.Heartbeat.LinksEntry\x1a-\n\x0bGaugesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a,\n\nLinksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"2\n\x0b\x45pochReport\x12#\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\",\n\x0bTraceReport\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05trace\x18\x02 \x01(\x0c\"\xfe\x02\n\x0cMemberReport\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12+\n\x08register\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.RegisterH\x00\x12-\n\theartbeat\x18\x05 \x01(\x0b\x32\x18.expertmesh.v1.HeartbeatH\x00\x12.\n\x08prepared\x18\x06 \x01(\x0b\x32\x1a.expertmesh.v1.EpochReportH\x00\x12-\n\x07\x61\x64opted\x18\x07 \x01(\x0b\x32\x1a.expertmesh.v1.EpochReportH\x00\x12/\n\tpeer_lost\x18\x08 \x01(\x0b\x32\x1a.expertmesh.v1.IncarnationH\x00\x12+\n\x05trace\x18\t \x01(\x0b\x32\x1a.expertmesh.v1.TraceReportH\x00\x42\x06\n\x04\x62ody\"\\\n\x0cPlacedWorker\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\"\xa1\x01\n\x0ePlacementTable\x12#\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0bnum_experts\x18\x04 \x01(\r\x12,\n\x07workers\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.PlacedWorker\"S\n\x07Members\x12-\n\tattention\x18\x01 \x03(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\"?\n\tSendTrace\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x11\n\tbytes_max\x18\x03 \x01(\x04\"\x16\n\x04\x45xit\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xca\x02\n\x0bMemberOrder\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x30\n\x07prepare\x18\x03 \x01(\x0b\x32\x1d.expertmesh.v1.PlacementTableH\x00\x12\x30\n\x07publish\x18\x04 \x01(\x0b\x32\x1d.expertmesh.v1.PlacementTableH\x00\x12,\n\x06retire\x18\x05 \x01(\x0b\x32\x1a.expertmesh.v1.EpochReportH\x00\x12)\n\x07members\x18\x06 \x01(\x0b\x32\x16.expertmesh.v1.MembersH\x00\x12#\n\x04\x65xit\x18\x07 \x01(\x0b\x32\x13.expertmesh.v1.ExitH\x00\x12.\n\nsend_trace\x18\x08 \x01(\x0b\x32\x18.expertmesh.v1.SendTraceH\x00\x42\x06\n\x04\x62ody\"\x0f\n\rStatusRequest\"\x1b\n\x0bStatusReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x12\n\x10PlacementRequest\">\n\x0ePlacementReply\x12,\n\x05table\x18\x01 \x01(\x0b\x32\x1d.expertmesh.v1.PlacementTable\"\x1f\n\x0cTraceRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\",\n\nTraceReply\x12\x0e\n\x06traces\x18\x01 \x03(\x0c\x12\x0e\n\x06silent\x18\x02 \x03(\t*\xac\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MEMBER_STATE_STARTING\x10\x01\x12\x18\n\x14MEMBER_STATE_LOADING\x10\x02\x12\x16\n\x12MEMBER_STATE_READY\x10\x03\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x04\x12\x17\n\x13MEMBER_STATE_FAILED\x10\x05\x32\xac\x02\n\x11\x43ontrollerService\x12\x45\n\x06Member\x12\x1b.expertmesh.v1.MemberReport\x1a\x1a.expertmesh.v1.MemberOrder(\x01\x30\x01\x12\x42\n\x06Status\x12\x1c.expertmesh.v1.StatusRequest\x1a\x1a.expertmesh.v1.StatusReply\x12K\n\tPlacement\x12\x1f.expertmesh.v1.PlacementRequest\x1a\x1d.expertmesh.v1.PlacementReply\x12?\n\x05Trace\x12\x1b.expertmesh.v1.TraceRequest\x1a\x19.expertmesh.v1.TraceReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\"\x8e\x01\n\x08Register\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12#\n\x05\x65poch\x18\x06 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\"\xdd\x02\n\tHeartbeat\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.expertmesh.v1.MemberState\x12\x14\n\x0c\x62ytes_loaded\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x34\n\x06gauges\x18\x05 \x03(\x0b\x32$.expertmesh.v1.Heartbeat.GaugesEntry\x12\x12\n\nbytes_kept\x18\x06 \x01(\x04\x12\x0f\n\x07kept_as\x18\x07 \x01(\t\x12\x32\n\x05links\x18\x08 \x03(\x0b\x32#.expertmesh.v1.Heartbeat.LinksEntry\x1a-\n\x0bGaugesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a,\n\nLinksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"2\n\x0b\x45pochReport\x12#\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\",\n\x0bTraceReport\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05trace\x18\x02 \x01(\x0c\"\xfe\x02\n\x0cMemberReport\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12+\n\x08register\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.RegisterH\x00\x12-\n\theartbeat\x18\x05 \x01(\x0b\x32\x18.expertmesh.v1.HeartbeatH\x00\x12.\n\x08prepared\x18\x06 \x01(\x0b\x32\x1a.expertmesh.v1.EpochReportH\x00\x12-\n\x07\x61\x64opted\x18\x07 \x01(\x0b\x32\x1a.expertmesh.v1.EpochReportH\x00\x12/\n\tpeer_lost\x18\x08 \x01(\x0b\x32\x1a.expertmesh.v1.IncarnationH\x00\x12+\n\x05trace\x18\t \x01(\x0b\x32\x1a.expertmesh.v1.TraceReportH\x00\x42\x06\n\x04\x62ody\"\\\n\x0cPlacedWorker\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x65xperts\x18\x03 \x03(\r\"\xa1\x01\n\x0ePlacementTable\x12#\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0bnum_experts\x18\x04 \x01(\r\x12,\n\x07workers\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.PlacedWorker\"\x81\x01\n\x07Members\x12-\n\tattention\x18\x01 \x03(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04node\x18\x03 \x01(\t\x12,\n\x08\x64raining\x18\x04 \x03(\x0b\x32\x1a.expertmesh.v1.Incarnation\"?\n\tSendTrace\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x11\n\tbytes_max\x18\x03 \x01(\x04\"\x16\n\x04\x45xit\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xca\x02\n\x0bMemberOrder\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x30\n\x07prepare\x18\x03 \x01(\x0b\x32\x1d.expertmesh.v1.PlacementTableH\x00\x12\x30\n\x07publish\x18\x04 \x01(\x0b\x32\x1d.expertmesh.v1.PlacementTableH\x00\x12,\n\x06retire\x18\x05 \x01(\x0b\x32\x1a.expertmesh.v1.EpochReportH\x00\x12)\n\x07members\x18\x06 \x01(\x0b\x32\x16.expertmesh.v1.MembersH\x00\x12#\n\x04\x65xit\x18\x07 \x01(\x0b\x32\x13.expertmesh.v1.ExitH\x00\x12.\n\nsend_trace\x18\x08 \x01(\x0b\x32\x18.expertmesh.v1.SendTraceH\x00\x42\x06\n\x04\x62ody\"\x0f\n\rStatusRequest\"\x1b\n\x0bStatusReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x12\n\x10PlacementRequest\">\n\x0ePlacementReply\x12,\n\x05table\x18\x01 \x01(\x0b\x32\x1d.expertmesh.v1.PlacementTable\"\x1f\n\x0cTraceRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\",\n\nTraceReply\x12\x0e\n\x06traces\x18\x01 \x03(\x0c\x12\x0e\n\x06silent\x18\x02 \x03(\t*\xac\x01\n\x0bMemberState\x12\x1c\n\x18MEMBER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MEMBER_STATE_STARTING\x10\x01\x12\x18\n\x14MEMBER_STATE_LOADING\x10\x02\x12\x16\n\x12MEMBER_STATE_READY\x10\x03\x12\x19\n\x15MEMBER_STATE_DRAINING\x10\x04\x12\x17\n\x13MEMBER_STATE_FAILED\x10\x05\x32\xac\x02\n\x11\x43ontrollerService\x12\x45\n\x06Member\x12\x1b.expertmesh.v1.MemberReport\x1a\x1a.expertmesh.v1.MemberOrder(\x01\x30\x01\x12\x42\n\x06Status\x12\x1c.expertmesh.v1.StatusRequest\x1a\x1a.expertmesh.v1.StatusReply\x12K\n\tPlacement\x12\x1f.expertmesh.v1.PlacementRequest\x1a\x1d.expertmesh.v1.PlacementReply\x12?\n\x05Trace\x12\x1b.expertmesh.v1.TraceRequest\x1a\x19.expertmesh.v1.TraceReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEAT_GAUGESENTRY']._serialized_options = b'8\001'
   _globals['_HEARTBEAT_LINKSENTRY']._loaded_options = None
   _globals['_HEARTBEAT_LINKSENTRY']._serialized_options = b'8\001'
-  _globals['_MEMBERSTATE']._serialized_start=2031
-  _globals['_MEMBERSTATE']._serialized_end=2203
+  _globals['_MEMBERSTATE']._serialized_start=2078
+  _globals['_MEMBERSTATE']._serialized_end=2250
   _globals['_REGISTER']._serialized_start=77
   _globals['_REGISTER']._serialized_end=219
   _globals['_HEARTBEAT']._serialized_start=222
@@ -56,26 +56,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLACEDWORKER']._serialized_end=1148
   _globals['_PLACEMENTTABLE']._serialized_start=1151
   _globals['_PLACEMENTTABLE']._serialized_end=1312
-  _globals['_MEMBERS']._serialized_start=1314
-  _globals['_MEMBERS']._serialized_end=1397
-  _globals['_SENDTRACE']._serialized_start=1399
-  _globals['_SENDTRACE']._serialized_end=1462
-  _globals['_EXIT']._serialized_start=1464
-  _globals['_EXIT']._serialized_end=1486
-  _globals['_MEMBERORDER']._serialized_start=1489
-  _globals['_MEMBERORDER']._serialized_end=1819
-  _globals['_STATUSREQUEST']._serialized_start=1821
-  _globals['_STATUSREQUEST']._serialized_end=1836
-  _globals['_STATUSREPLY']._serialized_start=1838
-  _globals['_STATUSREPLY']._serialized_end=1865
-  _globals['_PLACEMENTREQUEST']._serialized_start=1867
-  _globals['_PLACEMENTREQUEST']._serialized_end=1885
-  _globals['_PLACEMENTREPLY']._serialized_start=1887
-  _globals['_PLACEMENTREPLY']._serialized_end=1949
-  _globals['_TRACEREQUEST']._serialized_start=1951
-  _globals['_TRACEREQUEST']._serialized_end=1982
-  _globals['_TRACEREPLY']._serialized_start=1984
-  _globals['_TRACEREPLY']._serialized_end=2028
-  _globals['_CONTROLLERSERVICE']._serialized_start=2206
-  _globals['_CONTROLLERSERVICE']._serialized_end=2506
+  _globals['_MEMBERS']._serialized_start=1315
+  _globals['_MEMBERS']._serialized_end=1444
+  _globals['_SENDTRACE']._serialized_start=1446
+  _globals['_SENDTRACE']._serialized_end=1509
+  _globals['_EXIT']._serialized_start=1511
+  _globals['_EXIT']._serialized_end=1533
+  _globals['_MEMBERORDER']._serialized_start=1536
+  _globals['_MEMBERORDER']._serialized_end=1866
+  _globals['_STATUSREQUEST']._serialized_start=1868
+  _globals['_STATUSREQUEST']._serialized_end=1883
+  _globals['_STATUSREPLY']._serialized_start=1885
+  _globals['_STATUSREPLY']._serialized_end=1912
+  _globals['_PLACEMENTREQUEST']._serialized_start=1914
+  _globals['_PLACEMENTREQUEST']._serialized_end=1932
+  _globals['_PLACEMENTREPLY']._serialized_start=1934
+  _globals['_PLACEMENTREPLY']._serialized_end=1996
+  _globals['_TRACEREQUEST']._serialized_start=1998
+  _globals['_TRACEREQUEST']._serialized_end=2029
+  _globals['_TRACEREPLY']._serialized_start=2031
+  _globals['_TRACEREPLY']._serialized_end=2075
+  _globals['_CONTROLLERSERVICE']._serialized_start=2253
+  _globals['_CONTROLLERSERVICE']._serialized_end=2553
 # @@protoc_insertion_point(module_scope)

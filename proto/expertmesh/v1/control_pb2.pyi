@@ -134,14 +134,16 @@ class PlacementTable(_message.Message):
     def __init__(self, epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[PlacedWorker, _Mapping]]] = ...) -> None: ...
 
 class Members(_message.Message):
-    __slots__ = ("attention", "pid", "node")
+    __slots__ = ("attention", "pid", "node", "draining")
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     attention: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Incarnation]
     pid: int
     node: str
-    def __init__(self, attention: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
+    draining: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Incarnation]
+    def __init__(self, attention: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., draining: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ...) -> None: ...
 
 class SendTrace(_message.Message):
     __slots__ = ("number", "seconds", "bytes_max")
