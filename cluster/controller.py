@@ -21,7 +21,6 @@ from cluster.events import (
     ActorDied,
     Command,
     Drain,
-    Emptied,
     Event,
     Exit,
     KillWorker,
@@ -138,7 +137,7 @@ class Controller:
             return self._meet(sender, body, now_s)
         companion = self.companions.get(sender.id)
         if companion is not None and companion.member == sender:
-            return self._hear_companion(companion, body, now_s)
+            return self._hear_companion(companion, body, now_s) if isinstance(body, Health) else []
         worker = self.roster.find(sender)
         if worker is None:
             return self._refuse(sender, "its incarnation is not wanted (any more)")
@@ -156,13 +155,8 @@ class Controller:
         self._present.add(sender)
         return [Send(sender, self._members())]
 
-    def _hear_companion(self, companion: Companion, body: object, now_s: float) -> list[Command]:
+    def _hear_companion(self, companion: Companion, health: Health, now_s: float) -> list[Command]:
         """The scheduler is answered, so that it hears that this controller turns."""
-        if isinstance(body, Emptied):
-            return self.scaling.emptied(body.worker, now_s)
-        if not isinstance(body, Health):
-            return []
-        health = body
         companion.heard_s, companion.health = now_s, health
         if health.state is HealthState.FAILED:
             return self._end_companion(companion, health.detail, now_s)
@@ -178,7 +172,7 @@ class Controller:
         attention = self.roster.live(Role.ATTENTION) + self._starting(Role.ATTENTION)
         expected = tuple(sorted(worker.member for worker in attention))
         draining = tuple(sorted(worker.member for worker in attention if not worker.is_wanted))
-        return Members(expected, draining, self.config.pid, self.config.node)
+        return Members(expected, self.config.pid, self.config.node, draining)
 
     def _hear_worker(self, worker: Worker, body: object, now_s: float) -> list[Command]:
         match body:

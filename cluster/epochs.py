@@ -45,7 +45,8 @@ class Epochs:
         `here`: live expert workers that are to stay, in a fixed order, and their addresses. `is_complete`: all
         that are expected are here. With everyone here experts are arranged anew, which gives a replacement its
         predecessor's slots and moves what newcomers and leavers make necessary; with someone missing the rest go
-        on as soon as they cover the model. Otherwise: wait for who is to come.
+        on as soon as they cover the model. Otherwise: wait for who is to come. Where an epoch was begun in vain
+        one follows, be it like the published one: its retirement frees what was loaded for the other.
         """
         if self.preparing and here.keys() >= _members(self.preparing):
             return None
@@ -55,7 +56,7 @@ class Epochs:
             return None  # asked at every event: the answer has not changed
         self._considered = considered
         wanted = self._everyone(here) if is_complete else self._survivors(here)
-        if wanted is None or (self.published and wanted.workers == self.published.workers):
+        if wanted is None or self._is_in_use(wanted):
             return None
         self.number += 1
         self.preparing = wanted
@@ -78,6 +79,13 @@ class Epochs:
         except PlacementError:
             return None  # some expert has no holder left: a replacement must load it first
         return survivors
+
+    def _is_in_use(self, wanted: Placement) -> bool:
+        """It is what is published, and no other has been begun since."""
+        published = self.published
+        return (
+            published is not None and published.epoch.number == self.number and wanted.workers == published.workers
+        )
 
     @property
     def _next(self) -> EpochId:

@@ -61,14 +61,7 @@ class Register:
     epoch: EpochId | None = None  # the placement it already uses, when the controller has restarted
 
 
-@dataclass(frozen=True)
-class Emptied:
-    """Scheduler: this draining attention worker holds no sequence, and is given none."""
-
-    worker: Member
-
-
-ReportBody = Register | Health | Prepared | Unprepared | Adopted | PeerLost | Traced | Emptied
+ReportBody = Register | Health | Prepared | Unprepared | Adopted | PeerLost | Traced
 
 
 @dataclass(frozen=True)
@@ -150,7 +143,6 @@ class Members:
     """Scheduler and gateways: the attention workers that are not lost."""
 
     attention: tuple[Member, ...]
-    draining: tuple[Member, ...] = ()  # those that are to leave: the scheduler empties them, and says so
     pid: int = 0  # of the controller that says so: the scheduler watches it
     node: str = ""
     draining: tuple[Member, ...] = ()

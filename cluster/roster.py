@@ -142,7 +142,7 @@ class Roster:
     def grow(self, role: Role, now_s: float) -> None:
         """One more: an expert worker that has not been dismissed yet stays, else one is started by `start_due`.
 
-        An attention worker is not kept: the scheduler may say just now that it is empty.
+        An attention worker is not kept: it may say just now that it is empty.
         """
         for worker in self.pool(role):
             if role is Role.EXPERT and not worker.is_wanted and worker.state is not WorkerState.LEAVING:

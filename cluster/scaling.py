@@ -1,8 +1,8 @@
 """Pools that grow and shrink: what may be asked of them, who comes and who goes, and when. Pure.
 
 The sizes are the roster's: whoever is wanted there. A worker that is to leave goes on until nobody needs it: an
-expert worker until no attention worker can use an epoch that has it, an attention worker until the scheduler says
-that it is empty. Nothing here has a deadline: a deadline would drop a request.
+expert worker until no attention worker can use an epoch that has it, an attention worker until it says that the
+scheduler gives it nothing more and all it had has arrived. Nothing here has a deadline: that would drop a request.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cluster.epochs import Epochs
 from cluster.events import Command, Drain, Remember, Resize, Role
 from cluster.roster import Roster, Worker
-from router.placement import EpochId, Member
+from router.placement import EpochId
 
 WORKERS_MAX = 256  # of one pool, as in the configuration
 MEMORY_GAUGE = "memory_available_bytes"  # of an expert worker's device
@@ -66,13 +66,6 @@ class Scaling:
         for leaver in self._roster.leavers(Role.EXPERT):
             leaver.is_wanted = True
 
-    def emptied(self, member: Member, now_s: float) -> list[Command]:
-        """The scheduler says so of an attention worker."""
-        worker = self._roster.find(member)
-        if worker is None or worker.is_wanted or not worker.is_live:
-            return []
-        return self._roster.dismiss(worker, now_s)
-
     def dismiss(self, now_s: float) -> list[Command]:
         """Who is not wanted, and not needed either."""
         commands: list[Command] = []
@@ -80,7 +73,7 @@ class Scaling:
             if not self._epochs.needs(worker.member):
                 commands += self._roster.dismiss(worker, now_s)
         for worker in self._roster.leavers(Role.ATTENTION):
-            if worker.epoch is None:  # never served in this life
+            if worker.health.is_drained or worker.epoch is None:  # None: never served in this life
                 commands += self._roster.dismiss(worker, now_s)
         return commands
 

@@ -17,7 +17,6 @@ from cluster.epochs import ModelShape
 from cluster.events import (
     ActorDied,
     Command,
-    Emptied,
     Event,
     Exit,
     KillWorker,
@@ -62,6 +61,7 @@ class Process:
     epoch: EpochId | None = None  # attention: in use; expert: last prepared
     slots_max: int = 1 << 30  # expert: what its memory holds
     empty_at_s: float = 0.0  # attention: until then it has sequences
+    is_draining: bool = False  # attention: so the scheduler says
 
 
 class World:
@@ -194,11 +194,9 @@ class World:
             case Exit():
                 self._may_exit(process)
                 self.kill(process.member, "told to exit")
-            case Members(_, draining) if process.role is Role.SCHEDULER:
-                for member in draining:
-                    worker = self.processes[member]
-                    if worker.is_alive and self.now_s >= worker.empty_at_s:
-                        self.report(process, Emptied(member))
+            case Members() if process.role is Role.SCHEDULER:
+                for member in body.draining:
+                    self.processes[member].is_draining = True
             case Prepare(placement) if _num_slots(placement, process.member) > process.slots_max:
                 self.report(process, Unprepared(placement.epoch, "its memory is full"))
             case Prepare(placement):  # one after the other
@@ -266,10 +264,15 @@ class World:
             process.is_registered = True
             self._beat(process)
 
+    def _health(self, process: Process) -> Health:
+        if not process.is_draining:
+            return Health(HealthState.READY)
+        return Health(HealthState.DRAINING, gauges={"sequences_open": float(self.now_s < process.empty_at_s)})
+
     def _beat(self, process: Process) -> None:
         if process.is_alive:
             if self.now_s >= process.frozen_until_s:
-                self.report(process, Health(HealthState.READY))
+                self.report(process, self._health(process))
             self._at(HEARTBEAT_S, lambda: self._beat(process))
 
     def _tick(self) -> None:

@@ -15,14 +15,12 @@ from cluster.controller import ControllerConfig, Phase
 from cluster.events import (
     WORKER_ROLES,
     Drain,
-    Emptied,
     Exit,
     KillWorker,
     Members,
     Pools,
     Prepare,
     Publish,
-    Report,
     Resize,
     Role,
     StartWorker,
@@ -133,7 +131,7 @@ def test_a_draining_attention_worker_follows_placements() -> None:
 
 
 def test_a_draining_attention_worker_is_not_kept_but_another_is_started() -> None:
-    """The scheduler may say just now that it is empty: its word must not outlive the wish to drain it."""
+    """It may say just now that it is empty, and its word must not outlive the wish to drain it."""
     world = ready()
     world.one("attention-1").empty_at_s = world.now_s + 10
     world.tell(Resize(attention=1))
@@ -142,18 +140,12 @@ def test_a_draining_attention_worker_is_not_kept_but_another_is_started() -> Non
     assert ids(world, Role.ATTENTION) == ["attention-0", "attention-2"]
 
 
-def test_only_the_scheduler_can_say_that_a_wanted_or_unwanted_worker_is_empty() -> None:
+def test_a_wanted_worker_does_not_leave_because_it_is_empty() -> None:
     world = ready()
-    attention = world.one("attention-0")
-    world.report(world.one("scheduler"), Emptied(attention.member))
-    world.report(world.one("gateway-0"), Emptied(attention.member))
+    gauges = {"sequences_open": 0.0}
+    world.report(world.one("attention-0"), Health(HealthState.DRAINING, gauges=gauges))
     world.run(10)
-    assert attention.is_alive
-    attention.empty_at_s = world.now_s + 30
-    world.tell(Drain("attention-0"))
-    world.tell(Report(Member("attention-1", 1), SHAPE.fingerprint, 1, Emptied(attention.member)))
-    world.run(10)
-    assert attention.is_alive
+    assert ids(world, Role.ATTENTION) == ["attention-0", "attention-1"]
 
 
 def test_drain_names_who_leaves() -> None:
