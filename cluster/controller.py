@@ -99,7 +99,7 @@ class Controller:
         pools = config.pools or Pools.of_sizes(config.attention_workers, config.expert_workers)
         self.roster, self._first_commands = Roster.expecting(config.patience, pools, incarnations, now_s)
         self.epochs = Epochs(term, shape, config.replicas)
-        self.scaling = Scaling(self.roster, self.epochs)
+        self.scaling = Scaling(self.roster, self.epochs, term)
         self.companions: dict[str, Companion] = {}
         self.reports_refused = 0
         self.phase = Phase.STARTING

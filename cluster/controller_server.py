@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import grpc
@@ -29,6 +30,7 @@ from cluster.events import (
     Left,
     Order,
     Register,
+    Remember,
     Role,
     Send,
     SendTrace,
@@ -49,6 +51,7 @@ _OUTBOX_MAX = 256
 _MESSAGE_BYTES_MAX = 64 << 20
 _STOP_GRACE_S = 1.0
 _TRACE_WAIT_S = 10.0
+_REMEMBER_S = 5.0
 
 
 class WorkerDriver(Protocol):
@@ -62,6 +65,9 @@ class WorkerDriver(Protocol):
 
     def watch(self, command: WatchWorker) -> None:
         """`on_died` once this life, started by an earlier controller, has ended: at once if it is gone."""
+
+    def remember(self, command: Remember) -> Future[None]:
+        """Have the next term know this. Done once it is kept, before any start that is asked for later."""
 
     def kill(self, command: KillWorker) -> None:
         """Make sure that this life is over."""
@@ -95,6 +101,7 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._pump: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._remembered: Future[None] | None = None  # the last that the driver was asked to keep
         self._traces = Traces(self._send_trace, controller.term)
         self._server = grpc.aio.server(
             interceptors=[TokenInterceptor(token)],
@@ -159,6 +166,26 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         except TimeoutError:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "others ask for a trace; accepted: later")
         return control_pb2.TraceReply(traces=[trace for trace in came.values() if trace], silent=silent)
+
+    async def Resize(
+        self, request: control_pb2.ResizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> control_pb2.ResizeReply:
+        """Answered once the next term would know of it."""
+        asked = wire.decode_resize(request)
+        if refused := self._controller.refusal(asked):
+            return wire.encode_refused(refused)
+        log.info("asked for %s", asked)
+        self._turn(asked)
+        if self._remembered is not None:
+            try:
+                async with asyncio.timeout(_REMEMBER_S):
+                    await asyncio.wrap_future(self._remembered)
+            except Exception as error:
+                # Whatever kind the store's is: it is under way all the same, and the asker must know both.
+                log.exception("the pools were not kept for the next term")
+                why = f"under way, but not kept for the next controller: {error or type(error).__name__}"
+                await context.abort(grpc.StatusCode.UNAVAILABLE, why)
+        return control_pb2.ResizeReply(json=wire.encode_status(self.status()).json)
 
     def _send_trace(self, member: MemberId, body: SendTrace) -> None:
         self._send(member, Order(self._controller.term, self._controller.shape.fingerprint, body))
@@ -262,6 +289,8 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
                 self._driver.start(command)
             case WatchWorker():
                 self._driver.watch(command)
+            case Remember():
+                self._remembered = self._driver.remember(command)
             case KillWorker(member, pid, _, reason):
                 log.warning("%s#%d (pid %d) is lost: %s", member.id, member.incarnation, pid, reason)
                 self._driver.kill(command)

@@ -214,6 +214,7 @@ class KillWorker:
 class Remember:
     """Command: give this to the next term's controller."""
 
+    version: int  # grows, also from term to term
     pools: Pools
 
 

@@ -197,6 +197,15 @@ async def fetch_trace(address: str, token: str, timeout_s: float, seconds: float
         return reply
 
 
+async def ask_resize(
+    address: str, token: str, timeout_s: float, asked: control_pb2.ResizeRequest
+) -> control_pb2.ResizeReply:
+    """What the controller says to it. Raises ControllerUnreachable: it may have been heard all the same."""
+    async with _controller(address) as stub:
+        reply: control_pb2.ResizeReply = await stub.Resize(asked, metadata=auth_metadata(token), timeout=timeout_s)
+        return reply
+
+
 @asynccontextmanager
 async def _controller(address: str) -> AsyncIterator[Any]:
     try:

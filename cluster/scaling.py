@@ -14,6 +14,7 @@ from cluster.events import Command, Drain, Remember, Resize, Role
 from cluster.roster import Roster, Worker
 from router.placement import EpochId
 
+VERSION_BITS = 20  # of a record, for the count within one term
 WORKERS_MAX = 256  # of one pool, as in the configuration
 MEMORY_GAUGE = "memory_available_bytes"  # of an expert worker's device
 FIELDS = {Role.ATTENTION: "attention", Role.EXPERT: "experts"}
@@ -32,9 +33,10 @@ class Refused:
 
 
 class Scaling:
-    def __init__(self, roster: Roster, epochs: Epochs) -> None:
+    def __init__(self, roster: Roster, epochs: Epochs, term: int) -> None:
         self._roster, self._epochs = roster, epochs
         self._remembered = roster.pools
+        self._version = term << VERSION_BITS
         self.failed = ""
         """Why the pools were not made as was last wanted."""
 
@@ -83,7 +85,8 @@ class Scaling:
         if pools == self._remembered:
             return []
         self._remembered = pools
-        return [Remember(pools)]
+        self._version += 1
+        return [Remember(self._version, pools)]
 
 
 def _refusal(asked: Resize | Drain, roster: Roster, epochs: Epochs) -> Refused | None:

@@ -77,6 +77,7 @@ class World:
         self._pids = itertools.count(100)
         self._paused_until_s = 0.0
         self.term = 0
+        self.version = 0
         self.pools: Pools | None = None  # as the last command to remember them said
         self.placements: dict[EpochId, Placement] = {}  # published
         self.restart_controller()
@@ -176,7 +177,9 @@ class World:
                 process = self.processes.get(member)
                 assert not pid or (process and process.pid == pid), f"{member} has another pid than {pid}"
                 self.kill(member, reason)
-            case Remember(pools):
+            case Remember(version, pools):
+                assert version > self.version
+                self.version = version
                 assert Pools.from_json(pools.to_json()) == pools
                 self.pools = pools
             case Send(to, body):
