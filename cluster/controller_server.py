@@ -101,7 +101,8 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._pump: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._remembered: Future[None] | None = None  # the last that the driver was asked to keep
+        self._to_keep: Remember | None = None  # for the next term
+        self._keeping: Future[None] | None = None
         self._traces = Traces(self._send_trace, controller.term)
         self._server = grpc.aio.server(
             interceptors=[TokenInterceptor(token)],
@@ -168,7 +169,7 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         return control_pb2.TraceReply(traces=[trace for trace in came.values() if trace], silent=silent)
 
     async def Resize(
-        self, request: control_pb2.ResizeRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: control_pb2.ResizeRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> control_pb2.ResizeReply:
         """Answered once the next term would know of it."""
         asked = wire.decode_resize(request)
@@ -176,16 +177,27 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
             return wire.encode_refused(refused)
         log.info("asked for %s", asked)
         self._turn(asked)
-        if self._remembered is not None:
-            try:
-                async with asyncio.timeout(_REMEMBER_S):
-                    await asyncio.wrap_future(self._remembered)
-            except Exception as error:
-                # Whatever kind the store's is: it is under way all the same, and the asker must know both.
-                log.exception("the pools were not kept for the next term")
-                why = f"under way, but not kept for the next controller: {error or type(error).__name__}"
-                await context.abort(grpc.StatusCode.UNAVAILABLE, why)
-        return control_pb2.ResizeReply(json=wire.encode_status(self.status()).json)
+        reply = control_pb2.ResizeReply(json=wire.encode_status(self.status()).json)
+        if why := await self._unkept():
+            reply.not_kept = f"under way, but not kept for the next controller: {why}"
+        return reply
+
+    async def _unkept(self) -> str:
+        """Why the next term would not know of the pools; empty: it would. What was not kept is tried again."""
+        if self._to_keep is None:
+            return ""
+        if self._keeping is None or (self._keeping.done() and self._keeping.exception()):
+            self._keeping = self._driver.remember(self._to_keep)
+        try:
+            async with asyncio.timeout(_REMEMBER_S):
+                await asyncio.shield(asyncio.wrap_future(self._keeping))
+        except TimeoutError:
+            return f"its store has not answered for {_REMEMBER_S:g} s"
+        except Exception as error:
+            # Whatever kind the store's is: who asked must know that it is under way all the same.
+            log.exception("the pools were not kept for the next term")
+            return str(error) or type(error).__name__
+        return ""
 
     def _send_trace(self, member: MemberId, body: SendTrace) -> None:
         self._send(member, Order(self._controller.term, self._controller.shape.fingerprint, body))
@@ -290,7 +302,7 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
             case WatchWorker():
                 self._driver.watch(command)
             case Remember():
-                self._remembered = self._driver.remember(command)
+                self._to_keep, self._keeping = command, self._driver.remember(command)
             case KillWorker(member, pid, _, reason):
                 log.warning("%s#%d (pid %d) is lost: %s", member.id, member.incarnation, pid, reason)
                 self._driver.kill(command)

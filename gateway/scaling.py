@@ -10,7 +10,7 @@ from expertmesh.v1.control_pb2 import ResizeReply, ResizeRequest
 from starlette.requests import Request
 
 from gateway import bodies
-from gateway.errors import BadRequest, invalid
+from gateway.errors import BadRequest, NotReady, invalid
 from gateway.state import GatewayState
 
 _INT64 = 2**63
@@ -53,6 +53,8 @@ async def resized(state: GatewayState, asked: ResizeRequest) -> dict[str, Any]:
         refused = reply.refused
         told = f"{refused.field} is {refused.value}; accepted: {refused.accepted}"
         raise BadRequest(told, param=refused.field)
+    if reply.not_kept:
+        raise NotReady(reply.not_kept, retry_after_s=state.config.retry_after_s)
     document: dict[str, Any] = json.loads(reply.json)
     return document
 

@@ -22,7 +22,8 @@ def test_pools_scale_up_and_down_under_streams_that_do_not_notice(cluster):
     before = cluster.status()
     calm, scaled = asyncio.run(undisturbed_and_with(cluster, [(2, 3), (1, 1)], num_clients=12, max_tokens=80))
     print(f"longest gap: {calm.longest_gap_s:.3f} s undisturbed, {scaled.longest_gap_s:.3f} s while scaled")
-    print(f"{scaled.answers} answers")
+    commits = [w["gauges"]["commit_seconds_max"] for w in cluster.status()["workers"] if w["role"] == "attention"]
+    print(f"{scaled.answers} answers; longest commit: {1000 * max(commits):.2f} ms")
     assert scaled.answers >= 24
     assert not scaled.different
     status = cluster.status()

@@ -24,6 +24,7 @@ class ListedStarts:
         self.started: queue.Queue[Member] = queue.Queue()
         self.killed: queue.Queue[Member] = queue.Queue()
         self.remembered: list[Remember] = []
+        self.num_kept = 0
         self.why_not_kept = ""
         self.reasons: dict[Member, str] = {}  # of those killed
         self.are_gone = True  # what an earlier controller started
@@ -44,6 +45,7 @@ class ListedStarts:
         if self.why_not_kept:
             kept.set_exception(OSError(self.why_not_kept))
         else:
+            self.num_kept += 1
             kept.set_result(None)
         return kept
 

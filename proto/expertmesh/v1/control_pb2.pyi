@@ -246,9 +246,11 @@ class ResizeRefused(_message.Message):
     def __init__(self, field: _Optional[str] = ..., value: _Optional[str] = ..., accepted: _Optional[str] = ...) -> None: ...
 
 class ResizeReply(_message.Message):
-    __slots__ = ("refused", "json")
+    __slots__ = ("refused", "json", "not_kept")
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     JSON_FIELD_NUMBER: _ClassVar[int]
+    NOT_KEPT_FIELD_NUMBER: _ClassVar[int]
     refused: ResizeRefused
     json: str
-    def __init__(self, refused: _Optional[_Union[ResizeRefused, _Mapping]] = ..., json: _Optional[str] = ...) -> None: ...
+    not_kept: str
+    def __init__(self, refused: _Optional[_Union[ResizeRefused, _Mapping]] = ..., json: _Optional[str] = ..., not_kept: _Optional[str] = ...) -> None: ...
