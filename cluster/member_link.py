@@ -23,7 +23,7 @@ from expertmesh.v1 import control_pb2, control_pb2_grpc
 from cluster import wire
 from cluster.auth import auth_metadata
 from cluster.events import OrderBody, Register, Report, ReportBody
-from router.membership import Adopted, Health, PeerLost, Prepared, Traced
+from router.membership import Adopted, Health, PeerLost, Prepared, Traced, Unprepared
 from router.placement import Member
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class MemberLink:
     def start(self) -> None:
         self._thread.start()
 
-    def report(self, body: Prepared | Adopted | PeerLost | Traced | None = None) -> None:
+    def report(self, body: Prepared | Unprepared | Adopted | PeerLost | Traced | None = None) -> None:
         """Say this, and how we are, without waiting for the next heartbeat. From any thread.
 
         Kept while there is no stream; with too many waiting the oldest is dropped and counted: the controller
