@@ -62,6 +62,7 @@ class GenerateBody(Body):
     cache_salt: str | None = Field(
         None, min_length=1, max_length=256, description="a string of 1 to 256 characters"
     )
+    timeout: float | None = Field(None, gt=0, description="a number of seconds above 0")
     return_token_ids: bool | None = Field(None, description="true or false")
     return_tokens_as_token_ids: bool | None = Field(None, description="true or false")
 

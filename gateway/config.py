@@ -57,6 +57,10 @@ class GatewayConfig(BaseModel):
     attempts_max: int = Field(default=16, ge=1, le=1024)
     """Placements of one sequence, the first included, before its client is told that it failed."""
 
+    request_s_max: float = Field(default=3600.0, gt=0)
+    """Longest time a request may take, queueing included, and how long it has where its client names no `timeout`
+    and its gRPC call no deadline; then 504."""
+
     silence_s_max: float = Field(default=600.0, gt=0)
     """Longest wait for any next token of a call, queueing included, before it is given up (503)."""
 

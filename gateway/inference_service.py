@@ -93,6 +93,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             async with self._named(request.request_id, context) as name:
                 state.check_open()
                 call = await beside(request.ByteSize(), lambda: wire.call_of(request, self._validator))
+                call = call.within(context.time_remaining())
                 generation = await state.ledger.open(call.requests)
                 running = Running(state, call, generation, meter)
                 try:

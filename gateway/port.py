@@ -17,6 +17,7 @@ class CloseReason(enum.Enum):
     WORKER_LOST = "worker_lost"  # open the next attempt
     PREEMPTED = "preempted"  # open the next attempt
     FAILED = "failed"  # tell the client
+    DEADLINE = "deadline"  # tell the client: its time is up
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Submission:
     resume: bool = False  # further attempts, or a claim after a gap: never refused for load
     min_tokens: int = 0
     cache_salt: str = ""
+    time_left_s: float = 0.0  # until its deadline; 0: it has none
+    waited_s: float = 0.0  # since it was first submitted
 
 
 class Receiver(Protocol):

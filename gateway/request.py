@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 import struct
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ class GenerateRequest:
     tenant: str = ""  # whose share of the cluster serves it
     min_tokens: int = 0  # generated tokens before which neither a stop token nor a stop string ends a sequence
     cache_salt: str = ""  # cached prefixes are shared among requests of one salt
+    time_s: float = math.inf  # from its admission to its deadline
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,13 @@ class Call:
     def num_prompt_tokens(self) -> int:
         return sum(len(request.prompt) for request in self.requests)
 
+    def within(self, time_s: float | None) -> Call:
+        """With no more time than so much. None: as it is."""
+        if time_s is None:
+            return self
+        limited = (dataclasses.replace(r, time_s=min(r.time_s, max(time_s, 0.0))) for r in self.requests)
+        return dataclasses.replace(self, requests=tuple(limited))
+
     def request_of(self, choice: int) -> GenerateRequest:
         return self.requests[choice // self.requests[0].n]
 
@@ -146,6 +153,7 @@ class Validator:
                 tenant=body.user or "",
                 min_tokens=self._min_tokens(body, limit, stop_token_ids),
                 cache_salt=body.cache_salt or "",
+                time_s=self._time_s(body),
             )
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         )
@@ -158,6 +166,12 @@ class Validator:
             bool(body.return_tokens_as_token_ids),
             ignored,
         )
+
+    def _time_s(self, body: GenerateBody) -> float:
+        most = self._config.request_s_max
+        if body.timeout is not None and body.timeout > most:
+            raise invalid("timeout", body.timeout, f"a number of seconds above 0 and at most {most:g}")
+        return body.timeout or most
 
     def _include_usage(self, body: GenerateBody) -> bool:
         options = body.stream_options or {}

@@ -38,6 +38,7 @@ _CLOSE = {
     schedule_pb2.CLOSE_REASON_WORKER_LOST: CloseReason.WORKER_LOST,
     schedule_pb2.CLOSE_REASON_PREEMPTED: CloseReason.PREEMPTED,
     schedule_pb2.CLOSE_REASON_FAILED: CloseReason.FAILED,
+    schedule_pb2.CLOSE_REASON_DEADLINE: CloseReason.DEADLINE,
 }
 
 
@@ -70,6 +71,8 @@ def submit(submission: Submission, bytes_max: int) -> schedule_pb2.Submit:
         priority=submission.priority,
         tenant=submission.tenant,
         resume=submission.resume,
+        time_left_s=submission.time_left_s,
+        waited_s=submission.waited_s,
     )
     if message.ByteSize() > bytes_max:
         num_tokens = len(submission.prompt) + max(len(sibling.accepted) for sibling in submission.siblings)

@@ -7,6 +7,8 @@ worker's book as `stopping`. Pure.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from cluster.scheduler.shares import Shares
 from cluster.scheduler.waiting import Waiting, WaitingQueue, due
 from cluster.scheduler.workers import Held, WorkerBook
 
+DEADLINES_SLACK = 1024  # of requests that have ended, before they are swept out
 COUNT_BITS = 40  # of an arrival or a handle, for the count within one term
 
 
@@ -34,6 +37,7 @@ COUNT_BITS = 40  # of an arrival or a handle, for the count within one term
 class Request:
     arrival: int
     gateway: Incarnation | None  # None: reported by a worker, claimed by no gateway yet
+    deadline_s: float = math.inf
     sequences: dict[int, Waiting | Held] = field(default_factory=dict)
     """By index: the newest attempt of each that has not ended, in the queue or at a worker."""
 
@@ -47,6 +51,7 @@ class Books:
         self.unclaimed: dict[str, float] = {}  # requests without a gateway: since when
         # By (request id, index): number and arrival of the last attempt that ended.
         self._ended: OrderedDict[SequenceKey, tuple[int, int]] = OrderedDict()
+        self._deadlines: list[tuple[float, str]] = []  # a heap; of requests that have ended some, too
         self._moving: dict[SequenceKey, WorkerBook] = {}  # taken off one worker, with room kept for it at another
         self._ended_max = config.ended_remembered_max
         self._config = config
@@ -78,12 +83,14 @@ class Books:
         self, gateway: Incarnation, submission: Submission, sibling: Sibling, arrival: int, now_s: float
     ) -> Waiting:
         """Its entry in the queue, had it one."""
-        due_s = due(submission, now_s, self._config.priority_step_s, self._config.overtake_s_max)
-        return Waiting(gateway, submission, sibling, arrival, now_s, due_s)
+        entry = Waiting(gateway, submission, sibling, arrival, now_s)
+        entry.due_s = due(entry, self._config.priority_step_s, self._config.overtake_s_max)
+        return entry
 
     def enqueue(self, entry: Waiting) -> None:
         submission, sibling = entry.submission, entry.sibling
         request = self.requests.setdefault(submission.request_id, Request(entry.arrival, entry.gateway))
+        self._bound(submission, request, entry.queued_s)
         assert sibling.index not in request.sequences, f"{entry.attempt}: one attempt is still live"
         request.sequences[sibling.index] = entry
         if to := self._moving.pop(entry.attempt[:2], None):
@@ -119,16 +126,51 @@ class Books:
         elif isinstance(live, Waiting) and live.attempt == attempt:
             self.queue.remove(attempt)
             self.requests[attempt.request_id].sequences[attempt.index] = held
+            self._describe(held, live)
         elif isinstance(live, Held) and live.attempt < attempt and attempt.request_id in self.unclaimed:
             self.workers[live.worker].stop(live)
             self.requests[attempt.request_id].sequences[attempt.index] = held
         else:
             book.stop(held)
 
-    def claim(self, request_id: str, gateway: Incarnation) -> None:
+    def claim(self, submission: Submission, gateway: Incarnation, now_s: float) -> None:
         """What a worker was found running is this gateway's."""
-        self.requests[request_id].gateway = gateway
-        del self.unclaimed[request_id]
+        request = self.requests[submission.request_id]
+        request.gateway = gateway
+        self._bound(submission, request, now_s)
+        del self.unclaimed[submission.request_id]
+
+    def recognise(self, entry: Waiting) -> None:
+        """Its gateway says of a live attempt what it is."""
+        live = self.live(entry.attempt)
+        if isinstance(live, Held) and not live.tokens_total:
+            self._describe(live, entry)
+
+    def _describe(self, held: Held, entry: Waiting) -> None:
+        """It was started by an earlier term: from now on its tenant is charged with it here."""
+        held.describe(entry)
+        self.shares.charge(held.tenant, held.max_tokens - held.num_accepted)
+
+    def _bound(self, submission: Submission, request: Request, now_s: float) -> None:
+        """The first word on its deadline counts: later ones only took another while to be heard."""
+        if submission.time_left_s and request.deadline_s == math.inf:
+            request.deadline_s = now_s + submission.time_left_s
+            heapq.heappush(self._deadlines, (request.deadline_s, submission.request_id))
+            if len(self._deadlines) > 2 * len(self.requests) + DEADLINES_SLACK:
+                left = [(r.deadline_s, name) for name, r in self.requests.items() if r.deadline_s < math.inf]
+                self._deadlines = left
+                heapq.heapify(left)
+
+    def expire(self, now_s: float) -> Iterator[CloseAttempt]:
+        """End the requests whose time is up, wherever they are."""
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, request_id = heapq.heappop(self._deadlines)
+            request = self.requests.get(request_id)
+            if request is not None and request.deadline_s <= now_s:
+                for live in list(request.sequences.values()):
+                    self.withdraw(live.attempt)
+                    if request.gateway is not None:
+                        yield CloseAttempt(request.gateway, live.attempt, CloseReason.DEADLINE, "its time is up")
 
     def withdraw(self, attempt: AttemptId) -> None:
         """A live attempt is not wanted any more, wherever it is."""

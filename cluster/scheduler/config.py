@@ -32,6 +32,16 @@ class SchedulerConfig(BaseModel):
     overtake_s_max: float = Field(300.0, ge=0)
     """By priority nobody overtakes who came this long before: the bound of starvation."""
 
+    preempt_after_s: float = Field(1.0, ge=0)
+    """How long the next in turn waits for room before sequences of lower priority give way to it."""
+
+    yields_max: int = Field(2, ge=0)
+    """How often a sequence gives way to a higher priority, or is moved for other reasons, before nobody may ask it
+    any more. 0: nobody gives way."""
+
+    victims_max: int = Field(8, ge=1)
+    """Sequences that give way to one, at most."""
+
     tenants_remembered_max: int = Field(4096, ge=2)
     """Accounts of what tenants were served. Beyond it the half that owes most is kept."""
 

@@ -61,6 +61,7 @@ class CloseReason(enum.IntEnum):
     WORKER_LOST = 1  # open the next attempt
     PREEMPTED = 2  # open the next attempt
     FAILED = 3  # tell the client
+    DEADLINE = 4  # tell the client: its time is up
 
 
 # What is said by gateways.
@@ -91,6 +92,8 @@ class Submission:
     num_bytes: int  # encoded: no less than what starting any one sibling takes in a plan
     tenant: str = ""  # whose share of the cluster serves it
     cache_salt: str = ""  # cached blocks are shared among those of one salt
+    time_left_s: float = 0.0  # until its deadline, when it was heard; 0: it has none
+    waited_s: float = 0.0  # since its gateway first submitted it
     hints: dict[int, list[int]] = field(default_factory=dict, compare=False, repr=False)
     """By tokens of a block: what `prefixes.hints_of` made of the prompt, kept."""
 

@@ -38,6 +38,7 @@ ID_BYTES_MAX = 256  # of a request's, gateway's or worker's id
 ADDRESS_BYTES_MAX = 1024
 START_BYTES = 2048  # of a start in a plan, beside what its submission holds: ids, address, arrival
 
+SECONDS_MAX = 1e9  # that a request may have, or have waited
 FINISH_REASONS = frozenset(map(int, FinishReason))
 
 
@@ -175,6 +176,9 @@ def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: Scheduler
     _check_range("submit.siblings length", len(submit.siblings), 1, config.siblings_max)
     if len({sibling.index for sibling in submit.siblings}) < len(submit.siblings):
         raise MalformedMessage("submit.siblings: an index occurs twice, accepted: each once")
+    for name in ("time_left_s", "waited_s"):
+        if not 0 <= getattr(submit, name) <= SECONDS_MAX:
+            raise MalformedMessage(f"submit.{name} is {getattr(submit, name)}, accepted: 0 to {SECONDS_MAX:g}")
     for sibling in submit.siblings:
         _check_range("submit.siblings.attempt", sibling.attempt, 1)
         accepted_max = submit.spec.max_tokens - 1
@@ -190,6 +194,8 @@ def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: Scheduler
         resume=submit.resume,
         num_bytes=num_bytes,
         tenant=submit.tenant,
+        time_left_s=submit.time_left_s,
+        waited_s=submit.waited_s,
         cache_salt=submit.spec.cache_salt,
     )
 
@@ -210,7 +216,7 @@ def _endings(message: step_pb2.Endings) -> Endings:
     for name, column, length in (
         ("reasons", reasons, len(handles)),
         ("num_tokens", num_tokens, len(handles)),
-        ("details", message.details, reasons.count(FinishReason.FAILED)),
+        ("details", message.details, reasons.count(step_pb2.FINISH_REASON_FAILED)),
     ):
         _check_range(f"endings.{name} length", len(column), length, length)
     return Endings(handles, reasons, num_tokens, message.details)

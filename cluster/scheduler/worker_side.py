@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -22,6 +23,7 @@ from cluster.scheduler.events import (
     WorkerLost,
     WorkerReported,
 )
+from cluster.scheduler.preempting import who_gives_way
 from cluster.scheduler.recovery import Recovery
 from cluster.scheduler.workers import Held, WorkerBook
 
@@ -50,6 +52,7 @@ class WorkerSide:
         self._recovery = recovery
         self._rate = rate
         self._counters = counters
+        self._looked_s = -math.inf  # for who might give way
         self._draining: frozenset[Incarnation] | None = None  # None: the controller has not said
 
     def joined(self, event: WorkerJoined, now_s: float) -> Iterator[Command]:
@@ -122,6 +125,29 @@ class WorkerSide:
             for _, book in sorted(self._books.workers.items()):
                 if book.is_draining and book.unlinked_s is None:
                     yield from self._move_off(book, list(reversed(book.held.values())), now_s)
+
+    def preempt(self, now_s: float) -> Iterator[Command]:
+        """Have others give way to the next in turn, if it has waited long enough. Looked at as often as that."""
+        entry = next(iter(self._books.queue), None)
+        if entry is None or entry.goes_on or now_s - entry.queued_s < self._config.preempt_after_s:
+            return
+        books = [book for _, book in sorted(self._books.workers.items())]
+        if now_s - self._looked_s < self._config.preempt_after_s or any(book.has_starts for book in books):
+            return  # what goes with this round's plans cannot be stopped by them
+        self._looked_s = now_s
+        if entry.is_called and any(held.gives_way for book in books for held in book.held.values()):
+            return  # under way
+        asked = who_gives_way(entry, books, self._config)
+        if asked is None:
+            return
+        if not entry.is_called:
+            self._books.queue.call(entry)
+        for held in asked.victims:
+            held.gives_way = True
+            asked.book.stop(held)
+            self._counters["preempted"] += 1
+            detail = f"gives way to priority {entry.submission.priority}"
+            yield from self._close(held.attempt, CloseReason.PREEMPTED, detail)
 
     def restart_deadlines(self, now_s: float) -> None:
         for book in self._unlinked():

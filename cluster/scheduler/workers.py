@@ -48,7 +48,17 @@ class Held:
     max_tokens: int = 0  # of its answer; 0: not known here
     num_accepted: int = 0
     tokens_total: int = 0  # prompt and answer at their longest; 0: not known here
+    priority: int = 0
+    num_tokens: int = 0  # when it began here: prompt and accepted
+    tokens_then: int = 0  # sampled by the worker before it began
     stopping: bool = False  # a stop is given or due; it counts until the worker says it has ended
+    gives_way: bool = False  # to a higher priority
+
+    def describe(self, entry: Waiting) -> None:
+        """As its gateway submitted it."""
+        submission = entry.submission
+        self.tenant, self.max_tokens, self.priority = submission.tenant, submission.max_tokens, submission.priority
+        self.num_accepted, self.tokens_total = len(entry.sibling.accepted), entry.tokens_total
 
 
 class WorkerBook:
@@ -62,6 +72,7 @@ class WorkerBook:
         self.is_draining = False  # it is given nothing more
         self._told_draining = False  # by the last plan
         self._kept: dict[SequenceKey, tuple[Blocks, float]] = {}  # for those on their way here, and since when
+        self.paused: set[int] = set()  # handles of those that have given up their blocks, or had, and wait there
         self._promised = NONE  # over all held
         self._starts: list[Start] = []  # of the next plan
         self._starts_bytes = 0
@@ -117,18 +128,46 @@ class WorkerBook:
 
     def accepts(self) -> bool:
         is_able = self.unlinked_s is None and not self.num_paused and not self.experts_missing
-        return is_able and not self.is_draining and len(self.held) + len(self._kept) < self.limits.sequences_max
+        return is_able and not self.is_draining and self.places() > 0
 
     def could_ever_hold(self, entry: Waiting) -> bool:
         return entry.tokens_total <= self.limits.tokens_max and not self.is_draining
 
     def has_room_for(self, num_tokens: int) -> bool:
         """Whether a sequence of so many tokens fits now."""
-        return num_tokens <= self.limits.tokens_max and self._blocks_for(num_tokens).fits(self.room())
+        return num_tokens <= self.limits.tokens_max and self.blocks_for(num_tokens).fits(self.room())
+
+    @property
+    def has_starts(self) -> bool:
+        """For its next plan."""
+        return bool(self._starts)
+
+    def could_take(self, entry: Waiting) -> bool:
+        """Whether it would, had others given it room: all that are paused are known."""
+        is_able = self.unlinked_s is None and not self.experts_missing and len(self.paused) >= self.num_paused
+        return is_able and self.could_ever_hold(entry) and entry.attempt not in self._stopping
+
+    def places(self) -> int:
+        """Sequences that may be added."""
+        return self.limits.sequences_max - len(self.held) - len(self._kept)
+
+    def blocks_of(self, held: Held) -> Blocks:
+        """What it gives back when it ends, at least; what it shares with others stays."""
+        if held.handle in self.paused:
+            return NONE
+        return held.blocks_promised if held.rows_ahead else self.limits.blocks_for(held.num_tokens, 1)
+
+    def lost_by(self, held: Held) -> int:
+        """Tokens to be computed again when it ends now, about: those of its prompt that are done, and its share of
+        what was sampled here since it began."""
+        if held.handle in self.paused:
+            return 0
+        sampled = (self.tokens - held.tokens_then) // max(1, len(self.held))
+        return held.num_tokens - held.rows_ahead + min(sampled, held.max_tokens)
 
     def keep_room(self, key: SequenceKey, num_tokens: int, now_s: float) -> None:
         """For a sequence of so many tokens that is taken off another worker, until it is there to be placed."""
-        self._kept[key] = (self._blocks_for(num_tokens), now_s)
+        self._kept[key] = (self.blocks_for(num_tokens), now_s)
 
     def give_room(self, key: SequenceKey) -> None:
         """It is there, or will not come."""
@@ -148,7 +187,7 @@ class WorkerBook:
         return (
             self.could_ever_hold(entry)
             and entry.attempt not in self._stopping  # and forgotten elsewhere: it must end first
-            and self._blocks_for(entry.num_tokens).fits(self.room())
+            and self.blocks_for(entry.num_tokens).fits(self.room())
             and stops_bytes + self._starts_bytes + entry.submission.num_bytes <= plan_bytes_max
         )
 
@@ -168,9 +207,9 @@ class WorkerBook:
         """Give it this sequence with the next plan."""
         attempt, submission, sibling = entry.attempt, entry.submission, entry.sibling
         rows = entry.num_tokens - num_cached
-        held = self._hold(attempt, handle, self._blocks_for(entry.num_tokens), self.sent + 1, rows)
-        held.tenant, held.max_tokens = submission.tenant, submission.max_tokens
-        held.num_accepted, held.tokens_total = len(sibling.accepted), entry.tokens_total
+        blocks = self.blocks_for(entry.num_tokens)
+        held = self._hold(attempt, handle, entry.num_tokens, blocks, self.sent + 1, rows)
+        held.describe(entry)
         self._starts_bytes += submission.num_bytes
         self._starts.append(
             Start(
@@ -189,9 +228,9 @@ class WorkerBook:
 
     def adopt(self, running: Running) -> Held:
         """It runs this, and we did not know."""
-        blocks = NONE if running.prompt_done else self._blocks_for(running.num_tokens)
+        blocks = NONE if running.prompt_done else self.blocks_for(running.num_tokens)
         rows = 0 if running.prompt_done else running.num_tokens
-        return self._hold(running.attempt, running.handle, blocks, self.applied, rows)
+        return self._hold(running.attempt, running.handle, running.num_tokens, blocks, self.applied, rows)
 
     def stop(self, held: Held) -> None:
         """Have it end this with the next plan."""
@@ -206,6 +245,8 @@ class WorkerBook:
             self._prompt_done(held)
             self._stopping.discard(held.attempt)
             self._stops.discard(held.attempt)
+        if self.paused:
+            self.paused.discard(handle)
         return held
 
     def named(self, attempts: Sequence[AttemptId]) -> list[Held]:
@@ -267,12 +308,15 @@ class WorkerBook:
         assert self._stops <= self._stopping == stopping, f"{self.worker}: stops of nothing held"
         assert self.applied <= self.sent, f"{self.worker}: applied {self.applied} of {self.sent}"
 
-    def _blocks_for(self, num_tokens: int) -> Blocks:
+    def blocks_for(self, num_tokens: int) -> Blocks:
         """For so many tokens and the one they bring."""
         return self.limits.blocks_for(num_tokens + 1, self.chunk_tokens_max)
 
-    def _hold(self, attempt: AttemptId, handle: int, blocks: Blocks, since_plan: int, rows: int) -> Held:
+    def _hold(
+        self, attempt: AttemptId, handle: int, num_tokens: int, blocks: Blocks, since_plan: int, rows: int
+    ) -> Held:
         held = self.held[handle] = Held(attempt, self.worker, handle, blocks, rows, since_plan)
+        held.num_tokens, held.tokens_then = num_tokens, self.tokens
         self._promised = self._promised.plus(blocks)
         self.rows_ahead += rows
         return held
@@ -286,6 +330,9 @@ class WorkerBook:
     def _count(self, report: WorkerReported) -> None:
         self.blocks_free = Blocks(report.blocks_free, report.sliding_blocks_free)
         self.num_paused = report.num_paused
+        if not report.num_paused:
+            self.paused.clear()
+        self.paused.update(held.handle for held in self.named(report.paused))
         self.experts_missing = report.experts_missing
         self.refused_orders = report.refused_orders
         self.tokens = report.tokens

@@ -6,8 +6,9 @@ the next attempt when one is closed.
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,6 +70,8 @@ def submission(
     resume: bool = False,
     fingerprint: str = MODEL,
     tenant: str = "",
+    time_left_s: float = 0.0,
+    waited_s: float = 0.0,
 ) -> Submission:
     siblings = siblings or (Sibling(0, 1, 7, ()),)
     tokens = num_prompt + sum(len(sibling.accepted) for sibling in siblings)
@@ -83,6 +86,8 @@ def submission(
         resume=resume,
         num_bytes=4 * tokens + 100,
         tenant=tenant,
+        time_left_s=time_left_s,
+        waited_s=waited_s,
     )
 
 
@@ -237,6 +242,7 @@ class SimRequest:
     attempts: dict[int, int]
     accepted: dict[int, list[int]]
     is_admitted: bool = False
+    deadline_s: float = math.inf
     ends: dict[int, str] = field(default_factory=dict)
 
     def end(self, index: int, how: str) -> None:
@@ -248,8 +254,8 @@ class SimRequest:
 
 
 class SimGateway:
-    def __init__(self, incarnation: Incarnation) -> None:
-        self.incarnation = incarnation
+    def __init__(self, incarnation: Incarnation, clock: Callable[[], float]) -> None:
+        self.incarnation, self.clock = incarnation, clock
         self.requests: dict[str, SimRequest] = {}
         self.is_welcome = False
 
@@ -270,8 +276,12 @@ class SimGateway:
                 request.priority,
                 resume,
                 tenant=request.tenant,
+                time_left_s=self._time_left_s(request),
             ),
         )
+
+    def _time_left_s(self, request: SimRequest) -> float:
+        return 0.0 if request.deadline_s == math.inf else max(request.deadline_s - self.clock(), 0.001)
 
     def open_sequences(self) -> list[tuple[str, int]]:
         return [(name, i) for name, request in self.requests.items() for i in request.open_indices()]
@@ -301,6 +311,10 @@ class SimGateway:
         request_id, index, number = order.attempt
         request = self.requests[request_id]
         if index in request.ends or request.attempts[index] != number:
+            return []
+        if order.reason is CloseReason.DEADLINE:
+            assert self.clock() >= request.deadline_s
+            request.end(index, "DEADLINE")
             return []
         if order.reason is CloseReason.FAILED:
             assert "a sequence may have at most" in order.detail

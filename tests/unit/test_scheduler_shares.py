@@ -28,7 +28,9 @@ ONE = replace(LIMITS, sequences_max=1)
 
 def waiting(name: str, arrival: int, now_s: float = 0.0, **said: object) -> Waiting:
     asked = submission(name, **said)  # type: ignore[arg-type]
-    return Waiting(G, asked, asked.siblings[0], arrival, now_s, due(asked, now_s, 10.0, 300.0))
+    entry = Waiting(G, asked, asked.siblings[0], arrival, now_s)
+    entry.due_s = due(entry, 10.0, 300.0)
+    return entry
 
 
 def serve_next(queue: WaitingQueue, shares: Shares) -> Waiting:
