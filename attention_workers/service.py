@@ -85,6 +85,7 @@ class AttentionService:
         self._bytes_loaded = self._bytes_total = 0
         self._worker: AttentionWorker | None = None
         self._has_new_orders = False
+        self._commit_s_max = 0.0  # longest pause between two steps to use a new placement
         self._turns = 0
         self._missing_since_s: float | None = None  # experts, as far as the last step found
         self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell, self._fail)
@@ -119,6 +120,7 @@ class AttentionService:
                 "steps_total": counts.steps,
                 "tokens_total": counts.tokens,
                 "orders_refused_total": counts.refused_orders,
+                "commit_seconds_max": self._commit_s_max,
                 **worker.dispatcher.counters(),
                 **worker.gauges(),
             }
@@ -306,7 +308,9 @@ class AttentionService:
             except OrderRefused as refusal:
                 log.warning("%s: %s", self.member, refusal)
         elif isinstance(item, PlacementPrepared):
+            began_s = time.perf_counter()
             epoch = worker.dispatcher.adopt()
+            self._commit_s_max = max(self._commit_s_max, time.perf_counter() - began_s)
             if epoch is not None:
                 self._state = HealthState.READY
                 self._detail = self._detail if self._missing_since_s is not None else ""

@@ -11,6 +11,7 @@ from typing import Any
 from expertmesh.v1 import control_pb2, identity_pb2
 
 from cluster.events import (
+    Drain,
     Exit,
     Members,
     Order,
@@ -20,12 +21,14 @@ from cluster.events import (
     Register,
     Report,
     ReportBody,
+    Resize,
     Retire,
     Role,
     SendTrace,
 )
+from cluster.scaling import Refused
 from router.errors import PlacementError
-from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced, Unprepared
 from router.placement import EpochId, Member, Placement
 from router.wire import incarnation_to_pb, member_from_pb, placement_from_pb, placement_to_pb
 
@@ -62,6 +65,8 @@ def encode_report(report: Report) -> control_pb2.MemberReport:
             message.heartbeat.CopyFrom(_heartbeat(body))
         case Prepared(epoch):
             message.prepared.epoch.CopyFrom(_epoch(epoch))
+        case Unprepared(epoch, why):
+            message.unprepared.CopyFrom(control_pb2.Unprepared(epoch=_epoch(epoch), why=why))
         case Adopted(epoch):
             message.adopted.epoch.CopyFrom(_epoch(epoch))
         case PeerLost(member):
@@ -83,6 +88,8 @@ def _report_body(message: control_pb2.MemberReport) -> ReportBody:
             return _decode_heartbeat(message.heartbeat)
         case "prepared":
             return Prepared(_epoch_id(message.prepared.epoch))
+        case "unprepared":
+            return Unprepared(_epoch_id(message.unprepared.epoch), message.unprepared.why)
         case "adopted":
             return Adopted(_epoch_id(message.adopted.epoch))
         case "peer_lost":
@@ -90,7 +97,7 @@ def _report_body(message: control_pb2.MemberReport) -> ReportBody:
         case "trace":
             return Traced(message.trace.number, message.trace.trace)
         case other:
-            accepted = "register, heartbeat, prepared, adopted, peer_lost, trace"
+            accepted = "register, heartbeat, prepared, unprepared, adopted, peer_lost, trace"
             raise Malformed(f"report: body {other}; accepted: {accepted}")
 
 
@@ -146,6 +153,20 @@ def decode_status(reply: control_pb2.StatusReply) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise Malformed(f"status: a {type(document).__name__}; accepted: an object")
     return document
+
+
+def decode_resize(request: control_pb2.ResizeRequest) -> Resize | Drain:
+    if request.drain:
+        return Drain(request.drain)
+    return Resize(
+        request.attention if request.HasField("attention") else None,
+        request.experts if request.HasField("experts") else None,
+    )
+
+
+def encode_refused(refused: Refused) -> control_pb2.ResizeReply:
+    body = control_pb2.ResizeRefused(field=refused.field, value=refused.value, accepted=refused.accepted)
+    return control_pb2.ResizeReply(refused=body)
 
 
 def encode_placement(published: Placement | None) -> control_pb2.PlacementReply:

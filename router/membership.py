@@ -50,6 +50,14 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Unprepared:
+    """Expert worker: it cannot hold what this epoch gives it, and why. It goes on with what it holds."""
+
+    epoch: EpochId
+    why: str
+
+
+@dataclass(frozen=True)
 class Adopted:
     """Attention worker: used from its next step on. Said again when asked again."""
 
@@ -78,4 +86,4 @@ class Traced:
     trace: bytes
 
 
-MemberEvent = Prepared | Adopted | PeerLost | Traced | Failed
+MemberEvent = Prepared | Unprepared | Adopted | PeerLost | Traced | Failed

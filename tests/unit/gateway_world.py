@@ -192,7 +192,10 @@ def state_of(card: ModelCard, **limits: Any) -> tuple[GatewayState, EchoEngine]:
     async def trace(seconds: float) -> control_pb2.TraceReply:
         return control_pb2.TraceReply(traces=[f"{seconds:g} s".encode()], silent=["attention-1"])
 
-    return GatewayState(config, card, engine, ledger, metrics, status, trace, "0.1.0"), engine
+    async def resize(asked: control_pb2.ResizeRequest) -> control_pb2.ResizeReply:
+        raise AssertionError(f"no controller is here to be asked for {asked}")
+
+    return GatewayState(config, card, engine, ledger, metrics, status, trace, resize, "0.1.0"), engine
 
 
 async def settled() -> None:

@@ -236,6 +236,7 @@ DOCUMENT = {
     ],
     "scheduler": {"gauges": {"running": 3.0, "waiting": 1.0}},
     "gateways": [{"id": "gateway-0", "address": "http://127.0.0.1:8000", "state": "ready"}],
+    "scaling_failed": "expert-1: its memory is full",
     "failures": [{"id": "expert-0", "incarnation": 1, "reason": "silent for 5.1 s", "ago_s": 9.0}],
 }  # fmt: skip
 
@@ -283,6 +284,7 @@ def test_status_for_people_shows_workers_and_what_was_lost(
         "4.0 MiB bfloat16",
         "3 running, 1 waiting",
         "silent for 5.1 s",
+        "not scaled: expert-1: its memory is full",
     ):
         assert words in shown
 
