@@ -70,6 +70,7 @@ class Sibling:
     attempt: int
     seed: int
     accepted: Sequence[int]  # tokens the gateway already holds: given, never sampled again
+    score_from: int = 0  # logprobs of the prompt's tokens are wanted from here on; 0: of none
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ class Start:
     seed: int  # takes the place of the spec's own
     priority: int
     arrival: int  # count of admissions, over all terms: orders equals
+    score_from: int = 0
 
 
 @dataclass(frozen=True)
