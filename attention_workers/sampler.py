@@ -26,14 +26,20 @@ _PREFIX = 512
 
 
 def shaped(
-    logits: Tensor, params: Sampling, ruled_out: Collection[int], counts: TokenCounts, bad: Collection[int] = ()
+    logits: Tensor,
+    params: Sampling,
+    ruled_out: Collection[int],
+    counts: TokenCounts,
+    bad: Collection[int] = (),
+    by_grammar: np.ndarray | None = None,
 ) -> Tensor:
     """logits [V] float32 as rules, biases and penalties leave them: [V] float64, or themselves without any.
 
     `ruled_out` must leave a token that is allowed. `bad`: tokens that would complete a bad word; they give way
-    where nothing else is left. Penalties are as OpenAI (frequency, presence) and CTRL (repetition) have them.
+    where nothing else is left. `by_grammar`: what a grammar allows, [V] bool; where the other rules leave nothing
+    of it, it alone holds. Penalties are as OpenAI (frequency, presence) and CTRL (repetition) have them.
     """
-    if not (ruled_out or params.reshapes):
+    if not (ruled_out or params.reshapes or by_grammar is not None):
         return logits
     x = logits.numpy().astype(np.float64)
     if params.allowed_token_ids:
@@ -44,6 +50,10 @@ def shaped(
         before, x[list(bad)] = x[list(bad)], -np.inf
         if x.max() == -np.inf:
             x[list(bad)] = before
+    if by_grammar is not None:
+        x = np.where(by_grammar, x, -np.inf)
+        if x.max() == -np.inf:
+            x = np.where(by_grammar, logits.numpy().astype(np.float64), -np.inf)
     for token, bias in params.logit_bias:
         x[token] += bias
     if params.penalises:

@@ -10,6 +10,7 @@ from attention_workers.book import Book
 from attention_workers.step import (
     AttemptId,
     Completion,
+    Grammar,
     Plan,
     PromptLogprob,
     RunningSequence,
@@ -51,6 +52,17 @@ def start(message: step_pb2.Start) -> Start:
         spec.cache_salt,
         spec.num_prompt_logprobs,
         message.score_from,
+        grammar(spec.grammar) if spec.HasField("grammar") else None,
+    )
+
+
+def grammar(message: step_pb2.Grammar) -> Grammar:
+    return Grammar(
+        message.text,
+        tuple(message.eos),
+        tuple(message.thought_ends),
+        message.thought_tokens_max,
+        tuple(message.barred),
     )
 
 
