@@ -45,7 +45,9 @@ class Microbatch:
     write_offset: Tensor  # [T] int64: where in its block a token's key and value go
     kv: dict[LayerType, KvRows]
     sampled_rows: Tensor  # rows whose logits are wanted, in span order
-    scored: list[tuple[Span, int]]  # spans whose rows' logits are wanted for the prompt, and where their rows begin
+    scored: list[
+        tuple[Span, int]
+    ]  # spans whose rows' logits are wanted for the prompt, and where their rows begin
     hidden: Tensor  # [T, H]
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def completions(
-    bad_words: Sequence[tuple[int, ...]], tokens: Sequence[int], num_prompt: int
-) -> list[int]:
+def completions(bad_words: Sequence[tuple[int, ...]], tokens: Sequence[int], num_prompt: int) -> list[int]:
     """The last token of each word whose others are the last generated ones; the prompt's tokens begin no word.
 
     `tokens`: all of the sequence, the first `num_prompt` given with its prompt.

@@ -207,7 +207,12 @@ class Book:
     def _next_name(self, sequence: Sequence) -> bytes | None:
         """Of the block that it computes next from its beginning, if it could be skipped."""
         at = sequence.computed
-        if sequence.is_scoring or not self.prefixes.enabled or at % self.block_tokens or at + self.block_tokens >= len(sequence.tokens):
+        if (
+            sequence.is_scoring
+            or not self.prefixes.enabled
+            or at % self.block_tokens
+            or at + self.block_tokens >= len(sequence.tokens)
+        ):
             return None
         return sequence.names[at // self.block_tokens]
 
@@ -287,7 +292,7 @@ class Book:
     def scored(
         self, sequence: Sequence, position: int, logprobs: tuple[PromptLogprob, ...], result: StepResult
     ) -> None:
-        """A step brought logprobs of a prompt's tokens from `position` on, which is where they were wanted next."""
+        """A step brought logprobs of a prompt's tokens from `position` on, where they were wanted next."""
         assert position == sequence.scored
         sequence.scored += len(logprobs)
         delta = TokenDelta(

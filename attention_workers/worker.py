@@ -24,10 +24,8 @@ from attention_workers.step_trace import StepTrace
 from attention_workers.trace_records import Snapshot
 from router.dispatcher import Dispatcher
 
-
 SCORED_ROWS = 32
 """Rows of a prompt whose logits are held at once: 26 MB for 200,000 tokens."""
-
 
 _UNSOUND = "the model's logits are not finite"
 
@@ -117,7 +115,7 @@ class AttentionWorker:
         sequences: list[Sequence] = [span.sequence for span in batch.spans if span.samples]
         sound = torch.isfinite(logits).all(-1)
         if batch.scored:
-            sound &= torch.tensor([s.start.attempt in self.book.sequences for s in sequences])
+            sound &= torch.tensor([s.start.attempt in self.book.sequences for s in sequences], dtype=torch.bool)
         if not sound.all():
             for sequence in [s for s, is_sound in zip(sequences, sound.tolist(), strict=True) if not is_sound]:
                 sequences.remove(sequence)

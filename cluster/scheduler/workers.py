@@ -125,8 +125,8 @@ class WorkerBook:
         )
 
     def num_cached(self, entry: Waiting) -> int:
-        """Tokens of a prompt that it need not compute, as far as is known; never the last one, nor any that is to be
-        scored."""
+        """Tokens of a prompt that it need not compute, as far as is known; never the last one, nor one that is to
+        be scored."""
         if not self.limits.prefix_cache or not len(self.prefixes):
             return 0
         matched = self.prefixes.matched(hints_of(entry.submission, self.limits.block_tokens))
