@@ -289,4 +289,5 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         request.min_tokens,
         request.cache_salt,
         request.num_prompt_logprobs or 0,
+        request.grammar,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.errors import Refusal
-from gateway.request import Sampling, TokenDelta
+from gateway.request import Grammar, Sampling, TokenDelta
 
 
 class CloseReason(enum.Enum):
@@ -47,6 +47,7 @@ class Submission:
     min_tokens: int = 0
     cache_salt: str = ""
     num_prompt_logprobs: int = 0  # with each of the prompt's tokens that is scored, so many likeliest
+    grammar: Grammar | None = None
 
 
 class Receiver(Protocol):

@@ -24,8 +24,9 @@ _DEFINITIONS = ("$defs", "definitions")
 
 def calls_part(tools: Sequence[Tool], tags: Tags, *, one: bool, param: str) -> Part:
     """`one`: a single call; else one or more. Raises BadRequest for a parameter that no tag can name."""
+    line, invokes = literal("\n"), "invoke" if one else "invoke+"
     rules = [
-        f"start: {literal(chr(10))} <[{tags.calls}]> {literal(chr(10))} invoke{'' if one else '+'} <[{tags.calls_end}]>",
+        f"start: {line} <[{tags.calls}]> {line} {invokes} <[{tags.calls_end}]>",
         "invoke: " + " | ".join(f"tool{number}" for number in range(len(tools))),
     ]
     for number, tool in enumerate(tools):
