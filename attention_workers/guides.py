@@ -1,9 +1,9 @@
 """Grammars led along beside the model: what each sequence's grammar allows next, from its tokens alone.
 
-One thread, begun with the first grammar, compiles grammars, follows tokens and computes masks while the model
-computes the step that needs them. A sequence takes part in steps once its grammar is compiled. What a gateway
-sends here it has compiled itself, within bounds of time and size; the bounds below are for what no look ahead can
-tell, and end the one request that hits them.
+Two threads, begun with the first grammar: one compiles, so that nobody who runs waits for who comes; one follows
+tokens and computes masks while the model computes the step that needs them. A sequence takes part in steps once
+its grammar is compiled. What a gateway sends here it has compiled itself, within bounds of time and size; the
+bounds below are for what no look ahead can tell, and end the one request that hits them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attention_workers.step import Grammar, Start
 GRAMMARS_MAX = 64
 """Compiled grammars that are kept for further requests."""
 
-MASK_S_MAX = 5.0
+MASK_S_MAX = 2.0
 """Longest wait for what a grammar allows as one token. Meanwhile the whole step waits."""
 
 LIMITS = llguidance.LLParserLimits(
@@ -37,15 +37,32 @@ class GrammarTrouble(Exception):
     """No token can follow, or none was found within the bounds."""
 
 
+class _Lane:
+    """Work in turn, on a thread of its own. At most one piece waits for each sequence."""
+
+    def __init__(self, name: str) -> None:
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        self.put = self._inbox.put
+
+    def close(self, grace_s: float) -> None:
+        self._inbox.put(None)
+        self._thread.join(grace_s)
+
+    def _run(self) -> None:
+        while (work := self._inbox.get()) is not None:
+            work()
+
+
 class Guides:
     """The grammars of one worker."""
 
     def __init__(self, tokenizer: Path, vocab_size: int, on_begun: Callable[[], None]) -> None:
         """`tokenizer`: its tokenizer.json, read with the first grammar. `on_begun`: a sequence's grammar is
-        compiled; called from the thread."""
+        compiled; called from another thread."""
         self._path, self._vocab_size, self._on_begun = tokenizer, vocab_size, on_begun
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # one for each sequence
-        self._thread: threading.Thread | None = None
+        self._lanes: tuple[_Lane, _Lane] | None = None
         self._tokenizer: tuple[tuple[int, ...], llguidance.LLTokenizer] | None = None  # with its eos
         self._compiled: OrderedDict[Grammar, llguidance.LLMatcher] = OrderedDict()
 
@@ -53,23 +70,19 @@ class Guides:
         """For a sequence as its plan has it; None where it may say anything."""
         if start.grammar is None:
             return None
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="attention-grammars", daemon=True)
-            self._thread.start()
-        guide = GrammarGuide(self, start.grammar)
-        self._inbox.put(lambda: self._begin(guide, start.accepted))
+        if self._lanes is None:
+            self._lanes = _Lane("attention-grammars"), _Lane("attention-masks")
+        compiling, masks = self._lanes
+        guide = GrammarGuide(self, start.grammar, masks)
+        compiling.put(lambda: self._begin(guide, start.accepted))
         return guide
 
-    def later(self, work: Callable[[], None]) -> None:
-        self._inbox.put(work)
-
     def close(self, grace_s: float) -> None:
-        if self._thread is not None:
-            self._inbox.put(None)
-            self._thread.join(grace_s)
+        for lane in self._lanes or ():
+            lane.close(grace_s)
 
     def matcher(self, grammar: Grammar) -> llguidance.LLMatcher:
-        """At its beginning, the caller's own. On the thread. Raises GrammarTrouble."""
+        """At its beginning, the caller's own. Where grammars are compiled. Raises GrammarTrouble."""
         found = self._compiled.get(grammar)
         if found is None:
             found = llguidance.LLMatcher(self._tokens(grammar.eos), grammar.text, log_level=0, limits=LIMITS)
@@ -91,10 +104,6 @@ class Guides:
             self._tokenizer = eos, made
         return self._tokenizer[1]
 
-    def _run(self) -> None:
-        while (work := self._inbox.get()) is not None:
-            work()
-
     def _begin(self, guide: GrammarGuide, generated: tuple[int, ...]) -> None:
         guide.begin(generated)
         self._on_begun()
@@ -111,10 +120,10 @@ class Guides:
 
 
 class GrammarGuide:
-    """One sequence's place in its grammar. The thread moves it on; the one that samples waits for it."""
+    """One sequence's place in its grammar. Other threads move it on, in turn; the one that samples waits."""
 
-    def __init__(self, guides: Guides, grammar: Grammar) -> None:
-        self._guides, self._grammar = guides, grammar
+    def __init__(self, guides: Guides, grammar: Grammar, masks: _Lane) -> None:
+        self._guides, self._grammar, self._masks = guides, grammar, masks
         self._matcher: llguidance.LLMatcher | None = None
         self._is_thinking = bool(grammar.thought_ends)
         self._num_thought = 0
@@ -133,9 +142,9 @@ class GrammarGuide:
 
     def follow(self, token: int) -> None:
         self._is_there.clear()
-        self._guides.later(lambda: self._move((token,)))
+        self._masks.put(lambda: self._move((token,)))
 
-    # --- on the thread -------------------------------------------------------------------------
+    # --- on the other threads ------------------------------------------------------------------
 
     def begin(self, generated: Sequence[int]) -> None:
         self._move(generated, is_first=True)

@@ -50,7 +50,7 @@ class GrammarJudge:
         finally:
             self._lock.release()
         if trouble:
-            raise BadRequest(f"{param} cannot be held to: {presentable(trouble)}", param=param)
+            raise BadRequest(f"{param} cannot be held to: {presentable(' '.join(trouble.split()))}", param=param)
 
     def _asked(self, grammar: str, s_max: float) -> str:
         if self._process is None or self._process.poll() is not None:
