@@ -26,9 +26,10 @@ test: setup
 	$(BIN)/python -m pytest
 
 # Longer than `make test`: ten times as many topologies, 10,000 histories of the scheduler, 2,000 answers cut in
-# all ways.
+# all ways, 500 schemas kept to.
 soak: setup
 	$(BIN)/python -m pytest tests/equivalence/test_grand.py --topologies 500
+	$(BIN)/python -m pytest tests/equivalence/test_grammars.py --schemas 500 -s
 	$(BIN)/python -m tests.unit.scheduler_soak
 	$(BIN)/python -m tests.unit.parser_soak
 
