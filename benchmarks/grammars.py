@@ -35,7 +35,7 @@ from router.dispatcher import Dispatcher
 from router.placement import Member, spread
 from router.transport.select import attention_end
 
-MODEL_LEN, TOKENS = 512, 160
+MODEL_LEN, TOKENS = 512, 96
 ITEM = {
     "type": "object",
     "properties": {
