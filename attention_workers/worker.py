@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
 from typing import Any, Literal
 
 import numpy as np
@@ -167,11 +166,11 @@ def _experts(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -
 def _next_token(sequence: Sequence, logits: Tensor, by_grammar: np.ndarray | None) -> int:
     """logits [V]: those of the sequence's last token. `by_grammar`: what may follow, [V]; None: all."""
     start, position = sequence.start, sequence.num_generated
-    if start.sampling.penalises:
-        sequence.counts.follow(sequence.tokens, len(start.prompt))
+    params = start.sampling
     ruled_out = start.stop_token_ids if position < start.min_tokens else ()
-    bad: Collection[int] = ()
-    if start.sampling.bad_words:
-        bad = bad_words.completions(start.sampling.bad_words, sequence.tokens, len(start.prompt))
-    shaped = sampler.shaped(logits, start.sampling, ruled_out, sequence.counts, bad, by_grammar)
-    return sampler.sample(shaped, position, start.sampling)
+    if ruled_out or params.reshapes or by_grammar is not None:
+        if params.penalises:
+            sequence.counts.follow(sequence.tokens, len(start.prompt))
+        bad = bad_words.completions(params.bad_words, sequence.tokens, len(start.prompt))
+        logits = sampler.shaped(logits, params, ruled_out, sequence.counts, bad, by_grammar)
+    return sampler.sample(logits, position, params)

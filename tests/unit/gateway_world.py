@@ -106,6 +106,7 @@ class EchoEngine:
         self.finished: list[tuple[str, int, int, int]] = []
         self.num_refused = 0  # late tokens of lost workers that the ledger did not want
         self.score_deaths: set[int] = set()  # prompt tokens before whose logprobs a worker is lost, once
+        self.scores = True  # False: it says nothing of prompts
         self.cached: dict[int, int] = {}  # by sibling: tokens of the prompt that it says were cached
         self.says: tuple[int, ...] | None = None  # instead of the prompt, then eos
         self.ledger: Ledger | None = None
@@ -139,7 +140,8 @@ class EchoEngine:
     async def _run(self, submission: Submission, sibling: Sibling) -> None:
         ledger, key = self.ledger, (submission.request_id, sibling.index, sibling.attempt)
         assert ledger is not None
-        for position in range(sibling.score_from, len(submission.prompt)) if sibling.score_from else ():
+        wanted = range(sibling.score_from or len(submission.prompt), len(submission.prompt))
+        for position in wanted if self.scores else ():
             await asyncio.sleep(0)
             if position in self.score_deaths:
                 self.score_deaths.remove(position)
