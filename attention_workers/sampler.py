@@ -4,8 +4,8 @@ Each row is computed alone, in float64 and in one order, so that neither the bat
 The uniform number comes from Philox keyed by the sequence's seed, counted by position.
 
 The order is vLLM's (its `v1.sample.sampler`), where order matters: all but `allowed_token_ids`, what would
-complete a bad word, and stop tokens before `min_tokens` are ruled out; `logit_bias` is added; repetition, then
-frequency, then presence penalties; temperature; `min_p`, `top_k`, `top_p`.
+complete a bad word, stop tokens before `min_tokens` and what a grammar does not allow are ruled out; `logit_bias` is
+added; repetition, then frequency, then presence penalties; temperature; `min_p`, `top_k`, `top_p`.
 Greedy sampling ends before the temperature. Logprobs are the model's own, from before all of this.
 """
 
