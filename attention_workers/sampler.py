@@ -4,7 +4,7 @@ Each row is computed alone, in float64 and in one order, so that neither the bat
 The uniform number comes from Philox keyed by the sequence's seed, counted by position.
 
 The order is vLLM's (its `v1.sample.sampler`), where order matters: all but `allowed_token_ids`, what would
-complete a bad word, stop tokens before `min_tokens` and what a grammar does not allow are ruled out; `logit_bias` is
+complete a bad word, stop tokens before `min_tokens`, what a grammar does not allow are ruled out; `logit_bias` is
 added; repetition, then frequency, then presence penalties; temperature; `min_p`, `top_k`, `top_p`.
 Greedy sampling ends before the temperature. Logprobs are the model's own, from before all of this.
 """
@@ -72,8 +72,10 @@ def sample(logits: Tensor, position: int, params: Sampling) -> int:
     if params.temperature == 0.0:
         return int(torch.argmax(logits))  # the first of equals
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
-        ids = np.arange(len(logits))
-        weights = _weights(logits.numpy(), float(logits.max()), params.temperature)
+        x = logits.numpy()
+        # Shaped ones may rule out most of the vocabulary; what weighs nothing adds nothing to the sums below.
+        ids = np.flatnonzero(x > -np.inf) if x.dtype == np.float64 else np.arange(len(x))
+        weights = _weights(x[ids] if len(ids) < len(x) else x, float(logits.max()), params.temperature)
     else:
         ids, weights = _nucleus(logits, params)
     cumulative = np.cumsum(weights)

@@ -79,6 +79,9 @@ class GenerateBody(Body):
     guided_regex: Any = Field(None, description="a regular expression")
     guided_choice: Any = Field(None, description="a list of strings, one of which is the answer")
     guided_grammar: Any = Field(None, description="a grammar in Lark's syntax")
+    thinking_token_budget: int | None = Field(
+        None, ge=0, lt=_INT32, description="for chat, an integer of at least 0: the longest thought, in tokens"
+    )
     return_token_ids: bool | None = Field(None, description="true or false")
     return_tokens_as_token_ids: bool | None = Field(None, description="true or false")
 
@@ -104,9 +107,6 @@ class ChatBody(GenerateBody):
     )
     parallel_tool_calls: bool | None = Field(None, description="true or false")
     include_reasoning: bool | None = Field(None, description="true or false")
-    thinking_token_budget: int | None = Field(
-        None, ge=0, lt=_INT32, description="an integer of at least 0: the longest thought, in tokens"
-    )
 
 
 class TokenizeBody(Body):
@@ -141,7 +141,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": (None, {}),
     "modalities": (None, ["text"]),
     "audio": (None,),
-    "thinking_token_budget": (None,),
 }
 
 Kind = TypeVar("Kind", bound=Body)

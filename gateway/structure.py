@@ -34,6 +34,8 @@ class Structure:
         self._config = config
 
     def of_completion(self, body: GenerateBody, requests: Requests) -> Requests:
+        if body.thinking_token_budget is not None:
+            raise invalid("thinking_token_budget", body.thinking_token_budget, "null: a completion has no thought")
         part = grammar.wanted(body)
         if part is None:
             return requests
