@@ -16,13 +16,14 @@ are wanted, all tokens are from the first on whose logits somebody waits for.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from attention_workers import prefix_names
 from attention_workers.batching import Pace, in_turn, share
 from attention_workers.kv_blocks import BlockTable, KvBlocks
 from attention_workers.prefix_cache import PrefixCache
-from attention_workers.sequence import Sequence, Span
+from attention_workers.sequence import Guide, Sequence, Span
 from attention_workers.step import (
     AttemptId,
     Completion,
@@ -53,9 +54,11 @@ class Book:
         rows_max: int = 1024,
         sliding: KvBlocks | None = None,
         prefix_cache: bool = True,
+        guide_of: Callable[[Start], Guide | None] = lambda _: None,
     ) -> None:
         """`rows_max`: rows of one step that the exchange can carry; at least `sequences_max`. `sliding`: the
-        space of sliding layers, with room for at least one token and its window; None where no layer slides."""
+        space of sliding layers, with room for at least one token and its window; None where no layer slides.
+        `guide_of`: what leads a sequence along its grammar."""
         assert sequences_max <= rows_max
         self.spaces: dict[LayerType, KvBlocks] = {FULL: blocks}
         if sliding is not None:
@@ -75,6 +78,7 @@ class Book:
         self.num_refused = 0
         self.is_draining = False
         self.pace = Pace()
+        self._guide_of = guide_of
         self._step_tokens_max = 512
         self._chunk_tokens_max = 256
 
@@ -130,6 +134,7 @@ class Book:
             self._deliver(sequence, TokenDelta(start.attempt, sequence.num_generated, (), finish=reason), result)
             self._end(sequence, reason, result)
         else:
+            sequence.guide = self._guide_of(start)
             self.prefixes.num_tokens += len(sequence.tokens)
             if not any(s.is_paused and s.order < sequence.order for s in self.sequences.values()):
                 self._skip_cached(sequence)
@@ -148,7 +153,8 @@ class Book:
 
     def compose(self, result: StepResult) -> list[Span]:
         """The next step's spans, with blocks taken for them: decodes first, then prompt chunks."""
-        running = sorted((s for s in self.sequences.values() if s.pending), key=lambda s: s.order)
+        running = [s for s in self.sequences.values() if s.pending and s.has_begun]
+        running.sort(key=lambda s: s.order)
         spans: dict[AttemptId, Span] = {}
         budget = self._step_tokens_max
         for sequence in [s for s in running if s.pending == 1 and s.computed]:

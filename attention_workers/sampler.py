@@ -4,8 +4,8 @@ Each row is computed alone, in float64 and in one order, so that neither the bat
 The uniform number comes from Philox keyed by the sequence's seed, counted by position.
 
 The order is vLLM's (its `v1.sample.sampler`), where order matters: all but `allowed_token_ids`, what would
-complete a bad word, and stop tokens before `min_tokens` are ruled out; `logit_bias` is added; repetition, then
-frequency, then presence penalties; temperature; `min_p`, `top_k`, `top_p`.
+complete a bad word, stop tokens before `min_tokens`, what a grammar does not allow are ruled out; `logit_bias` is
+added; repetition, then frequency, then presence penalties; temperature; `min_p`, `top_k`, `top_p`.
 Greedy sampling ends before the temperature. Logprobs are the model's own, from before all of this.
 """
 
@@ -27,14 +27,20 @@ _PREFIX = 512
 
 
 def shaped(
-    logits: Tensor, params: Sampling, ruled_out: Collection[int], counts: TokenCounts, bad: Collection[int] = ()
+    logits: Tensor,
+    params: Sampling,
+    ruled_out: Collection[int],
+    counts: TokenCounts,
+    bad: Collection[int] = (),
+    by_grammar: np.ndarray | None = None,
 ) -> Tensor:
     """logits [V] float32 as rules, biases and penalties leave them: [V] float64, or themselves without any.
 
     `ruled_out` must leave a token that is allowed. `bad`: tokens that would complete a bad word; they give way
-    where nothing else is left. Penalties are as OpenAI (frequency, presence) and CTRL (repetition) have them.
+    where nothing else is left. `by_grammar`: what a grammar allows, [V] bool; where the other rules leave nothing
+    of it, it alone holds. Penalties are as OpenAI (frequency, presence) and CTRL (repetition) have them.
     """
-    if not (ruled_out or params.reshapes):
+    if not (ruled_out or params.reshapes or by_grammar is not None):
         return logits
     x = logits.numpy().astype(np.float64)
     if params.allowed_token_ids:
@@ -45,6 +51,10 @@ def shaped(
         before, x[list(bad)] = x[list(bad)], -np.inf
         if x.max() == -np.inf:
             x[list(bad)] = before
+    if by_grammar is not None:
+        x = np.where(by_grammar, x, -np.inf)
+        if x.max() == -np.inf:
+            x = np.where(by_grammar, logits.numpy().astype(np.float64), -np.inf)
     for token, bias in params.logit_bias:
         x[token] += bias
     if params.penalises:
@@ -62,8 +72,10 @@ def sample(logits: Tensor, position: int, params: Sampling) -> int:
     if params.temperature == 0.0:
         return int(torch.argmax(logits))  # the first of equals
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
-        ids = np.arange(len(logits))
-        weights = _weights(logits.numpy(), float(logits.max()), params.temperature)
+        x = logits.numpy()
+        # Shaped ones may rule out most of the vocabulary; what weighs nothing adds nothing to the sums below.
+        ids = np.flatnonzero(x > -np.inf) if x.dtype == np.float64 else np.arange(len(x))
+        weights = _weights(x[ids] if len(ids) < len(x) else x, float(logits.max()), params.temperature)
     else:
         ids, weights = _nucleus(logits, params)
     cumulative = np.cumsum(weights)

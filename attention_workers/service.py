@@ -20,6 +20,7 @@ from attention_workers import wire
 from attention_workers.attention_model import AttentionModel
 from attention_workers.book import Book, OrderRefused
 from attention_workers.config import AttentionConfig
+from attention_workers.guides import Guides
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.kv_sizes import size_spaces
 from attention_workers.preparing import Preparing
@@ -56,7 +57,11 @@ class PlacementPrepared:
     """There are links to adopt."""
 
 
-_Item = Plan | PlacementPrepared | GatewayGone | AttemptsRefused | None
+class GrammarBegun:
+    """A sequence that waited for its grammar can be computed."""
+
+
+_Item = Plan | PlacementPrepared | GrammarBegun | GatewayGone | AttemptsRefused | None
 
 
 class AttentionService:
@@ -88,6 +93,7 @@ class AttentionService:
         self._commit_s_max = 0.0  # longest pause between two steps to use a new placement
         self._turns = 0
         self._missing_since_s: float | None = None  # experts, as far as the last step found
+        self._guides: Guides | None = None
         self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell, self._fail)
         self._preparing = Preparing(self._prepare, lambda: self._tell(PlacementPrepared()), self._fail)
         self._compute = threading.Thread(target=self._run, name="attention-compute", daemon=True)
@@ -149,6 +155,8 @@ class AttentionService:
         self._compute.join(grace_s)
         if self._worker is not None:
             self._preparing.close(grace_s)
+            if self._guides is not None:
+                self._guides.close(grace_s)
             if not self._compute.is_alive():
                 self._worker.dispatcher.close()
         self._streams.close(grace_s)
@@ -205,6 +213,9 @@ class AttentionService:
         shape = checkpoint.config
         router = self._router.fitted(shape.experts_per_token, shape.hidden_size, dtype.itemsize)
         sequences_max = min(config.sequences_max, router.rows_max)  # each may be a row of one step
+        self._guides = Guides(
+            self._model_path / "tokenizer.json", shape.vocab_size, lambda: self._tell(GrammarBegun())
+        )
         book = Book(
             checkpoint.fingerprint,
             self.member.incarnation,
@@ -215,6 +226,7 @@ class AttentionService:
             router.rows_max,
             sliding,
             config.prefix_cache,
+            self._guides.open,
         )
         rows, replies = router.rows_sent(config.numerics), router.answers(config.numerics)
         identity = LinkIdentity(

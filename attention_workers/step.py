@@ -56,6 +56,17 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What the generated tokens must be together: a thought, where it can end, and behind it `text`."""
+
+    text: str  # as llguidance reads it; empty: anything
+    eos: tuple[int, ...]  # what may follow when it is complete
+    thought_ends: tuple[int, ...] = ()  # the first to come ends the thought; none: there is no thought
+    thought_tokens_max: int = 0  # then the first of its ends is forced
+    barred: tuple[int, ...] = ()  # from the thought
+
+
+@dataclass(frozen=True)
 class Start:
     """Run this sequence until it ends by itself or is stopped."""
 
@@ -74,6 +85,7 @@ class Start:
     num_prompt_logprobs: int = 0  # with each of the prompt's tokens that is scored, so many likeliest
     score_from: int = 0  # logprobs of the prompt's tokens are wanted from here on; 0: of none
     handle: int = 0  # names this start in what the scheduler is told
+    grammar: Grammar | None = None  # None: any tokens
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from attention_workers.step import (
     AttemptId,
     Completion,
     FinishReason,
+    Grammar,
     Plan,
     PromptLogprob,
     RunningSequence,
@@ -53,6 +54,17 @@ def start(message: step_pb2.Start) -> Start:
         spec.num_prompt_logprobs,
         message.score_from,
         message.handle,
+        grammar(spec.grammar) if spec.HasField("grammar") else None,
+    )
+
+
+def grammar(message: step_pb2.Grammar) -> Grammar:
+    return Grammar(
+        message.text,
+        tuple(message.eos),
+        tuple(message.thought_ends),
+        message.thought_tokens_max,
+        tuple(message.barred),
     )
 
 

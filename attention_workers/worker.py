@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from attention_workers import bad_words, sampler
 from attention_workers.attention_model import AttentionModel, Microbatch
 from attention_workers.book import Book
 from attention_workers.decode import Experts, decode_step
+from attention_workers.guides import GrammarTrouble
 from attention_workers.microbatch import split
 from attention_workers.microbatch_choice import MICROBATCHES_MAX, MicrobatchChoice, kind_of
 from attention_workers.sequence import Sequence, Span
@@ -119,14 +121,33 @@ class AttentionWorker:
                 if sequence.start.attempt in self.book.sequences:  # else its prompt's logits were not finite
                     self.book.fail(sequence, _UNSOUND, result)
             logits = logits[sound]
-        tokens = [_next_token(s, row) for s, row in zip(sequences, logits, strict=True)]
+        sequences, logits, guided = self._guided(sequences, logits, result)
+        tokens = [_next_token(s, row, mask) for s, row, mask in zip(sequences, logits, guided, strict=True)]
         found = sampler.logprobs(logits, tokens, [s.start.num_logprobs for s in sequences])
         for sequence, token, logprob in zip(sequences, tokens, found, strict=True):
             delta = TokenDelta(
                 sequence.start.attempt, sequence.num_generated, (token,), (logprob,) if logprob else ()
             )
             self.book.sampled(sequence, token, delta, result)
+            if sequence.guide is not None and sequence.start.attempt in self.book.sequences:
+                sequence.guide.follow(token)
             self.tokens += 1
+
+    def _guided(
+        self, sequences: list[Sequence], logits: Tensor, result: StepResult
+    ) -> tuple[list[Sequence], Tensor, list[np.ndarray | None]]:
+        """The sequences that can go on with their logits, and what their grammars allow."""
+        kept, masks = [], list[np.ndarray | None]()
+        for row, sequence in enumerate(sequences):
+            try:
+                masks.append(sequence.guide.allowed() if sequence.guide is not None else None)
+            except GrammarTrouble as trouble:
+                self.book.fail(sequence, str(trouble), result)
+            else:
+                kept.append(row)
+        if len(kept) == len(sequences):
+            return sequences, logits, masks
+        return [sequences[row] for row in kept], logits[kept], masks
 
 
 def _experts(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -> Experts[Any]:
@@ -142,14 +163,14 @@ def _experts(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -
     )  # fmt: skip
 
 
-def _next_token(sequence: Sequence, logits: Tensor) -> int:
-    """logits [V]: those of the sequence's last token."""
+def _next_token(sequence: Sequence, logits: Tensor, by_grammar: np.ndarray | None) -> int:
+    """logits [V]: those of the sequence's last token. `by_grammar`: what may follow, [V]; None: all."""
     start, position = sequence.start, sequence.num_generated
     params = start.sampling
     ruled_out = start.stop_token_ids if position < start.min_tokens else ()
-    if ruled_out or params.reshapes:
+    if ruled_out or params.reshapes or by_grammar is not None:
         if params.penalises:
             sequence.counts.follow(sequence.tokens, len(start.prompt))
         bad = bad_words.completions(params.bad_words, sequence.tokens, len(start.prompt))
-        logits = sampler.shaped(logits, params, ruled_out, sequence.counts, bad)
+        logits = sampler.shaped(logits, params, ruled_out, sequence.counts, bad, by_grammar)
     return sampler.sample(logits, position, params)

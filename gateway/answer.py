@@ -101,7 +101,8 @@ async def _read(state: GatewayState, request: Request, work: Callable[[Validator
     content_type = request.headers.get("content-type", "")
     validator = Validator(state.card, state.config, state.model_len_max)
     async with state.intake.body(request) as raw:
-        return await beside(len(raw), lambda: work(validator, bodies.parse(raw, content_type)))
+        may_wait = bodies.may_have_grammar(raw)
+        return await beside(len(raw), lambda: work(validator, bodies.parse(raw, content_type)), may_wait=may_wait)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -70,6 +70,19 @@ class GenerateBody(Body):
         None, min_length=1, max_length=256, description="a string of 1 to 256 characters"
     )
     timeout: float | None = Field(None, gt=0, description="a number of seconds above 0")
+    response_format: Any = Field(
+        None, description='{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": …}'
+    )
+    structured_outputs: Any = Field(
+        None, description="an object with exactly one of json, json_object, regex, choice and grammar"
+    )
+    guided_json: Any = Field(None, description="a JSON Schema, as an object or as its JSON")
+    guided_regex: Any = Field(None, description="a regular expression")
+    guided_choice: Any = Field(None, description="a list of strings, one of which is the answer")
+    guided_grammar: Any = Field(None, description="a grammar in Lark's syntax")
+    thinking_token_budget: int | None = Field(
+        None, ge=0, lt=_INT32, description="for chat, an integer of at least 0: the longest thought, in tokens"
+    )
     return_token_ids: bool | None = Field(None, description="true or false")
     return_tokens_as_token_ids: bool | None = Field(None, description="true or false")
 
@@ -90,7 +103,9 @@ class ChatBody(GenerateBody):
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = Field(None, ge=0, description="an integer of at least 0, with logprobs: true")
     tools: Any = Field(None, description="a list of tools, each an object with type and function")
-    tool_choice: Any = Field(None, description='"none", or with tools "auto"')
+    tool_choice: Any = Field(
+        None, description='"none"; with tools "auto", "required", or {"type": "function", "function": {"name": …}}'
+    )
     parallel_tool_calls: bool | None = Field(None, description="true or false")
     include_reasoning: bool | None = Field(None, description="true or false")
 
@@ -115,8 +130,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none"),
     "functions": (None,),
     "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None,),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -129,7 +142,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": (None, {}),
     "modalities": (None, ["text"]),
     "audio": (None,),
-    "thinking_token_budget": (None,),
 }
 
 Kind = TypeVar("Kind", bound=Body)
@@ -147,6 +159,11 @@ def parse(raw: bytes | bytearray, content_type: str) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest(f"the body is {shown(body)}; accepted: a JSON object", code="invalid_json")
     return body
+
+
+def may_have_grammar(raw: bytes | bytearray) -> bool:
+    """Whether the answer may have to be held to one, which takes time to compile. True for some without."""
+    return any(name in raw for name in (b"response_format", b"structured_outputs", b"guided_", b"tool_choice"))
 
 
 def read(body: dict[str, Any], kind: type[Kind]) -> tuple[Kind, tuple[str, ...]]:

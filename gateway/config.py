@@ -51,6 +51,12 @@ class GatewayConfig(BaseModel):
     allowed_token_ids_max: int = Field(default=4096, ge=1, le=2**20)
     """Tokens in one request's `allowed_token_ids`. Each takes some 40 bytes here and at the worker."""
 
+    grammar_bytes_max: int = Field(default=64 * 2**10, ge=256, le=2**20)
+    """Largest grammar that an answer is held to, schemas of forced tools included."""
+
+    grammar_s_max: float = Field(default=2.0, gt=0, le=60)
+    """Longest time that compiling one may take; as long may others wait whose grammars come next."""
+
     logprobs_max: int = Field(default=20, ge=0, le=64)
     """Alternatives shown per token, of a prompt's tokens too."""
 

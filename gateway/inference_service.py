@@ -97,7 +97,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             async with self._named(request.request_id, context) as name:
                 state.check_open()
-                call = await beside(request.ByteSize(), lambda: wire.call_of(request, self._validator))
+                call = await beside(
+                    request.ByteSize(),
+                    lambda: wire.call_of(request, self._validator),
+                    may_wait=wire.may_have_grammar(request),
+                )
                 call = call.within(context.time_remaining())
                 generation = await state.ledger.open(call.requests)
                 running = Running(state, call, generation, meter)

@@ -44,6 +44,12 @@ def call_of(request: AnyGenerate, validator: Validator) -> Call:
             raise _no_prompt("text, tokens or chat")
 
 
+def may_have_grammar(request: AnyGenerate) -> bool:
+    """Whether an answer may be held to one, which takes time to compile."""
+    options = request.options
+    return bool(options.guided_json or options.guided_regex or options.guided_choice or options.guided_grammar)
+
+
 def tokenize_body(request: inference_pb2.TokenizeRequest) -> dict[str, Any]:
     """Raises BadRequest."""
     match request.WhichOneof("prompt"):

@@ -312,4 +312,5 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         # A thousandth of a second stands for none at all: 0 would be no deadline.
         0.0 if math.isinf(request.time_s) else max(generation.time_left_s, 0.001),
         asyncio.get_running_loop().time() - generation.began_s,
+        request.grammar,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.errors import Refusal
-from gateway.request import Sampling, TokenDelta
+from gateway.request import Grammar, Sampling, TokenDelta
 
 
 class CloseReason(enum.Enum):
@@ -50,6 +50,7 @@ class Submission:
     num_prompt_logprobs: int = 0  # with each of the prompt's tokens that is scored, so many likeliest
     time_left_s: float = 0.0  # until its deadline; 0: it has none
     waited_s: float = 0.0  # since it was first submitted
+    grammar: Grammar | None = None
 
 
 class Receiver(Protocol):

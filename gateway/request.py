@@ -40,6 +40,17 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What the generated tokens must be together: a thought, where it can end, and behind it `text`."""
+
+    text: str  # as llguidance reads it; empty: anything
+    eos: tuple[int, ...]  # what may follow when it is complete
+    thought_ends: tuple[int, ...] = ()  # the first to come ends the thought; none: there is no thought
+    thought_tokens_max: int = 0  # then the first of its ends is forced
+    barred: tuple[int, ...] = ()  # from the thought
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """One prompt and the n sequences wanted for it. `stop_token_ids` holds eos too unless it is ignored."""
 
@@ -57,6 +68,7 @@ class GenerateRequest:
     cache_salt: str = ""  # cached prefixes are shared among requests of one salt
     num_prompt_logprobs: int | None = None  # None: none; 0: those of the prompt's tokens; k: and the k likeliest
     time_s: float = math.inf  # from its admission to its deadline
+    grammar: Grammar | None = None  # None: any tokens
 
 
 class PromptLogprob(NamedTuple):

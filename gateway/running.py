@@ -24,9 +24,9 @@ _IN_LOOP_BYTES_MAX = 32_768  # larger messages are rendered and tokenised in a t
 Result = TypeVar("Result")
 
 
-async def beside(size_bytes: int, work: Callable[[], Result]) -> Result:
+async def beside(size_bytes: int, work: Callable[[], Result], *, may_wait: bool = False) -> Result:
     """The result of `work` on a message of this size: in a thread where it would hold up everyone's streams."""
-    return work() if size_bytes <= _IN_LOOP_BYTES_MAX else await asyncio.to_thread(work)
+    return await asyncio.to_thread(work) if may_wait or size_bytes > _IN_LOOP_BYTES_MAX else work()
 
 
 class Running:

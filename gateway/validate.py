@@ -10,7 +10,8 @@ Decisions a client can see:
 - `max_tokens` 0 with `echo` is one token that nobody is shown or billed;
 - `best_of` may say what `n` says: nothing is sampled beyond what is shown;
 - `min_tokens` holds back stop strings as well as stop tokens, eos among them;
-- a tool_choice of "none" hides the tools from the model; `strict` of a tool is let through, and named as ignored;
+- a tool_choice of "none" hides the tools from the model; `strict` of a tool that need not be called is let
+  through, and named as ignored;
 - `model` left out is the served model.
 """
 
@@ -30,6 +31,7 @@ from gateway.errors import BadRequest, TooLarge, invalid, shown
 from gateway.model_card import ModelCard
 from gateway.prompts import Prompt, Prompts, check_model, token_ids
 from gateway.request import GenerateRequest, Sampling
+from gateway.structure import Structure
 from gateway.tools import Tool
 
 _TEMPERATURE_MIN = 1e-4
@@ -51,6 +53,7 @@ class Call:
     ignored: tuple[str, ...]  # names of fields nobody looked at
     tools: tuple[Tool, ...] = ()  # those the model may call
     parallel_tool_calls: bool = True
+    is_call_named: bool = False  # the client said which tool is called
     include_reasoning: bool = True
     echo: bool = False  # the prompt is said again before each answer
     wants_answer: bool = True  # False: only the echo
@@ -87,6 +90,7 @@ class Validator:
         self._config = config
         self._model_len_max = model_len_max
         self._prompts = Prompts(card, config)
+        self._structure = Structure(card, config)
 
     def completion(self, raw: dict[str, Any]) -> Call:
         body, ignored = read(raw, CompletionBody)
@@ -102,7 +106,10 @@ class Validator:
         limits = [self._room(prompt, "prompt", "max_tokens", asked, _COMPLETION_TOKENS) for prompt in prompts]
         scores = [k for k in (body.prompt_logprobs, body.logprobs if body.echo else None) if k is not None]
         call = self._call("cmpl", body, ignored, prompts, limits, body.logprobs, max(scores, default=None))
-        return dataclasses.replace(call, echo=bool(body.echo), wants_answer=body.max_tokens != 0)
+        requests = self._structure.of_completion(body, call.requests)
+        return dataclasses.replace(
+            call, requests=requests, echo=bool(body.echo), wants_answer=body.max_tokens != 0
+        )
 
     def chat(self, raw: dict[str, Any]) -> Call:
         body, ignored = read(raw, ChatBody)
@@ -113,17 +120,21 @@ class Validator:
         if top > self._config.logprobs_max:
             raise invalid("top_logprobs", top, f"an integer from 0 to {self._config.logprobs_max}")
         tools = self._prompts.tools(body.tools, body.tool_choice)
-        if any(tool.is_strict for tool in tools):
-            ignored += ("tools.strict",)
         prompt = self._prompts.of_chat(body.messages, tools)
         name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = self._room(prompt, "messages", name, asked, self._model_len_max)
         num_logprobs = top if body.logprobs else None
         call = self._call("chatcmpl", body, ignored, [prompt], [limit], num_logprobs, body.prompt_logprobs)
+        request = self._structure.of_chat(body, tools, call.requests[0])
+        if any(tool.is_strict for tool in tools) and not (request.grammar and request.grammar.text):
+            ignored += ("tools.strict",)
         return dataclasses.replace(
             call,
+            requests=(request,),
+            ignored=ignored,
             tools=tools,
+            is_call_named=isinstance(body.tool_choice, dict),
             parallel_tool_calls=body.parallel_tool_calls is not False,
             include_reasoning=body.include_reasoning is not False,
         )

@@ -11,7 +11,7 @@ from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 from gateway.config import GatewayConfig
 from gateway.errors import MalformedMessage, NotReady, Overloaded, Refusal, TooLarge, presentable
 from gateway.port import CloseReason, Submission
-from gateway.request import FinishReason, PromptLogprob, Sampling, TokenDelta
+from gateway.request import FinishReason, Grammar, PromptLogprob, Sampling, TokenDelta
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def submit(submission: Submission, bytes_max: int) -> schedule_pb2.Submit:
             min_tokens=submission.min_tokens,
             cache_salt=submission.cache_salt,
             num_prompt_logprobs=submission.num_prompt_logprobs,
+            grammar=None if submission.grammar is None else _grammar(submission.grammar),
         ),
         siblings=[
             schedule_pb2.Sibling(
@@ -112,6 +113,16 @@ def _sampling(sampling: Sampling) -> step_pb2.Sampling:
         logit_bias=[step_pb2.TokenBias(token=token, bias=bias) for token, bias in sampling.logit_bias],
         allowed_token_ids=sampling.allowed_token_ids,
         bad_words=[step_pb2.TokenSequence(tokens=word) for word in sampling.bad_words],
+    )
+
+
+def _grammar(grammar: Grammar) -> step_pb2.Grammar:
+    return step_pb2.Grammar(
+        text=grammar.text,
+        eos=grammar.eos,
+        thought_ends=grammar.thought_ends,
+        thought_tokens_max=grammar.thought_tokens_max,
+        barred=grammar.barred,
     )
 
 

@@ -199,3 +199,27 @@ def test_a_token_ruled_out_is_never_sampled_and_a_bias_of_100_decides(params):
     shaped = sampler.shaped(row, biased, (), TokenCounts())
     assert {sampler.sample(shaped, p, params) for p in range(100)} == {17}
     assert shaped[3] == row[3].double() + 50.0
+
+
+@pytest.mark.parametrize("count", [1, 3, 500, 999])
+def test_a_grammar_rules_out_the_rest_and_changes_no_odds(count):
+    """The same token as where what is ruled out was weighed too, and gave nothing."""
+    row, allowed = logits(), np.zeros(1000, np.bool_)
+    allowed[np.random.default_rng(count).permutation(1000)[:count]] = True
+    for params in (Sampling(seed=3), Sampling(temperature=0.0), Sampling(top_k=40, top_p=0.9, seed=3)):
+        shaped = sampler.shaped(row, params, (), TokenCounts(), by_grammar=allowed)
+        low = torch.where(torch.from_numpy(allowed), row, -3e38)  # float32: weighed, to nothing
+        for position in range(30):
+            taken = sampler.sample(shaped, position, params)
+            assert allowed[taken]
+            if params.top_k == 0:
+                assert taken == sampler.sample(low, position, params)
+
+
+def test_where_other_rules_leave_nothing_of_a_grammar_it_alone_holds():
+    row, allowed = logits(), np.zeros(1000, np.bool_)
+    allowed[[4, 9]] = True
+    params = Sampling(allowed_token_ids=(4, 5))
+    assert sampler.sample(sampler.shaped(row, params, (), TokenCounts(), by_grammar=allowed), 0, params) == 4
+    shaped = sampler.shaped(row, params, [4], TokenCounts(), by_grammar=allowed)
+    assert np.flatnonzero(np.isfinite(shaped.numpy())).tolist() == [4, 9]

@@ -61,8 +61,22 @@ class TokenSequence(_message.Message):
     tokens: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class Grammar(_message.Message):
+    __slots__ = ("text", "eos", "thought_ends", "thought_tokens_max", "barred")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    EOS_FIELD_NUMBER: _ClassVar[int]
+    THOUGHT_ENDS_FIELD_NUMBER: _ClassVar[int]
+    THOUGHT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
+    BARRED_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    eos: _containers.RepeatedScalarFieldContainer[int]
+    thought_ends: _containers.RepeatedScalarFieldContainer[int]
+    thought_tokens_max: int
+    barred: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, text: _Optional[str] = ..., eos: _Optional[_Iterable[int]] = ..., thought_ends: _Optional[_Iterable[int]] = ..., thought_tokens_max: _Optional[int] = ..., barred: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class SequenceSpec(_message.Message):
-    __slots__ = ("sampling", "stop_token_ids", "max_tokens", "num_logprobs", "min_tokens", "cache_salt", "num_prompt_logprobs")
+    __slots__ = ("sampling", "stop_token_ids", "max_tokens", "num_logprobs", "min_tokens", "cache_salt", "num_prompt_logprobs", "grammar")
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +84,7 @@ class SequenceSpec(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     sampling: Sampling
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
@@ -77,7 +92,8 @@ class SequenceSpec(_message.Message):
     min_tokens: int
     cache_salt: str
     num_prompt_logprobs: int
-    def __init__(self, sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., num_logprobs: _Optional[int] = ..., min_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
+    grammar: Grammar
+    def __init__(self, sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., num_logprobs: _Optional[int] = ..., min_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., num_prompt_logprobs: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ...) -> None: ...
 
 class Start(_message.Message):
     __slots__ = ("attempt", "gateway_address", "prompt", "accepted", "spec", "priority", "arrival", "score_from", "handle")
