@@ -25,10 +25,14 @@ serve: setup $(CHECKPOINT)/config.json
 test: setup
 	$(BIN)/python -m pytest
 
-# Longer than `make test`: ten times as many topologies, and 10,000 histories of the scheduler.
+# Longer than `make test`: ten times as many topologies, 10,000 histories of the scheduler, 2,000 answers cut in all
+# ways, 500 schemas kept to, and pools that grow and shrink 50 times under streams.
 soak: setup
 	$(BIN)/python -m pytest tests/equivalence/test_grand.py --topologies 500
+	$(BIN)/python -m pytest tests/equivalence/test_grammars.py --schemas 500 -s
 	$(BIN)/python -m tests.unit.scheduler_soak
+	$(BIN)/python -m tests.on_ray.scaling_soak
+	$(BIN)/python -m tests.unit.parser_soak
 
 check: setup
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from attention_workers import wire
 from attention_workers.attention_model import AttentionModel
 from attention_workers.book import Book, OrderRefused
 from attention_workers.config import AttentionConfig
+from attention_workers.guides import Guides
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.kv_sizes import size_spaces
 from attention_workers.preparing import Preparing
@@ -56,7 +57,11 @@ class PlacementPrepared:
     """There are links to adopt."""
 
 
-_Item = Plan | PlacementPrepared | GatewayGone | AttemptsRefused | None
+class GrammarBegun:
+    """A sequence that waited for its grammar can be computed."""
+
+
+_Item = Plan | PlacementPrepared | GrammarBegun | GatewayGone | AttemptsRefused | None
 
 
 class AttentionService:
@@ -85,8 +90,10 @@ class AttentionService:
         self._bytes_loaded = self._bytes_total = 0
         self._worker: AttentionWorker | None = None
         self._has_new_orders = False
+        self._commit_s_max = 0.0  # longest pause between two steps to use a new placement
         self._turns = 0
         self._missing_since_s: float | None = None  # experts, as far as the last step found
+        self._guides: Guides | None = None
         self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell, self._fail)
         self._preparing = Preparing(self._prepare, lambda: self._tell(PlacementPrepared()), self._fail)
         self._compute = threading.Thread(target=self._run, name="attention-compute", daemon=True)
@@ -114,16 +121,19 @@ class AttentionService:
                 **_sliding_gauges(worker, counts),
                 **_prefix_gauges(worker.book),
                 "sequences": counts.num_running,
+                "sequences_open": self._streams.num_open,
                 "sequences_paused": counts.num_paused,
                 "steps_total": counts.steps,
                 "tokens_total": counts.tokens,
                 "orders_refused_total": counts.refused_orders,
+                "commit_seconds_max": self._commit_s_max,
                 **worker.dispatcher.counters(),
                 **worker.gauges(),
             }
             links = {member.id: kind for member, kind in worker.dispatcher.transports().items()}
         kept = (worker.model.bytes_kept, worker.model.kept_as) if worker is not None else (0, "")
-        return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept, links)
+        state = HealthState.DRAINING if self._state is HealthState.READY and counts.draining else self._state
+        return Health(state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept, links)
 
     def trace(self, seconds: float, bytes_max: int) -> bytes:
         """What the step trace holds of the last `seconds`, at most `bytes_max` of it, encoded. From any thread."""
@@ -145,6 +155,8 @@ class AttentionService:
         self._compute.join(grace_s)
         if self._worker is not None:
             self._preparing.close(grace_s)
+            if self._guides is not None:
+                self._guides.close(grace_s)
             if not self._compute.is_alive():
                 self._worker.dispatcher.close()
         self._streams.close(grace_s)
@@ -201,6 +213,9 @@ class AttentionService:
         shape = checkpoint.config
         router = self._router.fitted(shape.experts_per_token, shape.hidden_size, dtype.itemsize)
         sequences_max = min(config.sequences_max, router.rows_max)  # each may be a row of one step
+        self._guides = Guides(
+            self._model_path / "tokenizer.json", shape.vocab_size, lambda: self._tell(GrammarBegun())
+        )
         book = Book(
             checkpoint.fingerprint,
             self.member.incarnation,
@@ -211,6 +226,7 @@ class AttentionService:
             router.rows_max,
             sliding,
             config.prefix_cache,
+            self._guides.open,
         )
         rows, replies = router.rows_sent(config.numerics), router.answers(config.numerics)
         identity = LinkIdentity(
@@ -304,7 +320,9 @@ class AttentionService:
             except OrderRefused as refusal:
                 log.warning("%s: %s", self.member, refusal)
         elif isinstance(item, PlacementPrepared):
+            began_s = time.perf_counter()
             epoch = worker.dispatcher.adopt()
+            self._commit_s_max = max(self._commit_s_max, time.perf_counter() - began_s)
             if epoch is not None:
                 self._state = HealthState.READY
                 self._detail = self._detail if self._missing_since_s is not None else ""
@@ -326,9 +344,11 @@ class AttentionService:
         if is_news or self._has_new_orders:
             running = wire.state_pb(book.state())
             self._has_new_orders = False
-        self._streams.latest = Snapshot(counts, running)
+        latest = Snapshot(counts, running)
         if is_news or result.deltas:
-            self._streams.hand_over(result)
+            self._streams.hand_over(result, latest)
+        else:
+            self._streams.latest = latest
 
     def _tell(self, item: _Item) -> None:
         """From other threads. Never waits: so many unread messages mean that the compute thread hangs."""

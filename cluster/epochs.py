@@ -1,7 +1,8 @@
 """Which placement comes next: proposed, prepared by its expert workers, published, and its elders retired. Pure.
 
 One placement is being prepared at a time, and one is published. What is being prepared is left to finish unless
-one of its workers is lost. Knows expert workers by where they are, and no life cycles.
+one of its workers is lost, is to leave, or cannot hold it. Knows expert workers by where they are, and no life
+cycles.
 """
 
 from __future__ import annotations
@@ -35,15 +36,23 @@ class Epochs:
     _considered: tuple[tuple[tuple[Member, str], ...], bool] | None = None
 
     @property
+    def replicas(self) -> int:
+        """Holders of each expert, wherever there are as many workers."""
+        return self.balancer.replicas
+
+    @property
     def newest(self) -> Placement | None:
         return self.preparing or self.published
 
     def propose(self, here: Mapping[Member, Home], is_complete: bool) -> Placement | None:
         """The placement to prepare now; None when nothing is to change, or nothing can.
 
-        `here`: live expert workers in a fixed order, and where they are. `is_complete`: all that are expected
-        are here. With everyone here experts are arranged by the balancer, which leaves what can stay where it is;
-        with someone missing the rest go on as soon as they cover the model. Otherwise: wait for who is to come.
+        `here`: live expert workers that are to stay, in a fixed order, and where they are. `is_complete`: all
+        that are expected are here. With everyone here experts are arranged by the balancer, which gives a
+        replacement its predecessor's slots and moves what newcomers and leavers make necessary; with someone
+        missing the rest go on as soon as they cover the model. Otherwise: wait for who is to come. Where an epoch
+        was begun in vain one follows, be it like the published one: its retirement frees what was loaded for the
+        other.
         """
         if self.preparing and here.keys() >= _members(self.preparing):
             return None
@@ -53,7 +62,7 @@ class Epochs:
             return None  # asked at every event: the answer has not changed
         self._considered = considered
         wanted = self._everyone(here) if is_complete else self._survivors(here)
-        if wanted is None or (self.published and wanted.workers == self.published.workers):
+        if wanted is None or self._is_in_use(wanted):
             return None
         self.number += 1
         self.preparing = wanted
@@ -83,9 +92,31 @@ class Epochs:
             return None  # some expert has no holder left: a replacement must load it first
         return survivors
 
+    def _is_in_use(self, wanted: Placement) -> bool:
+        """It is what is published, and no other has been begun since."""
+        published = self.published
+        return (
+            published is not None and published.epoch.number == self.number and wanted.workers == published.workers
+        )
+
     @property
     def _next(self) -> EpochId:
         return EpochId(self.term, self.number + 1)
+
+    def give_up(self, epoch: EpochId) -> bool:
+        """One of its workers cannot hold what is being prepared: nothing changes until the workers do."""
+        if self.preparing is None or self.preparing.epoch != epoch:
+            return False
+        self.preparing = None
+        return True
+
+    def needs(self, member: Member) -> bool:
+        """Whether some attention worker may still send this expert worker parcels, or soon will."""
+        if self.published is None or self.retired != self._before(self.published.epoch):
+            return True  # an older epoch may be in use
+        return any(
+            placed is not None and member in _members(placed) for placed in (self.published, self.preparing)
+        )
 
     def publish(self, prepared: Mapping[Member, EpochId | None]) -> Placement | None:
         """Once every worker of the placement being prepared has prepared it: that placement, now published."""
@@ -100,11 +131,15 @@ class Epochs:
         alive uses. It and all older ones are stale."""
         if self.published is None or any(epoch != self.published.epoch for epoch in adopted):
             return None
-        stale = EpochId(self.published.epoch.term, self.published.epoch.number - 1)
+        stale = self._before(self.published.epoch)
         if self.retired is not None and stale <= self.retired:
             return None
         self.retired = stale
         return stale
+
+    @staticmethod
+    def _before(epoch: EpochId) -> EpochId:
+        return EpochId(epoch.term, epoch.number - 1)
 
 
 def _members(placement: Placement) -> set[Member]:

@@ -6,11 +6,13 @@ time from the pump. Orders go back over the streams, the other commands to the d
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import json
 from dataclasses import dataclass
 
 from cluster.balancer.balancer import Proposal
-from router.membership import Adopted, Health, PeerLost, Prepared, Traced
+from router.membership import Adopted, Health, PeerLost, Prepared, Traced, Unprepared
 from router.placement import EpochId, Member, Placement
 
 
@@ -25,6 +27,30 @@ WORKER_ROLES = (Role.ATTENTION, Role.EXPERT)
 
 
 @dataclass(frozen=True)
+class Pools:
+    """Which workers there should be, by id, and which are on their way out."""
+
+    attention: tuple[str, ...]
+    experts: tuple[str, ...]
+    leaving: tuple[str, ...] = ()
+
+    @classmethod
+    def of_sizes(cls, attention: int, experts: int) -> Pools:
+        """`attention-0`, `expert-0`, …"""
+        return cls(
+            tuple(f"{Role.ATTENTION.value}-{index}" for index in range(attention)),
+            tuple(f"{Role.EXPERT.value}-{index}" for index in range(experts)),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Pools:
+        return cls(**{name: tuple(ids) for name, ids in json.loads(text).items()})
+
+
+@dataclass(frozen=True)
 class Register:
     """The first report on every stream."""
 
@@ -36,7 +62,7 @@ class Register:
     epoch: EpochId | None = None  # the placement it already uses, when the controller has restarted
 
 
-ReportBody = Register | Health | Prepared | Adopted | PeerLost | Traced
+ReportBody = Register | Health | Prepared | Unprepared | Adopted | PeerLost | Traced
 
 
 @dataclass(frozen=True)
@@ -65,6 +91,21 @@ class ActorDied:
 
 
 @dataclass(frozen=True)
+class Resize:
+    """A person or the autoscaler wants pools of so many workers; None: as they are."""
+
+    attention: int | None = None
+    experts: int | None = None
+
+
+@dataclass(frozen=True)
+class Drain:
+    """This worker is to leave, and its pool to be one smaller."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
 class Rebalance:
     """A person or the autoscaler wants experts where the balancer would have them."""
 
@@ -81,7 +122,7 @@ class Tick:
     """Time has passed; everything that came before it has been told."""
 
 
-Event = Report | Left | ActorDied | Rebalance | StopAll | Tick
+Event = Report | Left | ActorDied | Resize | Drain | Rebalance | StopAll | Tick
 
 
 @dataclass(frozen=True)
@@ -113,6 +154,8 @@ class Members:
     attention: tuple[Member, ...]
     pid: int = 0  # of the controller that says so: the scheduler watches it
     node: str = ""
+    draining: tuple[Member, ...] = ()
+    """Those of `attention` that the scheduler is to empty: `Health.is_drained` says when one is."""
 
 
 @dataclass(frozen=True)
@@ -176,4 +219,12 @@ class KillWorker:
     reason: str
 
 
-Command = Send | StartWorker | WatchWorker | KillWorker
+@dataclass(frozen=True)
+class Remember:
+    """Command: give this to the next term's controller."""
+
+    version: int  # grows, also from term to term
+    pools: Pools
+
+
+Command = Send | StartWorker | WatchWorker | KillWorker | Remember

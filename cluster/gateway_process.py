@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from expertmesh.v1.control_pb2 import PlacementTable, TraceReply
+from expertmesh.v1.control_pb2 import PlacementTable, ResizeReply, ResizeRequest, TraceReply
 
 from cluster import address
 from cluster.events import Exit, OrderBody, Register, Role
@@ -24,6 +24,7 @@ from cluster.member_link import (
     ControllerUnreachable,
     MemberLink,
     ask_rebalance,
+    ask_resize,
     fetch_placement,
     fetch_status,
     fetch_trace,
@@ -105,7 +106,16 @@ class GatewayProcess:
         self._ledger = Ledger(self._link, config, metrics)
         self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
         self._state = GatewayState(
-            config, card, self._link, self._ledger, metrics, self._status, self._trace, self._rebalance, VERSION
+            config,
+            card,
+            self._link,
+            self._ledger,
+            metrics,
+            self._status,
+            self._trace,
+            self._resize,
+            self._rebalance,
+            VERSION,
         )
         self._link.token_address = await self._tokens.start()
         if spec.config.grpc_port:
@@ -126,6 +136,9 @@ class GatewayProcess:
 
     async def _trace(self, seconds: float) -> TraceReply:
         return await self._ask(functools.partial(fetch_trace, seconds=seconds))
+
+    async def _resize(self, asked: ResizeRequest) -> ResizeReply:
+        return await self._ask(functools.partial(ask_resize, asked=asked))
 
     async def _rebalance(self, dry_run: bool) -> dict[str, Any]:
         timeout_s = self._spec.config.gateway.rebalance_timeout_s

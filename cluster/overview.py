@@ -10,10 +10,12 @@ from typing import Any
 
 from cluster.balancer.balancer import Proposal
 from cluster.controller import Companion, Controller
-from cluster.events import Role
+from cluster.events import WORKER_ROLES, Role
 from cluster.lifecycle import WorkerState
 from cluster.roster import Worker
 from router.placement import EpochId
+
+DRAINING = "draining"  # of a worker that serves and is to leave
 
 
 def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> dict[str, Any]:
@@ -31,7 +33,9 @@ def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> 
         "phase": controller.phase.value,
         "uptime_s": round(now_s - controller.began_s, 1),
         "epoch": {"term": published.epoch.term, "number": published.epoch.number} if published else None,
-        "replicas": controller.balancer.replicas,
+        "replicas": epochs.replicas,
+        "pools": {role.value: _pool(controller, role) for role in WORKER_ROLES},
+        "scaling_failed": controller.scaling.failed,
         "balance": _balance(controller),
         "reports_refused": controller.reports_refused,
         "workers": [_worker(controller, worker, now_s) for worker in controller.roster.workers.values()],
@@ -82,6 +86,18 @@ def rebalancing(controller: Controller, proposal: Proposal, ordered: EpochId | N
     }
 
 
+def _pool(controller: Controller, role: Role) -> dict[str, int]:
+    workers = controller.roster.pool(role)
+    wanted = [worker for worker in workers if worker.is_wanted]
+    ready = [worker for worker in wanted if worker.state is WorkerState.READY]
+    return {"wanted": len(wanted), "ready": len(ready), "leaving": len(workers) - len(wanted)}
+
+
+def _state(worker: Worker) -> str:
+    """One that is not wanted any more drains, until it is told to exit and leaves."""
+    return DRAINING if worker.is_live and not worker.is_wanted else worker.state.value
+
+
 def _worker(controller: Controller, worker: Worker, now_s: float) -> dict[str, Any]:
     newest = controller.epochs.newest
     placed = [w for w in newest.workers if w.member == worker.member] if newest else []
@@ -100,7 +116,7 @@ def _worker(controller: Controller, worker: Worker, now_s: float) -> dict[str, A
         "pid": register.pid if register else None,
         "node": register.node if register else None,
         "device": register.device if register else None,
-        "state": worker.state.value,
+        "state": _state(worker),
         "detail": detail,
         "incarnation": worker.incarnation,
         "failures": worker.failures,

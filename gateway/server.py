@@ -24,6 +24,7 @@ from gateway.errors import BadRequest, NotFound, NotReady, Refusal
 from gateway.keys import Keeper
 from gateway.prompts import unknown_model
 from gateway.rebalancing import is_dry_run
+from gateway.scaling import drain_request, resize_from_body, scale_request
 from gateway.state import GatewayState
 from gateway.traces import trace_document, trace_seconds
 from gateway.validate import Validator
@@ -109,6 +110,14 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
     @app.post("/v1/admin/rebalance")
     async def rebalance(request: Request) -> Response:
         return JSONResponse(await state.rebalanced(is_dry_run(request.query_params)))
+
+    @app.post("/v1/admin/scale")
+    async def scale(request: Request) -> Response:
+        return JSONResponse(await resize_from_body(state, request, scale_request))
+
+    @app.post("/v1/admin/drain")
+    async def drain(request: Request) -> Response:
+        return JSONResponse(await resize_from_body(state, request, drain_request))
 
 
 class FrontDoor:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from expertmesh.v1.control_pb2 import TraceReply
+from expertmesh.v1.control_pb2 import ResizeReply, ResizeRequest, TraceReply
 
 from gateway.config import GatewayConfig
 from gateway.errors import NotReady
@@ -23,8 +23,8 @@ Answer = TypeVar("Answer")
 @dataclass
 class GatewayState:
     """`status` brings the cluster's status document, or raises a Refusal; `trace` the step traces of
-    the last so many seconds; `rebalance` has experts moved, or says what would be (True). Draining: no new
-    calls."""
+    the last so many seconds; `resize` what the controller says to other pools; `rebalance` has experts moved, or
+    says what would be (True). Draining: no new calls."""
 
     config: GatewayConfig
     card: ModelCard
@@ -33,6 +33,7 @@ class GatewayState:
     metrics: GatewayMetrics
     status: Callable[[], Awaitable[dict[str, Any]]]
     trace: Callable[[float], Awaitable[TraceReply]]
+    resize: Callable[[ResizeRequest], Awaitable[ResizeReply]]
     rebalance: Callable[[bool], Awaitable[dict[str, Any]]]
     version: str
     is_draining: bool = False

@@ -18,6 +18,9 @@ settings.load_profile("project")
 
 def pytest_addoption(parser):
     parser.addoption("--topologies", type=int, default=50, help="of the grand exactness test")
+    parser.addoption(
+        "--schemas", type=int, default=0, help="for the demo model to keep to; 0: a few for a tiny one"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,6 +20,7 @@ from cluster.config import ConfigError
 if TYPE_CHECKING:
     from benchmarks.decode import Outcome, Topology
     from benchmarks.samples import Samples
+    from benchmarks.scheduler import Point
     from benchmarks.transport import Bandwidth, Crossing
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ _COUNT_MAX = 1 << 20
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure exchange and decoding on this machine",
+        help="measure exchange, decoding and the scheduler on this machine",
         description="Measures on this machine, without Ray and without a running cluster. Results go to standard\n"
         "output, progress to standard error. Figures and how they came about: docs/benchmarks.md.",
         epilog="Example:  expertmesh bench transport --kinds shm,grpc\n"
@@ -40,6 +41,7 @@ def add_to(commands: Any) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     _add_transport(benchmarks)
     _add_decode(benchmarks)
+    _add_scheduler(benchmarks)
 
 
 def _add_transport(benchmarks: Any) -> None:
@@ -102,6 +104,24 @@ def _add_decode(benchmarks: Any) -> None:
     parser.add_argument("--rounds", default="5", metavar="N", help="of all ways in turn (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one document, for scripts")
     parser.set_defaults(run=_decode)
+
+
+def _add_scheduler(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "scheduler",
+        help="one round of the central scheduler, decoding and encoding included",
+        description="What a round costs on one core, over a growing number of running sequences: when all\n"
+        "of them end, when all their prompts end, each with a plan for every worker, and when nothing happens.",
+        epilog="Example:  expertmesh bench scheduler --sequences 100,10000 --repeats 5 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workers", default="64", metavar="N", help="attention workers (default: %(default)s)")
+    parser.add_argument(
+        "--sequences", default="100,300,1000,3000,10000", metavar="N,...", help="(default: %(default)s)"
+    )
+    parser.add_argument("--repeats", default="5", metavar="N", help="of each (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one document, for scripts")
+    parser.set_defaults(run=_scheduler)
 
 
 # --- transport -------------------------------------------------------------------------------------
@@ -239,6 +259,49 @@ def _show_decode(outcome: Outcome, how: str, console: Console) -> None:
     console.print(table)
     if outcome.tokens_compared:
         console.print(f"{outcome.tokens_compared} tokens of exact ways compared: all equal", highlight=False)
+
+
+# --- scheduler -------------------------------------------------------------------------------------
+
+
+def _scheduler(arguments: argparse.Namespace) -> int:
+    from benchmarks.scheduler import TARGET_MS, TARGET_SEQUENCES, measure
+
+    [workers] = _counts("--workers", arguments.workers, 1, 1000, most=1)
+    sequences = _counts("--sequences", arguments.sequences, 1, 100_000)
+    [repeats] = _counts("--repeats", arguments.repeats, 1, 1000, most=1)
+    tell, points = _teller(), []
+    for count in sequences:
+        tell(f"{count} sequences at {workers} workers")
+        points.append(measure(count, workers, repeats))
+    is_constant = len({found.undisturbed_bytes for found in points}) == 1
+    if arguments.json:
+        _print_json(
+            "scheduler",
+            target={"ms": TARGET_MS, "sequences": TARGET_SEQUENCES, "workers": 64},
+            undisturbed_bytes_constant=is_constant,
+            points=[dataclasses.asdict(found) for found in points],
+        )
+    else:
+        _show_scheduler(points, is_constant, _console())
+    return 0
+
+
+def _show_scheduler(points: list[Point], is_constant: bool, console: Console) -> None:
+    from benchmarks.scheduler import TARGET_MS, TARGET_SEQUENCES
+
+    _show_machine(console)
+    table = Table("sequences", "all end", "all prompts end", "undisturbed", "its bytes", box=None)
+    for found in points:
+        times = (f"{ms:.2f} ms" for ms in (found.ending_ms, found.prompts_ms, found.undisturbed_ms))
+        table.add_row(str(found.sequences), *times, str(found.undisturbed_bytes))
+    console.print(table)
+    if len(points) > 1:
+        console.print(f"bytes of an undisturbed round depend on the batch: {'no' if is_constant else 'YES'}")
+    for found in points:
+        if (found.sequences, found.workers) == (TARGET_SEQUENCES, 64):
+            verdict = "met" if found.worst_ms <= TARGET_MS else "MISSED"
+            console.print(f"target, at most {TARGET_MS:g} ms: {found.worst_ms:g} ms, {verdict}", highlight=False)
 
 
 # --- shared ----------------------------------------------------------------------------------------

@@ -39,7 +39,9 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     path = f"/v1/admin/rebalance?dry_run={str(arguments.dry_run).lower()}"
     try:
-        document = fetch_document(arguments.url, arguments.api_key, path, "moves", "POST", _TIMEOUT_S)
+        document = fetch_document(
+            arguments.url, arguments.api_key, path, "moves", method="POST", timeout_s=_TIMEOUT_S
+        )
     except Unreachable as error:
         print(f"expertmesh rebalance: {error}", file=sys.stderr)
         return 1

@@ -25,6 +25,10 @@ class Unreachable(Exception):
     """Names the URL and what is wrong with it."""
 
 
+class Refused(Unreachable):
+    """The cluster's own reason for not doing what was asked: names the field, the value and what is accepted."""
+
+
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "status",
@@ -58,17 +62,31 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
 
 
 def fetch_document(
-    url: str, api_key: str | None, path: str, key: str, method: str = "GET", timeout_s: float = _TIMEOUT_S
+    url: str,
+    api_key: str | None,
+    path: str,
+    key: str,
+    body: dict[str, Any] | None = None,
+    method: str | None = None,
+    timeout_s: float = _TIMEOUT_S,
 ) -> dict[str, Any]:
-    """What the gateway at `url` has at `path`, a JSON object that has `key`. Raises Unreachable."""
+    """What the gateway at `url` has at `path`, or answers to `body`: a JSON object that has `key`. `method`: GET,
+    or POST with a body, if not told otherwise.
+
+    Raises Refused or Unreachable."""
     if not url.startswith(("http://", "https://")):
         raise Unreachable(f"--url: {url!r}; accepted: http://host:port")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    sent = None if body is None else json.dumps(body).encode()
+    if sent is not None:
+        headers["Content-Type"] = "application/json"
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers, method=method)
+        request = urllib.request.Request(f"{url.rstrip('/')}{path}", sent, headers, method=method)
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             document = json.load(answer)
     except urllib.error.HTTPError as error:
+        if error.code == 400:
+            raise Refused(_message(error)) from None
         raise Unreachable(f"{url} answers {error.code}: {_message(error)}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unreachable(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from None
@@ -102,6 +120,8 @@ def show(document: dict[str, Any], console: Console) -> None:
             Text(worker["detail"]),
         )  # fmt: skip
     console.print(table)
+    if document["scaling_failed"]:
+        console.print(Text(f"not scaled: {document['scaling_failed']}", style="red"))
     for worker in document["workers"]:
         if "kv_blocks_total" in worker["gauges"]:
             console.print(f"{worker['id']}: keys and values {_kv(worker['gauges'])}", highlight=False)
@@ -122,7 +142,10 @@ def show(document: dict[str, Any], console: Console) -> None:
         console.print(Text(f"{failure['ago_s']:.0f} s ago {who}: {failure['reason']}", style="yellow"))
 
 
-_STYLES = {"ready": "green", "failed": "red", "loading": "cyan", "starting": "cyan", "waiting": "yellow"}
+_STYLES = {
+    "ready": "green", "failed": "red", "loading": "cyan", "starting": "cyan", "waiting": "yellow",
+    "draining": "yellow", "leaving": "yellow",
+}  # fmt: skip
 
 
 def _kv(gauges: dict[str, float]) -> str:

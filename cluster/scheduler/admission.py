@@ -85,17 +85,20 @@ def refusal(
                 f"this one would make {value}, {name} is {bound}",
                 retry_after_s(queue, per_second, config),
             )
-    return _too_late(queue.ahead_of(entry), per_second, config)
+    return _too_late(queue.ahead_of(entry), submission.time_left_s, per_second, config)
 
 
-def _too_late(num_ahead: int, per_second: float, config: SchedulerConfig) -> Refusal | None:
-    """Whether its first token would come later than promised. Not judged before something has ended."""
-    if not config.first_token_s or per_second <= 0 or num_ahead <= config.first_token_s * per_second:
+def _too_late(num_ahead: int, time_left_s: float, per_second: float, config: SchedulerConfig) -> Refusal | None:
+    """Whether its first token would come later than promised, or than its deadline. Not judged before something
+    has ended."""
+    bounds = [("first_token_s", config.first_token_s), ("its deadline", time_left_s)]  # 0: none
+    name, bound_s = min((named for named in bounds if named[1]), key=lambda named: named[1], default=("", 0.0))
+    if not name or per_second <= 0 or num_ahead <= bound_s * per_second:
         return None
     wait_s = num_ahead / per_second
     return Refusal(
         RejectCode.OVERLOADED,
         f"{num_ahead} sequences wait before this one and {per_second:.3g} end in a second: it would wait "
-        f"{wait_s:.0f} s, first_token_s is {config.first_token_s:g}",
-        min(max(wait_s - config.first_token_s, config.retry_after_s_min), config.retry_after_s_max),
+        f"{wait_s:.0f} s, {name} is {bound_s:g} s",
+        min(max(wait_s - bound_s, config.retry_after_s_min), config.retry_after_s_max),
     )

@@ -90,6 +90,7 @@ class Scheduler:
                 commands.extend(self._gateways.judge_sizes())
         if self._recovery.over:
             self._books.place(self._gateways.address_of, self.config.plan_bytes_max)
+            commands.extend(self._workers.preempt(now_s))
         commands.extend(self._workers.plans())
         return commands
 
@@ -138,7 +139,11 @@ class Scheduler:
         if self._recovery.judge(self._books.heard, now_s):
             yield from self._gateways.judge_claims()
         yield from self._workers.judge(now_s)
+        yield from self._workers.drain(now_s)
         self._gateways.judge(now_s)
+        for closed in self._books.expire(now_s):
+            self.counters["ended_deadline"] += 1
+            yield closed
         for entry in self._books.queue.overdue(now_s, self.config.queue_wait_s_max):
             self.counters["ended_overdue"] += 1
             detail = (

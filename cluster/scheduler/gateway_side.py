@@ -96,7 +96,7 @@ class GatewaySide:
             yield Reject(gateway, submission.request_id, refusal.code, refusal.message, refusal.retry_after_s)
             return
         if submission.request_id in self._books.unclaimed:
-            self._books.claim(submission.request_id, gateway)
+            self._books.claim(submission, gateway, now_s)
         arrival = self._books.arrival_of(submission)
         entries = [self._books.waiting(gateway, submission, s, arrival, now_s) for s in submission.siblings]
         yield Accept(gateway, submission.request_id, self._books.queue.ahead_of(entries[0]))
@@ -192,7 +192,8 @@ class GatewaySide:
         attempt = entry.attempt
         live = self._books.live(attempt)
         if live and live.attempt == attempt:
-            return  # said twice, or found running at a worker
+            self._books.recognise(entry)  # said twice, or found running at a worker
+            return
         detail = ""
         if live and live.attempt > attempt:
             detail = f"attempt {live.attempt.number} is already open"

@@ -42,9 +42,11 @@ BAD = {
     "a bias on no token": ({"logit_bias": {"1000000": 1}}, "logit_bias", ["1000000"]),
     "a bias beyond 100": ({"logit_bias": {"30": 101}}, "logit_bias", ["101"]),
     "more min_tokens than max_tokens": ({"min_tokens": 3}, "min_tokens", ["3", "from 0 to 2"]),
-    "bad_words": ({"bad_words": ["x"]}, "bad_words", ["not supported"]),
-    "allowed_token_ids": ({"allowed_token_ids": [30]}, "allowed_token_ids", ["not supported"]),
-    "structured output": ({"response_format": {"type": "json_object"}}, "response_format", ["not supported"]),
+    "a blank bad word": ({"bad_words": ["x", " "]}, "bad_words", ['" "']),
+    "a token that cannot be allowed": ({"allowed_token_ids": [30, 10**6]}, "allowed_token_ids", ["1000000"]),
+    "a format that is none": ({"response_format": {"type": "xml"}}, "response_format", ["xml", "json_schema"]),
+    "a schema that is none": ({"guided_json": {"type": "nothing"}}, "guided_json", ["Invalid type: nothing"]),
+    "a schema without end": ({"guided_regex": "(a{1000}b){1000}" * 99}, "guided_regex", ["cannot be held to"]),
     "tools in a completion": ({"tools": [{"type": "function"}]}, "tools", ["not supported"]),
     "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options", []),
 }
@@ -67,7 +69,7 @@ BAD_CHAT = {
     "no tools": ({"tools": []}, "tools"),
     "a tool without a name": ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
     "a choice without tools": ({"tool_choice": "auto"}, "tool_choice"),
-    "a call that must be": ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    "a call of no tool": ({"tools": [TOOL], "tool_choice": "must"}, "tool_choice"),
     "a result without a call": ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
 }
 

@@ -13,7 +13,6 @@ from cluster.scheduler.events import (
     AttemptId,
     CancelRequested,
     CloseReason,
-    Completion,
     DropLink,
     FinishReason,
     GatewayJoined,
@@ -312,7 +311,7 @@ def test_a_stopped_sequence_takes_its_place_until_the_worker_says_it_has_ended()
     story.submit("b")
     story.round()
     assert (story.plans[W0].stops, story.plans[W0].starts) == ((attempt("a"),), ())
-    story.report(W0, completions=(Completion(attempt("a"), FinishReason.CANCELLED, ""),))
+    story.report(W0, completions=((attempt("a"), FinishReason.CANCELLED, ""),))
     assert story.started(story.round()) == {W0: ["b"]}
 
 
@@ -332,9 +331,7 @@ def test_a_worker_without_experts_is_given_nothing_until_they_are_there() -> Non
     story.submit("a")
     story.round()
     story.report(W1, experts_missing=True)
-    lost = story.report(
-        W0, experts_missing=True, completions=(Completion(attempt("a"), FinishReason.CANCELLED, ""),)
-    )
+    lost = story.report(W0, experts_missing=True, completions=((attempt("a"), FinishReason.CANCELLED, ""),))
     assert closed(lost) == [("a/0@1", CloseReason.PREEMPTED)]
     story.resume("a", attempt=2)
     for _ in range(3):
