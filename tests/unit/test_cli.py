@@ -42,7 +42,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "status", "trace", "make-checkpoint", "bench", "bench transport", "bench decode"]
+    "command",
+    ["serve", "status", "trace", "make-checkpoint", "bench", "bench transport", "bench decode", "bench serving"],
 )
 def test_help_of_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -120,6 +121,9 @@ def test_bad_flags_are_refused_before_anything_is_started(
         ("decode --topologies 1x2,2y2", "--topologies: '2y2'; accepted: AxE"),
         ("decode --batches 8,8", "--batches: 2 values; accepted: at most 32, none twice"),
         ("decode --numerics slow", "--numerics: 'slow'; accepted: exact, fast"),
+        ("serving --parts prefix,magic", "--parts: 'magic'; accepted: interruption, prefix, overload, trace"),
+        ("serving --parts trace", "--trace: None; accepted: a file, together with trace among --parts"),
+        ("serving --rounds 0", "--rounds: '0'; accepted: whole numbers from 1"),
     ],
 )
 def test_a_benchmark_refuses_bad_values_before_it_starts(
