@@ -26,6 +26,7 @@ Tell = Callable[[str], None]
 _TOKENS = range(20, 220)  # of which prompts are made: in every vocabulary
 _WARM_TOKENS = 8  # that each decoder has before anything is measured
 _POLL_S = 0.005
+_BESIDE_S = 3.0  # of decoding alone, before and after the long prompt
 _TIMEOUT_S = 600.0
 _GROWTH_MIN = 1.05  # of the goodput, by twice the clients, to go on
 _CLIENTS_MAX = 512
@@ -50,26 +51,28 @@ class Effort:
 
 @dataclass(frozen=True)
 class Interruption:
-    """Median time between two tokens of all decoders while a long prompt is processed, over that just before."""
+    """Median time between two tokens of all decoders while a long prompt is processed, over that of the seconds
+    just before and after."""
 
     ratio: Samples
-    before_ms: Samples
+    beside_ms: Samples  # before and after
     during_ms: Samples
     first_token_s: Samples  # of the long prompt
 
 
 async def interruption(client: Client, effort: Effort, tell: Tell) -> Interruption:
     rng = random.Random(1)
-    before, during, first = [], [], []
+    beside, during, first = [], [], []
     for number in range(effort.rounds):
         watched = [Answer(0.0) for _ in range(effort.decoders)]
         began_s, long = await _interrupted(client, effort, watched, rng)
-        before.append(_median_gap_s(watched, began_s, long.sent_s))
-        during.append(_median_gap_s(watched, long.sent_s, long.arrivals_s[0]))
+        done_s = long.arrivals_s[0]
+        beside.append(_median_gap_s(watched, (began_s, long.sent_s), (done_s, done_s + _BESIDE_S)))
+        during.append(_median_gap_s(watched, (long.sent_s, done_s)))
         first.append(long.first_token_s)
-        tell(f"long prompt, round {number + 1} of {effort.rounds}: {during[-1] / before[-1]:.2f}")
-    before_ms, during_ms = ([1e3 * value for value in values] for values in (before, during))
-    return Interruption(ratio(during, before), Samples.of(before_ms), Samples.of(during_ms), Samples.of(first))
+        tell(f"long prompt, round {number + 1} of {effort.rounds}: {during[-1] / beside[-1]:.2f}")
+    beside_ms, during_ms = ([1e3 * value for value in values] for values in (beside, during))
+    return Interruption(ratio(during, beside), Samples.of(beside_ms), Samples.of(during_ms), Samples.of(first))
 
 
 async def _interrupted(
@@ -84,28 +87,26 @@ async def _interrupted(
         ]
         await _until(lambda: all(len(a.arrivals_s) > _WARM_TOKENS for a in watched), decoders)
         began_s = time.monotonic()
-        await _until(lambda: all(_since(a, began_s) > 2 * _WARM_TOKENS for a in watched), decoders)
+        await asyncio.sleep(_BESIDE_S)
         long = await client.complete(_prompt(rng, effort.long_tokens), 1)
+        await asyncio.sleep(_BESIDE_S)
+        await _until(lambda: True, decoders)
         for decoder in decoders:
             decoder.cancel()
     _require(long)
     return began_s, long
 
 
-def _since(answer: Answer, since_s: float) -> int:
-    return sum(at > since_s for at in answer.arrivals_s[-4 * _WARM_TOKENS :])
-
-
-def _median_gap_s(answers: Sequence[Answer], from_s: float, to_s: float) -> float:
-    """Of gaps that end in the time given."""
+def _median_gap_s(answers: Sequence[Answer], *times: tuple[float, float]) -> float:
+    """Of gaps that end in one of the times given."""
     gaps = [
         later - earlier
         for answer in answers
         for earlier, later in zip(answer.arrivals_s, answer.arrivals_s[1:], strict=False)
-        if from_s < later <= to_s
+        if any(from_s < later <= to_s for from_s, to_s in times)
     ]
     if not gaps:
-        raise BenchmarkError(f"no decoder had two tokens within {to_s - from_s:.1f} s: ask for a longer prompt")
+        raise BenchmarkError("no decoder had a token while the long prompt was processed: ask for a longer one")
     return statistics.median(gaps)
 
 

@@ -99,7 +99,7 @@ def show(found: dict[str, Any], out: Console) -> None:
     table = Table("what", "median", "least", "most", "", box=None)
     if one := found.get("interruption"):
         about = (
-            f"{one.before_ms.p50:.1f} ms before, {one.during_ms.p50:.1f} while the prompt was processed, "
+            f"{one.beside_ms.p50:.1f} ms beside, {one.during_ms.p50:.1f} while the prompt was processed, "
             f"{one.first_token_s.p50:.1f} s"
         )
         table.add_row("between tokens, with a long prompt", *_spread(one.ratio), about)
@@ -111,13 +111,18 @@ def show(found: dict[str, Any], out: Console) -> None:
     if one := found.get("overload"):
         _show_overload(one, out)
     if one := found.get("trace"):
-        out.print(
-            f"{one.requests} requests of the trace, times stretched {one.stretch:.1f}-fold, {len(one.failures)} "
-            f"failed: first token p50 {one.first_token_s.p50:.2f} s, p99 {one.first_token_s.p99:.2f}; between tokens p50 "
-            f"{one.gap_ms.p50:.0f} ms, p99 {one.gap_ms.p99:.0f}; cached {one.cached_share:.3f} of "
-            f"{one.prompt_tokens} prompt tokens, an ideal cache {one.ideal_share:.3f}",
-            highlight=False,
-        )
+        _show_trace(one, out)
+
+
+def _show_trace(one: Any, out: Console) -> None:
+    first, gap = one.first_token_s, one.gap_ms
+    lines = (
+        f"{one.requests} requests of the trace, times stretched {one.stretch:.1f}-fold, {len(one.failures)} failed",
+        f"first token p50 {first.p50:.2f} s, p99 {first.p99:.2f}; between tokens p50 {gap.p50:.0f} ms, p99 {gap.p99:.0f}",
+        f"cached {one.cached_share:.3f} of {one.prompt_tokens} prompt tokens, an ideal cache {one.ideal_share:.3f}",
+    )
+    for line in lines:
+        out.print(line, highlight=False)
 
 
 def _show_overload(one: Any, out: Console) -> None:

@@ -39,13 +39,11 @@ def test_a_step_with_prompt_rows_stays_within_the_promise(
     assert decode_s + (rows + ROWS_MIN + 1) * row_s > allowed_s  # and no further from it than must be
 
 
-def run(
-    pace: Pace, decode_s: float, row_s: float, num_prompts: int = 1, num_steps: int = 400
-) -> list[tuple[int, float]]:
+def run(pace: Pace, decode_s: float, row_s: float, num_prompts: int = 1) -> list[tuple[int, float]]:
     """Prompt rows and time of each step of a machine that never wavers, with 16 that decode."""
     steps = []
-    for _ in range(num_steps):
-        rows = pace.prompt_rows(16, 512, num_prompts)
+    for _ in range(400):
+        rows = pace.prompt_rows(16, 100_000, num_prompts)
         steps.append((rows, decode_s + rows * row_s))
         pace.observe(16, *steps[-1])
     return steps
