@@ -115,11 +115,12 @@ def show(found: dict[str, Any], out: Console) -> None:
 
 
 def _show_trace(one: Any, out: Console) -> None:
-    first, gap = one.first_token_s, one.gap_ms
+    first, gap, num_failed = one.first_token_s, one.gap_ms, len(one.failures)
     lines = (
-        f"{one.requests} requests of the trace, times stretched {one.stretch:.1f}-fold, {len(one.failures)} failed",
-        f"first token p50 {first.p50:.2f} s, p99 {first.p99:.2f}; between tokens p50 {gap.p50:.0f} ms, p99 {gap.p99:.0f}",
-        f"cached {one.cached_share:.3f} of {one.prompt_tokens} prompt tokens, an ideal cache {one.ideal_share:.3f}",
+        f"{one.requests} requests of the trace, times stretched {one.stretch:.1f}-fold, {num_failed} failed",
+        f"first token p50 {first.p50:.2f} s, p99 {first.p99:.2f}",
+        f"between tokens p50 {gap.p50:.0f} ms, p99 {gap.p99:.0f}",
+        f"cached {one.cached_share:.3f} of {one.prompt_tokens} prompt tokens, ideally {one.ideal_share:.3f}",
     )
     for line in lines:
         out.print(line, highlight=False)

@@ -90,7 +90,7 @@ class WorkerSide:
             book.unlinked_s = now_s
             yield DropLink(event.worker, violation)
             return
-        yield from self._endings(book, event, now_s)
+        yield from self._endings(book, event)
         gone = book.update(event, self._term)
         yield from self._settle(book, gone, event.state or (), now_s)
         yield from self._move(book, event.paused)
@@ -139,7 +139,7 @@ class WorkerSide:
             if not held.stopping:
                 yield from self._close(attempt, CloseReason.WORKER_LOST, detail)
 
-    def _endings(self, book: WorkerBook, report: WorkerReported, now_s: float) -> Iterator[Command]:
+    def _endings(self, book: WorkerBook, report: WorkerReported) -> Iterator[Command]:
         num_finished = num_stopped = num_ignored = 0
         release, finish = book.release, self._books.finish
         unused: dict[str, int] = {}  # tokens that were charged, by tenant
@@ -160,7 +160,7 @@ class WorkerSide:
         for tenant, num_unused in unused.items():
             self._books.shares.give_back(tenant, num_unused)
         if report.completions:
-            self._rate.add(len(report.completions), now_s)
+            self._rate.add(len(report.completions))
             counts = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}
             self._counters.update({name: count for name, count in counts.items() if count})
         for attempt in report.undelivered:
