@@ -161,9 +161,10 @@ class Book:
             if self._make_room(sequence, 1, result):
                 spans[sequence.start.attempt] = Span(sequence, sequence.computed, 1)
                 budget -= 1
-        budget = self.pace.prompt_rows(len(spans), budget)
+        waiting = [s for s in running if s.pending > 1 or not s.computed]
+        budget = self.pace.prompt_rows(len(spans), budget, len(waiting))
         under_way: set[bytes] = set()  # blocks that this step works at
-        prompts = in_turn([s for s in running if s.pending > 1 or not s.computed])
+        prompts = in_turn(waiting)
         for number, sequence in enumerate(prompts):
             if budget <= 0:
                 break

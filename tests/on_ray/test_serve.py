@@ -312,8 +312,10 @@ def test_ended_cluster_leaves_nothing_behind(server: Served) -> None:
 
 def test_worker_that_cannot_start_ends_serve_with_its_own_reason(tiny: Path, tmp_path: Path) -> None:
     """What only a worker can find out: serve says why, exits 1 and leaves nothing."""
-    served = Served(tiny, "--kv-memory", "1KB", log=tmp_path / "log")
-    with pytest.raises(AssertionError, match=r"attention-0 failed: kv_bytes .* is 1000"), served:
+    config = tmp_path / "hosts.yaml"
+    config.write_text("cluster: {span: hosts}\n")  # whose memory serve cannot know
+    served = Served(tiny, "--config", str(config), "--kv-memory", "1KB", log=tmp_path / "log")
+    with pytest.raises(AssertionError, match=r"attention-0 failed: attention.kv_bytes .*: 1000"), served:
         pytest.fail("it must not become ready")
     assert served.process.returncode == 1
     assert not folders()

@@ -206,7 +206,7 @@ def test_spaces_fit_their_memory_and_hold_at_least_one_sequence(
     kv_bytes = max(1, full + least * sliding + spare)
     if kv_bytes < full + least * sliding:
         with pytest.raises(
-            NotEnoughMemory, match=rf"kv_bytes .* is {kv_bytes}; accepted: at least {full + least * sliding}"
+            NotEnoughMemory, match=rf"kv_bytes .*: {kv_bytes}; accepted: at least {full + least * sliding}"
         ):
             sizes(kv_bytes, full, sliding, **changed)
         return
