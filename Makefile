@@ -25,9 +25,10 @@ serve: setup $(CHECKPOINT)/config.json
 test: setup
 	$(BIN)/python -m pytest
 
-# Longer than `make test`: ten times as many topologies, and 10,000 histories of the scheduler.
+# Longer than `make test`: ten times as many topologies, 2,000 histories of a worker's blocks, 10,000 of the scheduler.
 soak: setup
 	$(BIN)/python -m pytest tests/equivalence/test_grand.py --topologies 500
+	$(BIN)/python -m pytest tests/unit/test_prefix_property.py tests/unit/test_kv_spaces.py --hypothesis-profile soak
 	$(BIN)/python -m tests.unit.scheduler_soak
 
 check: setup
