@@ -9,7 +9,8 @@ its window sees, and gives back after each step what has left it.
 
 What is cached of a prompt (`prefix_cache.py`) is held from the moment its plan arrives, and looked for again
 before each of its chunks: so a sequence that was paused, or whose prompt another computes just now, does not
-compute what has come meanwhile. The last token is always computed, for its logits.
+compute what has come meanwhile. The last token is always computed, for its logits; where logprobs of the prompt
+are wanted, all tokens are from the first on whose logits somebody waits for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from attention_workers.step import (
     Completion,
     FinishReason,
     Plan,
+    PromptLogprob,
     RunningSequence,
     Start,
     StepResult,
@@ -179,9 +181,10 @@ class Book:
         return [span for span in chosen if not span.sequence.is_paused and span.first == span.sequence.computed]
 
     def _skip_cached(self, sequence: Sequence) -> None:
-        """Go on behind what is cached of what it would compute, all but its last token."""
+        """Go on behind what is cached of what it would compute, all but what logits are wanted of."""
         prefix_names.follow(sequence.names, sequence.tokens, self.block_tokens, sequence.root)
-        at, end = sequence.computed, len(sequence.tokens) - 1
+        at = sequence.computed
+        end = (sequence.scored if sequence.is_scoring else len(sequence.tokens)) - 1
         reach, furthest = self.prefixes.reach(sequence.names, sequence.tables, at, end)
         if furthest > at:
             sequence.parted = furthest
@@ -200,7 +203,12 @@ class Book:
     def _next_name(self, sequence: Sequence) -> bytes | None:
         """Of the block that it computes next from its beginning, if it could be skipped."""
         at = sequence.computed
-        if not self.prefixes.enabled or at % self.block_tokens or at + self.block_tokens >= len(sequence.tokens):
+        if (
+            sequence.is_scoring
+            or not self.prefixes.enabled
+            or at % self.block_tokens
+            or at + self.block_tokens >= len(sequence.tokens)
+        ):
             return None
         return sequence.names[at // self.block_tokens]
 
@@ -276,6 +284,17 @@ class Book:
         kept, evicted = self.prefixes.changes()
         result.kept += kept
         result.evicted += evicted
+
+    def scored(
+        self, sequence: Sequence, position: int, logprobs: tuple[PromptLogprob, ...], result: StepResult
+    ) -> None:
+        """A step brought logprobs of a prompt's tokens from `position` on, where they were wanted next."""
+        assert position == sequence.scored
+        sequence.scored += len(logprobs)
+        delta = TokenDelta(
+            sequence.start.attempt, sequence.num_generated, (), prompt_position=position, prompt_logprobs=logprobs
+        )
+        self._deliver(sequence, delta, result)
 
     def sampled(self, sequence: Sequence, token: int, delta: TokenDelta, result: StepResult) -> None:
         """A step brought a token; `delta` carries it and its logprobs."""

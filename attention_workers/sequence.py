@@ -27,6 +27,10 @@ class Sequence:
     is_paused: bool = False
     is_prompt_done: bool = False
     counts: TokenCounts = field(default_factory=TokenCounts)  # of `tokens`, followed where penalties ask for them
+    scored: int = 0  # prompt tokens whose logprobs nobody waits for
+
+    def __post_init__(self) -> None:
+        self.scored = self.start.score_from or len(self.start.prompt)
 
     @property
     def order(self) -> tuple[int, int, AttemptId]:
@@ -45,6 +49,11 @@ class Sequence:
     def pending(self) -> int:
         return len(self.tokens) - self.computed
 
+    @property
+    def is_scoring(self) -> bool:
+        """Whether logprobs of its prompt are still wanted."""
+        return self.scored < len(self.start.prompt)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -57,6 +66,14 @@ class Span:
     @property
     def samples(self) -> bool:
         return self.first + self.count == len(self.sequence.tokens)
+
+    @property
+    def scores(self) -> range:
+        """The prompt's tokens whose logprobs are wanted and come of this: each of the row before it."""
+        if not self.sequence.is_scoring:
+            return range(0)
+        end = min(self.first + self.count + 1, len(self.sequence.start.prompt))
+        return range(max(self.first + 1, self.sequence.scored), end)
 
     @property
     def is_decode(self) -> bool:

@@ -12,6 +12,7 @@ from attention_workers.step import (
     Completion,
     FinishReason,
     Plan,
+    PromptLogprob,
     RunningSequence,
     Sampling,
     Start,
@@ -49,6 +50,8 @@ def start(message: step_pb2.Start) -> Start:
         message.arrival,
         spec.min_tokens,
         spec.cache_salt,
+        spec.num_prompt_logprobs,
+        message.score_from,
         message.handle,
     )
 
@@ -64,6 +67,8 @@ def sampling(message: step_pb2.Sampling) -> Sampling:
         message.frequency_penalty,
         message.presence_penalty,
         tuple((bias.token, bias.bias) for bias in message.logit_bias),
+        tuple(message.allowed_token_ids),
+        tuple(tuple(word.tokens) for word in message.bad_words),
     )
 
 
@@ -116,7 +121,14 @@ def delta_pb(delta: TokenDelta) -> step_pb2.TokenDelta:
         finish=step_pb2.FinishReason.Name(delta.finish or 0),
         detail=delta.detail,
         num_cached=delta.num_cached,
+        prompt_position=delta.prompt_position,
+        prompt_logprobs=[_prompt_logprob_pb(p) for p in delta.prompt_logprobs],
     )
+
+
+def _prompt_logprob_pb(found: PromptLogprob) -> step_pb2.PromptLogprob:
+    top = [_top_pb(*pair) for pair in found.top]
+    return step_pb2.PromptLogprob(logprob=found.logprob, rank=found.rank, top=top)
 
 
 def _top_pb(token: int, logprob: float) -> step_pb2.TopLogprob:

@@ -42,6 +42,13 @@ class GenerateBody(Body):
     logit_bias: Any = Field(
         None, description="an object of token ids, as strings, each with a number from -100 to 100"
     )
+    bad_words: Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="a list of strings, none of them blank"
+    )
+    allowed_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = Field(
+        None, description="a list of at least one token id"
+    )
+    prompt_logprobs: int | None = Field(None, ge=0, description="an integer of at least 0, unless stream is true")
     min_tokens: int | None = Field(None, ge=0, description="an integer from 0 to max_tokens")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="an integer from -2^63 to 2^63 - 1")
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
@@ -71,7 +78,10 @@ class CompletionBody(GenerateBody):
     prompt: Any = Field(
         None, description="a string, a list of strings, a list of token ids, or a list of such lists"
     )
+    max_tokens: int | None = Field(None, ge=0, description="an integer of at least 1; or 0, with echo: true")
     logprobs: int | None = Field(None, ge=0, description="an integer of at least 0")
+    echo: bool | None = Field(None, description="true or false")
+    best_of: int | None = Field(None, ge=1, description="null, or what n is")
 
 
 class ChatBody(GenerateBody):
@@ -110,10 +120,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "prompt_logprobs": (None,),
     "truncate_prompt_tokens": (None,),
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "skip_special_tokens": (None, True),
     "include_stop_str_in_output": (None, False),
     "continue_final_message": (None, False),

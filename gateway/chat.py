@@ -46,7 +46,11 @@ class ChatDialect:
             for piece in pieces
         ]
         answer = self._envelope("chat.completion", choices)
-        return {**answer, "usage": self._usage(usage), **self._prompt_token_ids()}
+        answer |= {"usage": self._usage(usage), **self._prompt_token_ids()}
+        if (shown := self._call.num_prompt_logprobs) is not None:
+            prompt, scores = self._call.requests[0].prompt, pieces[0].prompt_logprobs
+            answer["prompt_logprobs"] = openai_types.prompt_logprobs(prompt, scores, shown, self._card)
+        return answer
 
     # --- what was said -------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 
@@ -40,8 +42,24 @@ class GatewayConfig(BaseModel):
     logit_bias_max: int = Field(default=1024, ge=0, le=2**16)
     """Tokens in one request's `logit_bias`: its message grows with them, and every step adds each."""
 
+    bad_words_max: int = Field(default=128, ge=0, le=1024)
+    """`bad_words` per request: every step looks for each, as it is and with a space before it."""
+
+    bad_word_chars_max: int = Field(default=256, ge=1, le=4096)
+    """Longest bad word."""
+
+    allowed_token_ids_max: int = Field(default=4096, ge=1, le=2**20)
+    """Tokens in one request's `allowed_token_ids`. Each takes some 40 bytes here and at the worker."""
+
     logprobs_max: int = Field(default=20, ge=0, le=64)
-    """Alternatives shown per token."""
+    """Alternatives shown per token, of a prompt's tokens too."""
+
+    prompt_logprobs_max: int = Field(default=2**18, ge=1, le=2**24)
+    """Logprobs of one call's prompts: tokens times `n` times (1 + alternatives). Each takes some 150 bytes until
+    the call is answered."""
+
+    cache_shared_by: Literal["all", "user"] = "all"
+    """Who shares cached prefixes where a request gives no `cache_salt`: everybody, or those of one `user` only."""
 
     # --- all calls together -------------------------------------------------------------------
 

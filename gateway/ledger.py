@@ -21,6 +21,7 @@ from gateway.config import GatewayConfig
 from gateway.errors import DeadlinePassed, GenerationFailed, NotReady, Overloaded, Refusal, presentable
 from gateway.metrics import GatewayMetrics
 from gateway.port import CloseReason, SchedulerPort, Sibling, Submission
+from gateway.prompt_scores import is_wanted
 from gateway.request import FinishReason, GenerateRequest, TokenDelta, sibling_seed
 
 
@@ -34,6 +35,15 @@ class _Sequence:
     generation: Generation
     attempt: int = 1
     accepted: list[int] = field(default_factory=list)
+    num_scored: int = 0  # of the prompt's tokens: those whose logprobs have come, or are not wanted of this one
+
+    def __post_init__(self) -> None:
+        """Siblings have one prompt: the first brings its logprobs."""
+        self.num_scored = 1 if is_wanted(self.request) and self.index == 0 else len(self.request.prompt)
+
+    @property
+    def score_from(self) -> int:
+        return self.num_scored if self.num_scored < len(self.request.prompt) else 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -165,8 +175,10 @@ class Ledger:
         sequence = self._current(delta.request_id, delta.index, delta.attempt)
         if sequence is None:
             return self._refused("unknown" if (delta.request_id, delta.index) not in self._sequences else "stale")
+        if delta.prompt_logprobs:
+            return self._score(sequence, delta)
         held, end = len(sequence.accepted), delta.position + len(delta.tokens)
-        if delta.position > held:
+        if delta.position > held or (delta.tokens and sequence.score_from):
             # Tokens are missing and this attempt will not bring them: the next one starts where we stand.
             self._reopen(sequence, "gap")
             return self._refused("gap")
@@ -222,6 +234,21 @@ class Ledger:
 
     # --- inside --------------------------------------------------------------------------------
 
+    def _score(self, sequence: _Sequence, delta: TokenDelta) -> bool:
+        """Take logprobs of its prompt, each once, in order."""
+        end = delta.prompt_position + len(delta.prompt_logprobs)
+        if delta.prompt_position > sequence.num_scored:
+            self._reopen(sequence, "gap")
+            return self._refused("gap")
+        if end > len(sequence.request.prompt):
+            self._fail(sequence, GenerationFailed("a worker sent logprobs of more tokens than the prompt has"))
+            return self._refused("overlong")
+        if end > sequence.num_scored:
+            new = delta.scores_since(sequence.num_scored)
+            sequence.num_scored = end
+            sequence.generation.push(sequence.choice, new)
+        return True
+
     def _accept(self, sequence: _Sequence, delta: TokenDelta) -> None:
         sequence.accepted.extend(delta.tokens)
         if delta.finish is None and len(sequence.accepted) == sequence.request.max_tokens:
@@ -272,7 +299,7 @@ def _of(generation: Generation, request: GenerateRequest) -> list[_Sequence]:
 
 def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, resume: bool) -> Submission:
     siblings = tuple(
-        Sibling(s.index, s.attempt, sibling_seed(request.sampling.seed, s.index), tuple(s.accepted))
+        Sibling(s.index, s.attempt, sibling_seed(request.sampling.seed, s.index), tuple(s.accepted), s.score_from)
         for s in sequences
     )
     generation = sequences[0].generation
@@ -289,6 +316,7 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         resume,
         request.min_tokens,
         request.cache_salt,
+        request.num_prompt_logprobs or 0,
         # A thousandth of a second stands for none at all: 0 would be no deadline.
         0.0 if math.isinf(request.time_s) else max(generation.time_left_s, 0.001),
         asyncio.get_running_loop().time() - generation.began_s,

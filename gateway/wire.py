@@ -11,7 +11,7 @@ from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 from gateway.config import GatewayConfig
 from gateway.errors import MalformedMessage, NotReady, Overloaded, Refusal, TooLarge, presentable
 from gateway.port import CloseReason, Submission
-from gateway.request import FinishReason, Sampling, TokenDelta
+from gateway.request import FinishReason, PromptLogprob, Sampling, TokenDelta
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,12 @@ def submit(submission: Submission, bytes_max: int) -> schedule_pb2.Submit:
             num_logprobs=submission.num_logprobs,
             min_tokens=submission.min_tokens,
             cache_salt=submission.cache_salt,
+            num_prompt_logprobs=submission.num_prompt_logprobs,
         ),
         siblings=[
-            schedule_pb2.Sibling(index=s.index, attempt=s.attempt, seed=s.seed, accepted=s.accepted)
+            schedule_pb2.Sibling(
+                index=s.index, attempt=s.attempt, seed=s.seed, accepted=s.accepted, score_from=s.score_from
+            )
             for s in submission.siblings
         ],
         priority=submission.priority,
@@ -107,6 +110,8 @@ def _sampling(sampling: Sampling) -> step_pb2.Sampling:
         frequency_penalty=sampling.frequency_penalty,
         presence_penalty=sampling.presence_penalty,
         logit_bias=[step_pb2.TokenBias(token=token, bias=bias) for token, bias in sampling.logit_bias],
+        allowed_token_ids=sampling.allowed_token_ids,
+        bad_words=[step_pb2.TokenSequence(tokens=word) for word in sampling.bad_words],
     )
 
 
@@ -123,6 +128,8 @@ def delta(message: step_pb2.TokenDelta) -> TokenDelta:
         raise MalformedMessage(f"delta has {len(tokens)} tokens and {len(logprobs)} logprobs")
     if flat and (not tokens or len(flat) % len(tokens)):
         raise MalformedMessage(f"delta has {len(tokens)} tokens and {len(flat)} top_logprobs")
+    if message.prompt_logprobs and (tokens or not message.prompt_position):
+        raise MalformedMessage(f"delta has {len(tokens)} tokens and logprobs of its prompt, from its first on")
     if message.finish not in _FINISH:
         raise MalformedMessage(f"delta has finish reason {message.finish}")
     width = len(flat) // len(tokens) if flat else 0
@@ -140,6 +147,11 @@ def delta(message: step_pb2.TokenDelta) -> TokenDelta:
         _FINISH[message.finish],
         message.detail,
         message.num_cached,
+        message.prompt_position,
+        tuple(
+            PromptLogprob(one.logprob, one.rank, tuple((top.token, top.logprob) for top in one.top))
+            for one in message.prompt_logprobs
+        ),
     )
 
 

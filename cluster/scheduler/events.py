@@ -75,6 +75,7 @@ class Sibling:
     attempt: int
     seed: int
     accepted: Sequence[int]  # tokens the gateway already holds: given, never sampled again
+    score_from: int = 0  # logprobs of the prompt's tokens are wanted from here on; 0: of none
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,7 @@ class Start:
     priority: int
     arrival: int  # count of admissions, over all terms: orders equals
     handle: int  # names this start in reports: no other has it, in no term
+    score_from: int = 0
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ def _plan(command: SendPlan, term: int, fingerprint: str) -> step_pb2.Plan:
             priority=start.priority,
             arrival=start.arrival,
             handle=start.handle,
+            score_from=start.score_from,
         )
         added.spec.sampling.seed = start.seed
     return message
@@ -183,13 +184,14 @@ def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: Scheduler
         _check_range("submit.siblings.attempt", sibling.attempt, 1)
         accepted_max = submit.spec.max_tokens - 1
         _check_range("submit.siblings.accepted length", len(sibling.accepted), 0, accepted_max)
+        _check_range("submit.siblings.score_from", sibling.score_from, 0, len(submit.prompt) - 1)
     return Submission(
         request_id=submit.request_id,
         fingerprint=fingerprint,
         prompt=submit.prompt,
         max_tokens=submit.spec.max_tokens,
         spec=submit.spec,
-        siblings=tuple(Sibling(s.index, s.attempt, s.seed, s.accepted) for s in submit.siblings),
+        siblings=tuple(Sibling(s.index, s.attempt, s.seed, s.accepted, s.score_from) for s in submit.siblings),
         priority=submit.priority,
         resume=submit.resume,
         num_bytes=num_bytes,

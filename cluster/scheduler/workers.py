@@ -192,11 +192,13 @@ class WorkerBook:
         )
 
     def num_cached(self, entry: Waiting) -> int:
-        """Tokens of a prompt that it need not compute, as far as is known; never the last one."""
+        """Tokens of a prompt that it need not compute, as far as is known; never the last one, nor one that is to
+        be scored."""
         if not self.limits.prefix_cache or not len(self.prefixes):
             return 0
         matched = self.prefixes.matched(hints_of(entry.submission, self.limits.block_tokens))
-        return min(matched * self.limits.block_tokens, len(entry.submission.prompt) - 1)
+        wanted_from = entry.sibling.score_from or len(entry.submission.prompt)
+        return min(matched * self.limits.block_tokens, wanted_from - 1)
 
     def expect(self, entry: Waiting) -> None:
         """Its prompt will be cached there: those that begin alike and come before it is may follow it."""
@@ -222,6 +224,7 @@ class WorkerBook:
                 priority=submission.priority,
                 arrival=entry.arrival,
                 handle=handle,
+                score_from=sibling.score_from,
             )
         )
         return held

@@ -45,6 +45,7 @@ def request(name, prompt, *, max_tokens=12, temperature=0.0, top_k=0, top_p=1.0,
 class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
+    scores: list = field(default_factory=list)  # of its prompt's tokens
 
 
 class LocalCluster:
@@ -182,6 +183,8 @@ class LocalCluster:
                 assert delta.position == len(answer.tokens)
                 answer.tokens += delta.tokens
                 answer.logprobs += delta.logprobs
+                assert not (answer.tokens and delta.prompt_logprobs)
+                answer.scores += delta.prompt_logprobs
         return answers
 
     def run(self, starts, worker=0, **limits):

@@ -76,12 +76,19 @@ def assert_equal(cluster, path, model):
     compared = 0
     for length in LENGTHS:
         prompt = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
-        choice = cluster.complete(prompt, max_tokens=8, temperature=0, logprobs=2, ignore_eos=True)
+        choice = cluster.complete(
+            prompt, max_tokens=8, temperature=0, logprobs=2, ignore_eos=True, prompt_logprobs=0
+        )
         tokens = choice["token_ids"]
         forced = prompt + tokens
-        logits = oracle_logits(model, forced)[length - 1 : -1]
+        every = torch.log_softmax(oracle_logits(model, forced), -1)
         gaps = reference.trace(forced).gate_gaps.amin(-1)
-        expected = torch.log_softmax(logits, -1)
+        for at in range(1, length):
+            if gaps[:at].min() <= ROUTER_TIE:
+                break
+            scored = choice["prompt_logprobs"][at][str(prompt[at])]
+            assert math.isclose(scored["logprob"], float(every[at - 1, prompt[at]]), abs_tol=GAP)
+        expected = every[length - 1 : -1]
         for i, token in enumerate(tokens):
             if gaps[: length + i].min() <= ROUTER_TIE:
                 break  # a tie in a router: either choice is right, and what follows differs

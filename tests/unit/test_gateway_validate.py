@@ -197,9 +197,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"min_tokens": -1}, "min_tokens is -1; accepted: an integer from 0 to max_tokens"),
     ({"min_tokens": 17}, "min_tokens is 17; accepted: an integer from 0 to 16"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9; accepted: an integer from 0 to 8"),
-    ({"allowed_token_ids": [1]}, "allowed_token_ids is a list of 1 items, which is not supported here"),
-    ({"best_of": 2}, "best_of is 2"),
-    ({"echo": True}, "echo is true"),
+    ({"allowed_token_ids": []}, "allowed_token_ids is a list of 0 items; accepted: a list of 1 to 4096"),
+    ({"best_of": 2}, "best_of is 2, which is not supported here; accepted: null or 1"),
+    ({"echo": 1}, "echo is 1; accepted: true or false"),
     ({"suffix": "x"}, "suffix"),
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
 ]

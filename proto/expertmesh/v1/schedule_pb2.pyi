@@ -42,16 +42,18 @@ class GatewayHello(_message.Message):
     def __init__(self, token_address: _Optional[str] = ...) -> None: ...
 
 class Sibling(_message.Message):
-    __slots__ = ("index", "attempt", "seed", "accepted")
+    __slots__ = ("index", "attempt", "seed", "accepted", "score_from")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FROM_FIELD_NUMBER: _ClassVar[int]
     index: int
     attempt: int
     seed: int
     accepted: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, index: _Optional[int] = ..., attempt: _Optional[int] = ..., seed: _Optional[int] = ..., accepted: _Optional[_Iterable[int]] = ...) -> None: ...
+    score_from: int
+    def __init__(self, index: _Optional[int] = ..., attempt: _Optional[int] = ..., seed: _Optional[int] = ..., accepted: _Optional[_Iterable[int]] = ..., score_from: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("request_id", "prompt", "spec", "siblings", "priority", "resume", "tenant", "time_left_s", "waited_s")
