@@ -232,6 +232,7 @@ async def test_a_deadline_ends_the_work_everywhere(card: ModelCard, is_streamed:
         else:
             code = (await failure(face.inference.Generate(pb.GenerateRequest(**LONG), timeout=0.15))).code()
         assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert all(0 < submission.time_left_s <= 0.15 for submission in face.engine.submissions)
         await until(lambda: face.is_idle and bool(face.engine.cancelled))
 
 

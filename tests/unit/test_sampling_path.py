@@ -54,7 +54,7 @@ def test_every_parameter_arrives() -> None:
     assert order.sampling == step.Sampling(0.7, 0.9, 40, 77, 0.01, 1.1, -0.3, 0.2, *rules)
     assert (order.stop_token_ids, order.min_tokens, order.max_tokens) == (frozenset({7, 9}), 4, 9)
     assert (order.num_logprobs, order.cache_salt) == (3, "mine")
-    assert (order.num_prompt_logprobs, order.score_from) == (4, 1)
+    assert (order.num_prompt_logprobs, order.score_from, order.handle) == (4, 1, 1 << 63)
 
 
 def test_what_was_not_asked_changes_nothing() -> None:
