@@ -11,8 +11,9 @@ from expertmesh.v1 import step_pb2
 
 from attention_workers import wire
 from attention_workers.book import Book
+from attention_workers.deliveries import parted
 from attention_workers.links import SchedulerLink, TokenLinks
-from attention_workers.step import AttemptId, Completion, FinishReason, Plan, StepResult
+from attention_workers.step import AttemptId, Completion, Plan, StepResult
 from router.placement import Member
 
 _REPORTS_MAX = 4096
@@ -139,15 +140,9 @@ class Streams:
 
     def _send(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
         assert self._tokens is not None
-        held = set()
-        for address, deltas in result.deltas.items():
-            ended = {d.attempt for d in deltas if d.finish is not None}
-            completions = [
-                c for c in result.completions if c.attempt in ended and c.reason != FinishReason.CANCELLED
-            ]
-            held |= {c.attempt for c in completions}
-            self._tokens.send(address, deltas, completions)
-        now = [c for c in result.completions if c.attempt not in held]
+        batches, now = parted(result)
+        for address, batch in batches.items():
+            self._tokens.send(address, batch)
         if now or replace(result, completions=[]).is_news():
             self._scheduler.report(wire.news_pb(counts, result, now))
 

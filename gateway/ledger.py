@@ -59,12 +59,9 @@ class Generation:
 
     async def __anext__(self) -> tuple[int, TokenDelta]:
         while True:
-            while self._ready:
-                choice, delta = self._ready.popleft()
-                if choice not in self._cut:
-                    return choice, delta
-            if self._error is not None:
-                raise self._error
+            ready = self.take()
+            if ready is not None:
+                return ready
             if not self.sequences:
                 raise StopAsyncIteration
             self._wake.clear()
@@ -73,6 +70,16 @@ class Generation:
                     await self._wake.wait()
             except TimeoutError:
                 raise NotReady(f"no token came for {self._silence_s_max:g} s", code="timeout") from None
+
+    def take(self) -> tuple[int, TokenDelta] | None:
+        """The next of what has come, without waiting. Raises the Refusal that ended a sequence early."""
+        while self._ready:
+            choice, delta = self._ready.popleft()
+            if choice not in self._cut:
+                return choice, delta
+        if self._error is not None:
+            raise self._error
+        return None
 
     def finish(self, choice: int, position: int) -> None:
         """Nothing after `position` of a choice is wanted: what has come beyond it is dropped, not billed."""
