@@ -319,6 +319,7 @@ class AttentionService:
 
     def _hand_over(self, worker: AttentionWorker, result: StepResult) -> None:
         book = worker.book
+        book.restate(result)
         counts = wire.report_pb(
             self.member, book, worker.steps, worker.tokens, experts_missing=self._missing_since_s is not None
         )

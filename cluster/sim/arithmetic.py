@@ -35,24 +35,31 @@ def begin(tokens: Sequence[int]) -> Tensor:
 
 def gate(layer: int, hidden: Tensor) -> Routes:
     """[T, H] -> routes [T, K]."""
-    value = hidden[:, 0].to(torch.int64)
-    first = (value + layer) % SHAPE.num_experts
-    step = 1 + value // SHAPE.num_experts % (SHAPE.num_experts - 1)
-    ids = torch.stack((first, (first + step) % SHAPE.num_experts), dim=1)
+    ids = torch.tensor([_chosen(layer, int(value)) for value, _ in hidden.tolist()])
     return Routes(ids, torch.tensor([WEIGHTS]).expand(len(hidden), TOP_K))
 
 
 def expert(layer: int, rows: Tensor, experts: Tensor) -> Tensor:
     """rows [r, H] and their experts [r] -> [r, H]."""
-    value = (rows[:, 0] * (experts + 2) + layer) % _EXPERT_MOD
-    return torch.stack((value, torch.ones(len(rows))), dim=1)
+    pairs = zip(rows.tolist(), experts.tolist(), strict=True)
+    return torch.tensor([[float(_answer(layer, int(value), expert)), 1.0] for (value, _), expert in pairs])
 
 
 def add(hidden: Tensor, mixed: Tensor) -> Tensor:
     """The residual, kept small."""
-    out = hidden.clone()
-    out[:, 0] = (hidden[:, 0] + 4 * mixed[:, 0]) % _HIDDEN_MOD
-    return out
+    return torch.tensor([
+        [(h[0] + 4 * m[0]) % _HIDDEN_MOD, 1.0] for h, m in zip(hidden.tolist(), mixed.tolist(), strict=True)
+    ])  # fmt: skip
+
+
+def _chosen(layer: int, value: int) -> tuple[int, int]:
+    size = SHAPE.num_experts
+    first = (value + layer) % size
+    return first, (first + 1 + value // size % (size - 1)) % size
+
+
+def _answer(layer: int, value: int, expert: int) -> int:
+    return (value * (expert + 2) + layer) % _EXPERT_MOD
 
 
 def next_token(seen: Sequence[int], seed: int, value: int) -> int:
@@ -63,11 +70,9 @@ def next_token(seen: Sequence[int], seed: int, value: int) -> int:
 @functools.cache
 def value_of(token: int) -> int:
     """A token's hidden value behind the last layer, in plain integers: what the tensors must come to."""
-    value, size = token, SHAPE.num_experts
+    value = token
     for layer in range(SHAPE.num_layers):
-        first = (value + layer) % size
-        chosen = (first, (first + 1 + value // size % (size - 1)) % size)
-        answers = [(value * (e + 2) + layer) % _EXPERT_MOD for e in chosen]
+        answers = [_answer(layer, value, e) for e in _chosen(layer, value)]
         value = (value + int(4 * sum(w * a for w, a in zip(WEIGHTS, answers, strict=True)))) % _HIDDEN_MOD
     return value
 

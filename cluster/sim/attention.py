@@ -61,6 +61,7 @@ class AttentionShell:
         self.exchange = Exchange(process, network, router)
         self.dispatcher = Dispatcher(self.exchange, process.member, router, self._peer_lost, replies=replies)
         self.has_placement = False
+        self.has_changed = False  # book or placement, since they were last checked
         self.steps = self.tokens = 0
         self.missing_since_s: float | None = None  # experts, as far as the last step found
         self._microbatches = microbatches
@@ -133,6 +134,7 @@ class AttentionShell:
     def _drain_inbox(self, result: StepResult) -> bool:
         """Whether there were orders."""
         has_orders = False
+        self.has_changed = True
         while self._inbox:
             match self._inbox.popleft():
                 case Plan() as plan:
@@ -179,6 +181,7 @@ class AttentionShell:
     def _compute(self, result: StepResult) -> Computing:
         began_s = self.process.now_s()
         spans = self.book.compose(result)
+        self.has_changed = True
         if not spans:
             return False
         parts = split(spans, self._microbatches)
@@ -201,6 +204,7 @@ class AttentionShell:
             self._write(span)
         found = [self._next_tokens(part, rows) for part, rows in zip(parts, hidden, strict=True)]
         self.book.computed(spans, result)
+        self.has_changed = True
         for sequence, token in [pair for pairs in found for pair in pairs]:
             delta = TokenDelta(sequence.start.attempt, sequence.num_generated, (token,))
             self.book.sampled(sequence, token, delta, result)

@@ -47,6 +47,7 @@ class Streams:
     def hand_over(self, result: StepResult, has_orders: bool, steps: int, tokens: int, is_missing: bool) -> None:
         if not self._is_open:
             return
+        self._book.restate(result)
         counts = wire.report_pb(self._process.member, self._book, steps, tokens, experts_missing=is_missing)
         is_news, running = result.is_news(), self._latest.running
         if is_news or has_orders:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from attention_workers.step import AttemptId
 from cluster.controller import Phase
-from cluster.events import Command, Prepare, Publish, Retire, Send, StartWorker
+from cluster.events import Command, Prepare, Publish, Retire, Send
 from cluster.sim.attention import AttentionShell
 from cluster.sim.clients import Clients
 from cluster.sim.cluster import Cluster, Shell
@@ -41,7 +41,9 @@ class Checks:
                 case ExpertShell():
                     self._expert(member, shell)
                 case SchedulerShell():
-                    shell.scheduler.check()
+                    if shell.has_changed:
+                        shell.has_changed = False
+                        shell.scheduler.check()
                 case GatewayShell():
                     self._obeyed(member, "scheduler", shell.port.obeyed)
             if not isinstance(shell, ControllerShell):
@@ -57,6 +59,9 @@ class Checks:
             terms.clear()
 
     def _attention(self, member: Member, shell: AttentionShell) -> None:
+        if not shell.has_changed:
+            return
+        shell.has_changed = False
         shell.book.check()
         self._obeyed(member, "scheduler", shell.streams.obeyed)
         runs = set(shell.book.sequences)
@@ -75,6 +80,9 @@ class Checks:
 
     def _expert(self, member: Member, shell: ExpertShell) -> None:
         """What an epoch gives it stays, once prepared, until that epoch is retired."""
+        if not shell.has_changed:
+            return
+        shell.has_changed = False
         prepared = self._prepared.setdefault(member, set())
         if shell.epoch is not None:
             prepared.add(shell.epoch)
@@ -93,8 +101,6 @@ class Checks:
                 self._complete(placement)
             case Send(to, Retire(epoch)):
                 self._unused(shell, epoch)
-            case StartWorker(_, member):
-                assert member not in self._cluster.shells, f"{member} was started twice"
 
     def _complete(self, placement: Placement) -> None:
         placement.validate()

@@ -51,7 +51,7 @@ class SchedulerShell:
     ) -> None:
         """`kill_controller`: by its pid."""
         self.process, self.scheduler = process, scheduler
-        self.obeyed: list[int] = []
+        self.has_changed = False  # since it was last checked
         self._links: dict[scheduling.Incarnation, End] = {}
         self._inbox: deque[scheduling.Event] = deque()
         self._wake = Bell()
@@ -131,12 +131,14 @@ class SchedulerShell:
         while True:
             yield self._wake, CONFIG.tick_s
             now_s = self.process.now_s()
+            self.has_changed |= bool(self._inbox)
             for _ in range(len(self._inbox)):
                 self._send(self.scheduler.step(self._inbox.popleft(), now_s))
             self._send(self.scheduler.step(scheduling.Tick(), now_s))
             self._send(self.scheduler.round(now_s))
 
     def _send(self, commands: list[scheduling.Command]) -> None:
+        self.has_changed |= bool(commands)
         for command in commands:
             end = self._links.get(command.to)
             if end is None or not end.is_open:

@@ -37,6 +37,7 @@ class ExpertShell:
         self.address = f"@{process}"
         self.epoch: EpochId | None = None  # last prepared
         self.slots: set[Slot] = set()
+        self.has_changed = False  # slots or epochs, since they were last checked
         self.oldest = EpochId(0, 0)  # epochs below it are retired
         self.batcher = Batcher(SHAPE.num_layers, EXPERT.batch_rows_max, EXPERT.batch_parcels_max, EXPERT.join_wait_s)
         self._pulse_s = config.combine_timeout_s / PULSES
@@ -81,10 +82,11 @@ class ExpertShell:
             for slot in sorted(wanted - self.slots):
                 yield None, LOAD_SLOT_S * self.process.slow
                 self.slots.add(slot)
-            self.epoch = placement.epoch
+            self.epoch, self.has_changed = placement.epoch, True
             self.member_link.report(Prepared(placement.epoch))
 
     def _retire(self, epoch: EpochId) -> None:
+        self.has_changed = True
         self.oldest = max(self.oldest, EpochId(epoch.term, epoch.number + 1))
         self._wanted = {e: slots for e, slots in self._wanted.items() if e >= self.oldest}
         self.slots &= frozenset[Slot]().union(*self._wanted.values())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cluster.sim.attention import AttentionShell
 from cluster.sim.cluster import DECIDERS, Cluster, Shell
+from cluster.sim.member_link import CONTROLLER
 from cluster.sim.scenario import Fault, Scenario
 
-FLAPS, FLAP_S = 12, 0.15  # of the streams of those between two deciders
+FLAPS, FLAP_S = 16, 0.1  # of the streams of those between two deciders
 
 
 class Faults:
@@ -90,16 +92,22 @@ class Faults:
                 shell.process.end("its node is lost")
 
     def _usurp(self, fault: Fault) -> None:
-        """The streams of everybody else break again and again, so that some reach the one and some the other."""
-        if not self._target(fault):
+        """The first is cut off from the controller, and taken for dead. Streams break again and again, so that some
+        reach the one and some the other: at first only those of attention workers."""
+        shell = self._target(fault)
+        if shell is None:
             return
+        self._cluster.network.shunned.add((shell.process, CONTROLLER))
+        self._cluster.network.flap(shell.process)
         self._cluster.start_companion(fault.target)
         for number in range(FLAPS):
-            self._world.at(FLAP_S * (number + 1), self._flap_some)
+            is_late = number >= FLAPS // 2
+            self._world.at(FLAP_S * (number + 1), lambda is_late=is_late: self._flap_some(is_late))  # type: ignore[misc]
 
-    def _flap_some(self) -> None:
+    def _flap_some(self, is_late: bool) -> None:
         for shell in self._cluster.living():
-            if shell.process.member.id not in DECIDERS and self._world.rng.random() < 0.5:
+            is_meant = is_late or isinstance(shell, AttentionShell)
+            if is_meant and shell.process.member.id not in DECIDERS and self._world.rng.random() < 0.6:
                 self._cluster.network.flap(shell.process)
 
     def _drop(self, fault: Fault) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.sim.process import Process
-from cluster.sim.world import World
+from cluster.sim.world import Action, World
 
 LATENCY_S = (0.0001, 0.002)
 FAR_LATENCY_S = (0.0005, 0.02)  # between nodes
@@ -31,23 +31,23 @@ class End:
         self.on_message: OnMessage = lambda _message: None
         self.on_end: OnEnd = lambda _why: None
         self.is_open = True
-        self.peer: End = self
+        self.peer: End | None = None  # nobody listened
         self._sent = self._arrived = 0
         self._lost_from: int | None = None
         self._last_s = 0.0
-        self.held: list[Callable[[], None]] = []  # behind a cut
+        self.held: list[Action] = []  # behind a cut
 
     def send(self, message: Any) -> None:
-        if self.is_open:
-            number, self._sent = self._sent, self._sent + 1
+        if self.is_open and self.peer is not None:
+            number, peer, self._sent = self._sent, self.peer, self._sent + 1
             assert self._sent - self._arrived <= HELD_MAX, f"{self.process}: {HELD_MAX} messages have not arrived"
-            self._post(lambda: self._deliver(number, message))
+            self._post(peer, lambda: self._deliver(peer, number, message))
 
     def close(self, why: str = "closed") -> None:
         """Idempotent. What was sent before arrives."""
-        if self.is_open:
-            self.is_open = False
-            self._post(lambda: self.peer.process.do(lambda: self.peer.ended(why)))
+        peer, was_open, self.is_open = self.peer, self.is_open, False
+        if was_open and peer is not None:
+            self._post(peer, lambda: peer.process.do(lambda: peer.ended(why)))
 
     def cut_off(self, why: str) -> None:
         """Its process has died, or the way to the peer has: some of what was sent last is lost."""
@@ -60,21 +60,25 @@ class End:
             self.is_open = False
             self.on_end(why)
 
-    def _post(self, arrive: Callable[[], None]) -> None:
-        world = self.network.world
-        self._last_s = max(self._last_s, world.now_s + self.network.latency_s(self.process, self.peer.process))
-        world.at(self._last_s - world.now_s, lambda: self._pass(arrive))
+    def connected(self, peer: End, accept: Action) -> None:
+        self.peer = peer
+        self._post(peer, accept)
 
-    def _pass(self, arrive: Callable[[], None]) -> None:
-        if self.held or self.network.is_cut(self.process, self.peer.process):
+    def _post(self, peer: End, arrive: Action) -> None:
+        world = self.network.world
+        self._last_s = max(self._last_s, world.now_s + self.network.latency_s(self.process, peer.process))
+        world.at(self._last_s - world.now_s, lambda: self._pass(peer, arrive))
+
+    def _pass(self, peer: End, arrive: Action) -> None:
+        if self.held or self.network.is_cut(self.process, peer.process):
             self.held.append(arrive)
         else:
             arrive()
 
-    def _deliver(self, number: int, message: Any) -> None:
+    def _deliver(self, peer: End, number: int, message: Any) -> None:
         if self._lost_from is None or number < self._lost_from:
             self._arrived += 1
-            self.peer.process.do(lambda: self.peer.take(message))
+            peer.process.do(lambda: peer.take(message))
 
     def take(self, message: Any) -> None:
         if self.is_open:
@@ -86,6 +90,7 @@ class Network:
         self.world = world
         self.cuts: dict[frozenset[str], float] = {}  # pairs of nodes, since when
         self.lost: dict[str, float] = {}  # nodes, since when
+        self.shunned: set[tuple[Process, str]] = set()  # who is not let in where
         self.parcel_loss = self.parcel_twice = 0.0  # how many of the exchange's parcels are lost, or come twice
         self._doors: dict[str, list[tuple[Process, Callable[[End], None]]]] = {}
         self._ends: dict[Process, list[End]] = {}
@@ -99,21 +104,21 @@ class Network:
 
     def connect(self, process: Process, address: str, on_message: OnMessage, on_end: OnEnd) -> End:
         """To whoever listens there: the newest, or for a moment still an older one."""
-        near, far = End(self, process), None
+        near = End(self, process)
         near.on_message, near.on_end = on_message, on_end
         doors = [door for door in self._doors.get(address, ()) if door[0].is_alive]
         self._doors[address] = doors
-        if not doors:
+        if not doors or (process, address) in self.shunned:
             process.after(self.world.between(*LATENCY_S), lambda: near.ended("refused"))
             return near
         door, accept = doors[-1] if len(doors) == 1 or self.world.rng.random() < 0.6 else doors[0]
         far = End(self, door)
-        near.peer, far.peer = far, near
+        far.peer = near
         for end in (near, far):
             self._ends.setdefault(end.process, []).append(end)
         if self._silent_since(process, door) is not None:
             process.after(CONNECT_S, lambda: self._give_up(near, CONNECT_S))
-        near._post(lambda: door.do(lambda: accept(far)))
+        near.connected(far, lambda: door.do(lambda: accept(far)))
         return near
 
     def latency_s(self, one: Process, other: Process) -> float:
@@ -145,7 +150,7 @@ class Network:
         self.cuts.pop(nodes, None)
         for ends in list(self._ends.values()):
             for end in ends:
-                if end.held and not self.is_cut(end.process, end.peer.process):
+                if end.held and end.peer and not self.is_cut(end.process, end.peer.process):
                     held, end.held = end.held, []
                     for arrive in held:
                         arrive()
@@ -166,6 +171,8 @@ class Network:
 
     def _give_up(self, end: End, after_s: float) -> None:
         """Both sides find the other silent, each when it next looks; not when it has spoken meanwhile."""
+        if end.peer is None:
+            return
         since_s = self._silent_since(end.process, end.peer.process)
         if since_s is None or self.world.now_s - since_s < after_s * 0.9:
             return

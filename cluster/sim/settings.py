@@ -11,8 +11,8 @@ from router.rows import Replies
 
 HEARTBEAT_S = 0.5
 BLOCK_TOKENS = 4
-BLOCKS = 24
-SLIDING_BLOCKS = 12
+BLOCKS = 20
+SLIDING_BLOCKS = 10
 SLIDING_WINDOW = 9
 SEQUENCES_MAX = 6
 MODEL_LEN_MAX = 80
@@ -24,7 +24,7 @@ IDLE_WAIT_S = 1.0
 
 # What work costs, by the worker's clock.
 START_S = (0.3, 1.0)  # of a process, until it turns
-ATTENTION_S, ATTENTION_ROW_S = 0.02, 0.001  # of a microbatch at one layer
+ATTENTION_S, ATTENTION_ROW_S = 0.05, 0.002  # of a microbatch at one layer
 EXPERTS_S, EXPERTS_ROW_S = 0.004, 0.0005  # of a batch
 LOAD_SLOT_S = 0.05  # of one expert's weights
 
