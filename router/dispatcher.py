@@ -88,7 +88,8 @@ class Dispatcher:
         rows: RowsSent = "plain",
         replies: Replies = "rows",
     ) -> None:
-        """`on_lost` is called once for each expert worker found lost, within any method below.
+        """`on_lost` is called for each expert worker found lost, within any method below: once, and again whenever
+        a placement is adopted that still has it, for who was told may have gone and told nobody.
         `rows`, `replies`: as the end's links carry them."""
         self._end = end
         self._sender = sender
@@ -165,6 +166,8 @@ class Dispatcher:
             failed = self._end.adopt(links)
         self._lost &= {worker.member for worker in placement.workers}
         self._placement = placement
+        for member in sorted(self._lost):
+            self._on_lost(member)
         self._lose(failed)
         return placement.epoch
 
@@ -324,7 +327,7 @@ class Dispatcher:
         return DispatchPlan(planned.parcels + rest.parcels, rest.missing)
 
     def _lose(self, members: Iterable[Member]) -> None:
-        for member in members:
+        for member in sorted(members):  # sets have no order that two runs share
             if member not in self._lost:
                 self._lost |= {member}
                 self._counts["lost"] += 1

@@ -107,7 +107,7 @@ class Exchange:
         return prepared
 
     def adopt(self, prepared: Prepared) -> dict[Member, str]:
-        for peer in self._links.keys() - set(prepared.peers):
+        for peer in [peer for peer in self._links if peer not in prepared.peers]:
             link = self._links.pop(peer)
             self._lose(link, "no longer a peer")
             link.close()

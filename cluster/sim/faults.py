@@ -102,13 +102,13 @@ class Faults:
         self._cluster.start_companion(fault.target)
         for number in range(FLAPS):
             is_late = number >= FLAPS // 2
-            self._world.at(FLAP_S * (number + 1), lambda is_late=is_late: self._flap_some(is_late))  # type: ignore[misc]
+            self._world.at(FLAP_S * (number + 1), lambda is_late=is_late: self._flap_some(fault.target, is_late))  # type: ignore[misc]
 
-    def _flap_some(self, is_late: bool) -> None:
+    def _flap_some(self, decider: str, is_late: bool) -> None:
         for shell in self._cluster.living():
             is_meant = is_late or isinstance(shell, AttentionShell)
             if is_meant and shell.process.member.id not in DECIDERS and self._world.rng.random() < 0.6:
-                self._cluster.network.flap(shell.process)
+                self._cluster.network.flap(shell.process, decider)
 
     def _drop(self, fault: Fault) -> None:
         self._cluster.network.parcel_loss = fault.amount

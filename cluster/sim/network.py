@@ -32,6 +32,7 @@ class End:
         self.on_end: OnEnd = lambda _why: None
         self.is_open = True
         self.peer: End | None = None  # nobody listened
+        self.address = ""  # where it was connected to
         self._sent = self._arrived = 0
         self._lost_from: int | None = None
         self._last_s = 0.0
@@ -105,7 +106,7 @@ class Network:
     def connect(self, process: Process, address: str, on_message: OnMessage, on_end: OnEnd) -> End:
         """To whoever listens there: the newest, or for a moment still an older one."""
         near = End(self, process)
-        near.on_message, near.on_end = on_message, on_end
+        near.on_message, near.on_end, near.address = on_message, on_end, address
         doors = [door for door in self._doors.get(address, ()) if door[0].is_alive]
         self._doors[address] = doors
         if not doors or (process, address) in self.shunned:
@@ -155,9 +156,9 @@ class Network:
                     for arrive in held:
                         arrive()
 
-    def flap(self, process: Process) -> None:
-        """Break all its streams once."""
-        for end in self._open(process):
+    def flap(self, process: Process, address: str = "") -> None:
+        """Break all its streams once, or those to one address."""
+        for end in [end for end in self._open(process) if not address or end.address == address]:
             end.cut_off("broken")
             end.process.do(lambda end=end: end.on_end("broken"))  # type: ignore[misc]
 

@@ -54,4 +54,4 @@ class World:
 
     def tell(self, what: str) -> None:
         """A line of the story."""
-        self._tells(f"{self.now_s:8.3f}  {what}")
+        self._tells(f"{self.now_s:7.2f}  {what}")
