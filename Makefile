@@ -25,10 +25,11 @@ serve: setup $(CHECKPOINT)/config.json
 test: setup
 	$(BIN)/python -m pytest
 
-# Longer than `make test`: ten times as many topologies, and 10,000 histories of the scheduler.
+# Longer than `make test`: ten times as many topologies, 10,000 histories of the scheduler, and 1,000 of whole clusters.
 soak: setup
 	$(BIN)/python -m pytest tests/equivalence/test_grand.py --topologies 500
 	$(BIN)/python -m tests.unit.scheduler_soak
+	$(BIN)/expertmesh simulate --seeds 0-999
 
 check: setup
 	$(BIN)/ruff check .

@@ -60,7 +60,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--scenario", type=Path, metavar="FILE", help="this cluster and these faults")
     parser.add_argument("--trace", action="store_true", help="tell what happens, with virtual times in seconds")
     parser.add_argument("--print", action="store_true", help="print the scenario, and do not run it")
-    parser.add_argument("--faults", action="store_true", help="say what faults there are, and how they are written")
+    parser.add_argument(
+        "--faults", action="store_true", help="say what faults there are, and how they are written"
+    )
     parser.add_argument("--json", action="store_true", help="an object for each seed, one a line")
     parser.set_defaults(run=run)
 
@@ -81,7 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
     tells: Callable[[str], None] = print if arguments.trace else lambda _line: None
     file, num_broken, events, took_s = str(arguments.scenario or ""), 0, 0, 0.0
     for outcome in _each(seeds, lambda seed: simulate(scenario_of(seed), tells)):
-        num_broken, events, took_s = num_broken + bool(outcome.broken), events + outcome.events, took_s + outcome.took_s
+        num_broken, events, took_s = (
+            num_broken + bool(outcome.broken),
+            events + outcome.events,
+            took_s + outcome.took_s,
+        )
         if arguments.json:
             print(json.dumps(document(outcome, file)), flush=True)
         elif outcome.broken or len(seeds) == 1:
@@ -124,7 +130,9 @@ def _seed(given: str | None) -> int:
 def _seeds(given: str) -> range:
     first, dash, last = given.partition("-")
     if not (dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < _SEED_END):
-        raise ConfigError(f"--seeds: {given!r}; accepted: A-B, two numbers from 0 to {_SEED_END - 1}, A not above B")
+        raise ConfigError(
+            f"--seeds: {given!r}; accepted: A-B, two numbers from 0 to {_SEED_END - 1}, A not above B"
+        )
     if int(last) - int(first) >= SEEDS_MAX:
         raise ConfigError(f"--seeds: {given!r}; accepted: at most {SEEDS_MAX} of them")
     return range(int(first), int(last) + 1)

@@ -108,7 +108,9 @@ class Checks:
             holder = self._cluster.shells[placed.member]
             assert isinstance(holder, ExpertShell), f"{placed.member} is placed, and is no expert worker"
             missing = set(placed.experts) - holder.slots
-            assert not missing, f"{placement.epoch} is published before {placed.member.id} holds {sorted(missing)[:4]}"
+            assert not missing, (
+                f"{placement.epoch} is published before {placed.member.id} holds {sorted(missing)[:4]}"
+            )
 
     def _unused(self, shell: ControllerShell, retired: EpochId) -> None:
         roster = shell.controller.roster
@@ -136,7 +138,9 @@ class Checks:
         if gauges["workers"] != self._cluster.shape.attention or len(attention) != gauges["workers"]:
             return f"{gauges['workers']:g} attention workers are with the scheduler, {len(attention)} live"
         for shell in attention:
-            held = {k: s.total - s.num_available for k, s in shell.book.spaces.items() if s.total != s.num_available}
+            held = {
+                k: s.total - s.num_available for k, s in shell.book.spaces.items() if s.total != s.num_available
+            }
             if held or shell.book.sequences:
                 return f"{shell.process} runs {len(shell.book.sequences)} sequences and holds blocks: {held}"
         return self._epochs_at_rest(controller, attention)
@@ -144,7 +148,11 @@ class Checks:
     def _epochs_at_rest(self, shell: ControllerShell, attention: list[AttentionShell]) -> str:
         epochs = shell.controller.epochs
         published = epochs.published
-        if published is None or epochs.preparing is not None or len(published.workers) != self._cluster.shape.experts:
+        if (
+            published is None
+            or epochs.preparing is not None
+            or len(published.workers) != self._cluster.shape.experts
+        ):
             return f"a placement is being prepared, or not all expert workers are placed: {published}"
         if late := [str(a.process) for a in attention if a.dispatcher.epoch != published.epoch]:
             return f"{late} have not adopted {published.epoch}"

@@ -43,7 +43,7 @@ def asks(rng: random.Random, load: Load) -> list[Ask]:
             prompt=stem[: rng.choice([0, 0, 8, 12])] + own,
             seed=rng.getrandbits(64),
             n=rng.choice([1, 1, 1, 2]),
-            max_tokens=rng.randint(4, 24),
+            max_tokens=rng.randint(4, 18),
             priority=rng.choice([0, 0, 1]),
             tenant=rng.choice(["", "a", "b"]),
             hang_up_at=early if chance < load.hang_ups else None,

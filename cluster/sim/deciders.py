@@ -106,7 +106,9 @@ class SchedulerShell:
         if message.term > self.scheduler.term:
             self.process.end(f"superseded by term {message.term}")
         elif self._links.get(peer) is end:  # else it has joined again: what this stream said is void
-            decoded = wire.decode_gateway(message, peer, CONFIG) if is_gateway else wire.decode_worker(message, peer)
+            decoded = (
+                wire.decode_gateway(message, peer, CONFIG) if is_gateway else wire.decode_worker(message, peer)
+            )
             self._post(decoded)
 
     def _lose(self, end: End, peer: scheduling.Incarnation, is_gateway: bool) -> None:

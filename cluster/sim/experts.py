@@ -39,7 +39,9 @@ class ExpertShell:
         self.slots: set[Slot] = set()
         self.has_changed = False  # slots or epochs, since they were last checked
         self.oldest = EpochId(0, 0)  # epochs below it are retired
-        self.batcher = Batcher(SHAPE.num_layers, EXPERT.batch_rows_max, EXPERT.batch_parcels_max, EXPERT.join_wait_s)
+        self.batcher = Batcher(
+            SHAPE.num_layers, EXPERT.batch_rows_max, EXPERT.batch_parcels_max, EXPERT.join_wait_s
+        )
         self._pulse_s = config.combine_timeout_s / PULSES
         self._wanted: dict[EpochId, frozenset[Slot]] = {}
         self._orders: deque[Placement] = deque()

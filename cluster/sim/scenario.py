@@ -186,7 +186,9 @@ def drawn(seed: int) -> Scenario:
     )
     targets = _targets(shape)
     faults = [fault for _ in range(rng.randint(1, 6)) for fault in _drawn_faults(rng, shape, targets)]
-    return Scenario(seed, shape, Load(count=rng.randint(4, 9), over=6.0), tuple(sorted(faults, key=lambda f: f.at_s)))
+    return Scenario(
+        seed, shape, Load(count=rng.randint(4, 9), over=6.0), tuple(sorted(faults, key=lambda f: f.at_s))
+    )
 
 
 def _targets(shape: Shape) -> list[str]:
@@ -203,7 +205,7 @@ def _drawn_faults(rng: random.Random, shape: Shape, targets: list[str]) -> list[
     if verb in ("cut", "lose"):
         target = f"node-{rng.randrange(1, shape.nodes)}"  # the first has Ray's head
     elif verb == "usurp":  # beside a worker that is slow to read what both say
-        reader = Fault(max(0.0, at_s - 0.1), "slow", f"attention-{rng.randrange(shape.attention)}", 4.0, 2.0)
+        reader = Fault(round(at_s - 0.1, 2), "slow", f"attention-{rng.randrange(shape.attention)}", 4.0, 2.0)
         return [reader, Fault(at_s, verb, rng.choice(["scheduler", "scheduler", "controller"]))]
     elif verb in RATES:
         return [Fault(at_s, verb, "", round(rng.uniform(0.02, 0.2), 2), for_s)]
