@@ -97,8 +97,8 @@ class Book:
         result.evicted = []
 
     def restate(self, result: StepResult) -> None:
-        """Before `result` is told: all that runs is said as it is now, after everything else in it. What was said to run
-        and has ended since would be heard of the other way round, and thought to run for ever."""
+        """Before `result` is told: all that runs is said as it is now, after everything else in it. What was said
+        to run and has ended since would be heard of the other way round, and thought to run for ever."""
         if result.state is not None:
             result.state = self.state()
 
@@ -122,8 +122,8 @@ class Book:
         for attempt in [a for a in self.sequences if _same_sequence(a, start.attempt)]:
             self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
         if len(self.sequences) >= self.sequences_max:
-            # No fault of the request: a plan of an earlier stream came through after this one's sender was told what
-            # runs. Given back, it is placed again.
+            # No fault of the request: a plan of an earlier stream came through after this one's sender was told
+            # what runs. Given back, it is placed again.
             result.completions.append(Completion(start.attempt, FinishReason.CANCELLED, len(start.accepted)))
             return
         tables = {kind: BlockTable() for kind in self.spaces}

@@ -23,10 +23,11 @@ SEEDS_MAX = 1_000_000
 _SEED_END = 1 << 32
 
 DESCRIPTION = """\
-Runs the real controller, scheduler, gateway ledger, dispatcher, books and batchers of a whole cluster under virtual
-time, kills, freezes, cuts off and confuses its processes, and looks after every event whether every promise is kept:
-blocks conserved, epochs complete and none retired while used, no attempt run twice, no stale order obeyed, every
-token of every request right, once and in order. Then everything is healed, and must come to rest.
+Runs the real controller, scheduler, gateway ledger, dispatcher, books and batchers of a whole cluster under
+virtual time, kills, freezes, cuts off and confuses its processes, and looks after every event whether every
+promise is kept: blocks conserved, epochs complete and none retired while used, no attempt run twice, no stale
+order obeyed, every token of every request right, once and in order. Then everything is healed, and must come to
+rest.
 
 The same seed is the same story. Exit code 1: a promise was broken, and how to see it again is said."""
 

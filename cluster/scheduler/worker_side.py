@@ -96,8 +96,8 @@ class WorkerSide:
         yield from self._move(book, event.paused)
 
     def members_expected(self, event: MembersExpected, _now_s: float) -> Iterator[Command]:
-        """The controller's word is final: whoever is not expected is lost now, also where its stream has not noticed
-        (it hangs, or its node is gone or cut off)."""
+        """The controller's word is final: whoever is not expected is lost now, also where its stream has not
+        noticed (it hangs, or its node is gone or cut off)."""
         self._recovery.expect(event.workers)
         for worker in sorted(self._books.workers.keys() - event.workers):
             if self._books.workers[worker].unlinked_s is None:

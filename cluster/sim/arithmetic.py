@@ -1,8 +1,8 @@
 """What simulated workers compute: whole numbers, so that every sum is exact and every mistake is seen.
 
 A token's hidden value goes through layers of experts as in the model; the next token is a hash of the tokens that
-the worker's key-value blocks hold, the seed, and that value. So it is a function of (prompt, seed, position), and a
-block that was freed while in use, a row merged twice or a token lost shows in all that follows.
+the worker's key-value blocks hold, the seed, and that value. So it is a function of (prompt, seed, position), and
+a block that was freed while in use, a row merged twice or a token lost shows in all that follows.
 """
 
 from __future__ import annotations

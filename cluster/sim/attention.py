@@ -1,7 +1,7 @@
-"""A simulated attention worker: the real book, dispatcher and deliveries in the order `attention_workers` has them.
+"""A simulated attention worker: the real book, dispatcher and deliveries, driven as `attention_workers` does.
 
-The compute thread is written here again (`service.py`, `worker.py` and `decode.py` wait where it yields); the streams
-are in `attention_links`. Keys and values are token ids in the blocks that the book hands out.
+The compute thread is written here again (`service.py`, `worker.py` and `decode.py` wait where it yields); the
+streams are in `attention_links`. Keys and values are token ids in the blocks that the book hands out.
 """
 
 from __future__ import annotations

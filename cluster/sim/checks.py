@@ -108,9 +108,7 @@ class Checks:
             holder = self._cluster.shells[placed.member]
             assert isinstance(holder, ExpertShell), f"{placed.member} is placed, and is no expert worker"
             missing = set(placed.experts) - holder.slots
-            assert not missing, (
-                f"{placement.epoch} is published before {placed.member.id} holds {sorted(missing)[:4]}"
-            )
+            assert not missing, f"{placement.epoch} is published, {placed.member.id} lacks {sorted(missing)[:4]}"
 
     def _unused(self, shell: ControllerShell, retired: EpochId) -> None:
         roster = shell.controller.roster
@@ -142,7 +140,7 @@ class Checks:
                 k: s.total - s.num_available for k, s in shell.book.spaces.items() if s.total != s.num_available
             }
             if held or shell.book.sequences:
-                return f"{shell.process} runs {len(shell.book.sequences)} sequences and holds blocks: {held}"
+                return f"{shell.process} runs {len(shell.book.sequences)} sequences and holds {held} blocks"
         return self._epochs_at_rest(controller, attention)
 
     def _epochs_at_rest(self, shell: ControllerShell, attention: list[AttentionShell]) -> str:

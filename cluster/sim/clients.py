@@ -1,4 +1,6 @@
-"""Clients: they ask, read, hang up, come again when refused for load or when their gateway dies, and know the answer."""
+"""Clients: they ask, read, hang up, and come again when refused for load or when their gateway dies.
+
+They know what the answer must be."""
 
 from __future__ import annotations
 

@@ -16,20 +16,19 @@ from router.transport.base import Parcel, Peer, Prepared, Refusal, RefusalReason
 from router.transport.patience import Patience
 from router.transport.tickets import Outcome, TicketBook
 
-
 Waiting: TypeAlias = Generator[Wait, None, list[Outcome]]
 
 
 class Carried(NamedTuple):
-    """A parcel on its way: `index` is its place in the ticket."""
+    """A parcel on its way."""
 
     parcel: Parcel
-    index: int
+    place: int  # in its ticket
 
 
 class Answer(NamedTuple):
     ticket: int
-    index: int
+    place: int  # of its parcel
     outcome: Outcome
 
 
@@ -81,8 +80,8 @@ class Exchange:
 
     def _hear(self, link: Link, heard: Answer | Pulse) -> None:
         link.is_up, link.heard_s = True, self._process.now_s()
-        if isinstance(heard, Answer) and (heard.ticket, heard.index) in link.unanswered:
-            link.unanswered.remove((heard.ticket, heard.index))
+        if isinstance(heard, Answer) and (heard.ticket, heard.place) in link.unanswered:
+            link.unanswered.remove((heard.ticket, heard.place))
             self._book.settle(*heard)
         self.bell.ring()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.events import Exit, OrderBody, Prepare, Register, Retire, Role
@@ -28,7 +27,7 @@ Slot = tuple[int, int]  # (layer, expert)
 @dataclass(frozen=True)
 class Received(Parcel):
     link: End = field(repr=False)
-    index: int = field(default=0, kw_only=True)
+    place: int = field(default=0, kw_only=True)  # in its ticket
 
 
 class ExpertShell:
@@ -105,7 +104,7 @@ class ExpertShell:
         p = carried.parcel
         received = Received(
             p.sender, p.to, p.epoch, p.ticket, p.layer, p.rows, p.route_rows, p.route_experts, end,
-            index=carried.index, route_weights=p.route_weights,
+            place=carried.place, route_weights=p.route_weights,
         )  # fmt: skip
         self.batcher.add(received, self.process.now_s())
         self._has_parcels.ring()
@@ -136,10 +135,10 @@ class ExpertShell:
             out = expert(layer, parcel.rows[parcel.route_rows], parcel.route_experts)  # [r, H]
             if parcel.route_weights is not None:
                 out = sums(out, parcel.route_weights, parcel.route_rows, len(parcel.rows))
-            carry(parcel.link, Answer(parcel.ticket, parcel.index, Reply(out)))
+            carry(parcel.link, Answer(parcel.ticket, parcel.place, Reply(out)))
 
     def _refuses(self, parcel: Received, held: set[int]) -> bool:
         why = why_refused(parcel, self.process.member, self.oldest, held)
         if why is not None:
-            carry(parcel.link, Answer(parcel.ticket, parcel.index, Refusal(*why)))
+            carry(parcel.link, Answer(parcel.ticket, parcel.place, Refusal(*why)))
         return why is not None

@@ -40,8 +40,7 @@ class Faults:
             self._heal_cut(nodes)
         for shell in self._cluster.living():
             shell.process.slow = 1.0
-            if shell.process.frozen_since_s is not None:
-                shell.process.thaw()
+            shell.process.thaw()
             name = shell.process.member.id
             if name in DECIDERS and self._cluster.find(name) is not shell:
                 shell.process.end("killed: another has taken its place")
@@ -61,7 +60,7 @@ class Faults:
             process = shell.process
             process.freeze()
             self._cluster.network.silenced(lambda silent: silent is process)
-            self._world.at(fault.for_s, lambda: process.frozen_since_s is not None and process.thaw())  # type: ignore[func-returns-value]
+            self._world.at(fault.for_s, process.thaw)
 
     def _slow(self, fault: Fault) -> None:
         if shell := self._target(fault):
@@ -92,8 +91,8 @@ class Faults:
                 shell.process.end("its node is lost")
 
     def _usurp(self, fault: Fault) -> None:
-        """The first is cut off from the controller, and taken for dead. Streams break again and again, so that some
-        reach the one and some the other: at first only those of attention workers."""
+        """The first is cut off from the controller, and taken for dead. Streams break again and again, so that
+        some reach the one and some the other: at first only those of attention workers."""
         shell = self._target(fault)
         if shell is None:
             return

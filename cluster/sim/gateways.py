@@ -1,4 +1,4 @@
-"""A simulated gateway: the real ledger and token service, and its stream to the scheduler as `gateway.link` has it."""
+"""A simulated gateway: the real ledger and token service; its stream to the scheduler is as in `gateway.link`."""
 
 from __future__ import annotations
 

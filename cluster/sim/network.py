@@ -1,7 +1,7 @@
 """Streams between processes: ordered, delayed, broken by deaths, silence and whoever wants it broken.
 
-What a stream carries arrives in order or not at all: when it breaks, the end of what was sent is lost. Nodes that are
-cut apart hold what was sent until the cut is healed; a peer that is silent for `KEEPALIVE_S` counts as gone.
+What a stream carries arrives in order or not at all: when it breaks, the end of what was sent is lost. Nodes that
+are cut apart hold what was sent until the cut is healed; a peer that is silent for `KEEPALIVE_S` counts as gone.
 """
 
 from __future__ import annotations

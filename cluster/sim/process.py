@@ -72,6 +72,7 @@ class Process:
             self.frozen_since_s = self.world.now_s
 
     def thaw(self) -> None:
+        """As SIGCONT does; nothing where it turns already."""
         self.frozen_since_s = None
         backlog, self._backlog = self._backlog, []
         for action in backlog:

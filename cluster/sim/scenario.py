@@ -1,4 +1,4 @@
-"""What is to happen: a cluster, its requests, and faults in order of time. Written as text, or drawn from a seed."""
+"""What is to happen: a cluster, its requests, and faults in order of time. Text, or drawn from a seed."""
 
 from __future__ import annotations
 

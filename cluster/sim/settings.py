@@ -34,21 +34,21 @@ PATIENCE = Patience(
 COMPANION_DEADLINE_S = 4.0
 """A scheduler, controller or gateway silent for so long is killed."""
 
-SCHEDULER = SchedulerConfig(
-    queued_requests_max=8,
-    first_token_s=20.0,
-    step_tokens_max=16,
-    chunk_tokens_max=8,
-    gateway_lease_s=2.0,
-    worker_deadline_s=0.25,
-    recovery_deadline_s=3.0,
-    retry_after_s_min=0.5,
-    retry_after_s_max=2.0,
-    tick_s=0.1,
-)
+SCHEDULER = SchedulerConfig.model_validate({
+    "queued_requests_max": 8,
+    "first_token_s": 20.0,
+    "step_tokens_max": 16,
+    "chunk_tokens_max": 8,
+    "gateway_lease_s": 2.0,
+    "worker_deadline_s": 0.25,
+    "recovery_deadline_s": 3.0,
+    "retry_after_s_min": 0.5,
+    "retry_after_s_max": 2.0,
+    "tick_s": 0.1,
+})  # fmt: skip
 GATEWAY = GatewayConfig(submit_timeout_s=3.0, connect_timeout_s=1.0, silence_s_max=600.0, attempts_max=64)
-"""More attempts than a real one has: streams break here several times within one step, and each break of a worker's
-to the scheduler closes what was on its way to it."""
+"""More attempts than a real one has: streams break here several times within one step, and each break of a
+worker's to the scheduler closes what was on its way to it."""
 EXPERT = ExpertConfig(join_wait_s=0.01)
 
 

@@ -1,4 +1,4 @@
-"""Writes each scenario's story anew, beside it: `python -m tests.scenarios.write`. Then look at what has changed."""
+"""Writes each scenario's story anew, beside it: `python -m tests.scenarios.write`. Then look at the difference."""
 
 from __future__ import annotations
 

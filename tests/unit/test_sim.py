@@ -1,4 +1,4 @@
-"""The simulator's promises: a hundred faulty histories in which nothing breaks, each the same whenever it is told."""
+"""The simulator's promises: a hundred faulty histories in which nothing breaks, each the same whenever told."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ outcome = functools.cache(lambda seed: run(drawn(seed)))
 
 @pytest.mark.parametrize("first", range(0, NUM_SEEDS, AT_ONCE))
 def test_no_fault_breaks_a_promise(first: int) -> None:
-    """Of all that `cluster.sim.checks` looks at, after every event; and when all is healed everything comes to rest.
-    `make soak` tries a thousand."""
+    """Of all that `cluster.sim.checks` looks at, after every event; and when all is healed everything comes to
+    rest. `make soak` tries a thousand."""
     broken = [outcome(seed) for seed in range(first, first + AT_ONCE) if outcome(seed).broken]
     assert not broken, "\n".join(f"{summary(one)}\nagain: {replay(one)}" for one in broken)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from attention_workers.book import Book, OrderRefused
+from attention_workers.book import Book
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.step import Plan, StepResult
 from cluster.epochs import Epochs
