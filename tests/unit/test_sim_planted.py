@@ -11,8 +11,8 @@ from attention_workers.book import Book
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.step import Plan, StepResult
 from cluster.epochs import Epochs
+from cluster.scheduler.books import Books
 from cluster.scheduler.recovery import Recovery
-from cluster.scheduler.worker_side import WorkerSide
 from cluster.sim.run import run
 from cluster.sim.scenario import Fault, Load, Scenario, Shape, drawn
 from gateway.ledger import Ledger
@@ -51,18 +51,14 @@ def test_a_lost_retry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_attempt_that_is_not_closed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheduler forgets a lost worker's sequences."""
+    """The scheduler forgets what its worker lost, and tells no gateway."""
 
-    def lose(self: WorkerSide, worker: Any, detail: str) -> Any:
-        book = self._books.workers.pop(worker)
-        for attempt, held in sorted(book.held.items()):
-            if not held.stopping:
-                self._books.end(attempt)
+    def close(self: Books, attempt: Any, reason: Any, detail: str) -> Any:
+        self.end(attempt)
         yield from ()
 
-    monkeypatch.setattr(WorkerSide, "_lose", lose)
-    broken = first_broken()
-    assert "requests have not ended" in broken
+    monkeypatch.setattr(Books, "close", close)
+    assert "requests have not ended" in first_broken()
 
 
 def test_a_double_merge_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
