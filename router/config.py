@@ -31,6 +31,10 @@ class RouterConfig:
     overload_pause_s: float = 0.001
     """Pause before a parcel is offered again to a peer that was full; doubles with each further attempt."""
 
+    stay_awake_s: float = 1e-4
+    """How long who waits for parcels or replies stays awake before it sleeps, giving its core to others meanwhile:
+    a small parcel then finds no core asleep. Seldom tried where it is in vain (decision 13); 0: never."""
+
     parcels_in_flight_max: int = 16
     """Unanswered parcels on one link: first plan and one replan of every microbatch."""
 
@@ -69,7 +73,7 @@ class RouterConfig:
             value = getattr(self, field.name)
             if isinstance(value, str):
                 continue
-            may_be_zero = field.name in ("replans_max", "overload_pause_s")
+            may_be_zero = field.name in ("replans_max", "overload_pause_s", "stay_awake_s")
             least = 0 if may_be_zero else 1 if isinstance(value, int) else 1e-3
             if not least <= value < math.inf:
                 raise ValueError(f"{field.name}: {value}; must be at least {least:g}")

@@ -55,7 +55,7 @@ class LinkedAttentionEnd:
         self._lost: dict[Peer, str] = {}  # why, until they are no longer peers
         self._known: frozenset[Peer] = frozenset()  # standing or lost; replaced whole, read when preparing
         self._spans: dict[int, list[tuple[AttentionLink, Span]]] = {}  # by ticket, until released
-        self._watch = Watch()
+        self._watch = Watch(config.stay_awake_s)
         self._closed = False
 
     # --- links -------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Everything happens within `receive` and `pulse`: strangers are greeted, links of the dead dropped, parcels taken
 from the links in turn. A peer that breaks the rules loses its link, with the reason in the log, and no other
-peer notices. Waiting is epoll, never spinning.
+peer notices. How it waits is said in watch.py.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LinkedExpertEnd:
         self._pulse_due_s = 0.0
         self._wake_bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._woken = False
-        self._watch = Watch()
+        self._watch = Watch(config.stay_awake_s)
         self._watch.add(self._wake_bell, READABLE, self._hear_bell)
         for door in doors:
             door.open(self._watch, self._linked, self._admit)

@@ -21,6 +21,7 @@ SCHEME = "grpc:"
 
 Handler: TypeAlias = "grpc.GenericRpcHandler[bytes, bytes]"
 Options = list[tuple[str, int]]
+_WINDOW_BYTES_MAX = (1 << 31) - 1
 
 
 def scheme(lanes: Lanes | None) -> str:
@@ -74,6 +75,8 @@ def _options(config: RouterConfig) -> Options:
         ("grpc.http2.ping_timeout_ms", _milliseconds(config.keepalive_s)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),  # no limit
+        ("grpc.http2.bdp_probe", 0),  # else data is answered with pings, to find how wide the window should be
+        ("grpc.http2.lookahead_bytes", min(_WINDOW_BYTES_MAX, occupied_bytes_max(config))),
     ]
 
 

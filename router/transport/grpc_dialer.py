@@ -103,9 +103,7 @@ class GrpcGreeting:
         try:
             if not stream.frames:
                 raise LinkRefused(stream.gone)
-            message = stream.frames.popleft()
-            stream.let_go(len(message))
-            welcome = welcome_from_bytes(message)
+            welcome = welcome_from_bytes(stream.take_welcome())
             refuse_unless_welcome(welcome, self._peer.member)
             if self._lane is None:
                 return self._link()
@@ -145,10 +143,9 @@ class GrpcAttentionLink(AttentionLink):
 
     def free(self, span: Span) -> None:
         if not span.freed:
-            span.freed = True
             if self._lane is not None:
                 self._lane.done_reading(span.apart_bytes)
-            self._stream.let_go(span.nbytes)
+            self._stream.let_go(span)
 
     def close(self) -> None:
         self._leave_watch()

@@ -203,8 +203,7 @@ class GrpcExpertLink(ExpertLink):
         self._answer(parcel, frame.refusal_message(parcel, parcel.index, reason, detail, self._limits))
 
     def _answer(self, parcel: LinkedParcel, message: bytes) -> None:
-        parcel.span.freed = True
         if self._lane is not None:
             self._lane.done_reading(parcel.span.apart_bytes)
-        self._stream.let_go(parcel.span.nbytes)
+        self._stream.let_go(parcel.span)
         self._stream.say(message)
