@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
 
 from expertmesh.v1 import step_pb2
 
@@ -43,6 +44,24 @@ class AttemptsRefused:
     attempts: list[AttemptId]
 
 
+@dataclass(frozen=True)
+class Greeted:
+    """A new stream to the scheduler has begun, with all that ran. Plans of the one before that still wait were not
+    in it: the scheduler takes them for lost, and gives again what they said under their numbers."""
+
+
+Item: TypeAlias = Plan | GatewayGone | AttemptsRefused | Greeted
+"""What streams tell the compute thread."""
+
+T = TypeVar("T")
+
+
+def still_said(items: list[T]) -> list[T]:
+    """Of what was told, in order: all but the plans of streams that had ended before they were looked at."""
+    greeted = max((i for i, item in enumerate(items) if isinstance(item, Greeted)), default=0)
+    return [item for i, item in enumerate(items) if i >= greeted or not isinstance(item, Plan)]
+
+
 class Streams:
     """`open` once the worker can run sequences; `hand_over` from the compute thread; `close` at the end."""
 
@@ -52,7 +71,7 @@ class Streams:
         token: str,
         scheduler_address: str,
         backlog_max: int,
-        tell: Callable[[Plan | GatewayGone | AttemptsRefused | None], None],
+        tell: Callable[[Item], None],
         on_failure: Callable[[str], None],
     ) -> None:
         """`tell` must not wait. `on_failure`: a stream's task ended that should not have, and why."""
@@ -123,6 +142,7 @@ class Streams:
 
     def _greet(self) -> step_pb2.WorkerReport:
         """The first report of a stream: capacity, and everything that runs."""
+        self._tell(Greeted())
         latest = self.latest
         report = step_pb2.WorkerReport()
         report.CopyFrom(latest.counts)

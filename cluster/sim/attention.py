@@ -6,7 +6,6 @@ streams are in `attention_links`. Keys and values are token ids in the blocks th
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Sequence
 from typing import TypeAlias
 
@@ -19,7 +18,7 @@ from attention_workers.microbatch import ping_pong, split
 from attention_workers.sequence import Sequence as Running
 from attention_workers.sequence import Span
 from attention_workers.step import Plan, StepResult, TokenDelta
-from attention_workers.streams import AttemptsRefused, GatewayGone
+from attention_workers.streams import AttemptsRefused, GatewayGone, Item, still_said
 from cluster.events import Exit, OrderBody, Publish, Register, Role
 from cluster.sim import settings
 from cluster.sim.arithmetic import SHAPE, add, begin, gate, next_token
@@ -37,7 +36,7 @@ from router.placement import Member, Placement
 from router.rows import Replies
 from router.transport.base import Peer
 
-Item: TypeAlias = Plan | Placement | GatewayGone | AttemptsRefused
+Told: TypeAlias = Item | Placement
 """Of the inbox. A placement: it is prepared."""
 Computing: TypeAlias = Generator[Wait, None, bool]
 
@@ -66,7 +65,7 @@ class AttentionShell:
         self.missing_since_s: float | None = None  # experts, as far as the last step found
         self._microbatches = microbatches
         self._connect_s = router.connect_timeout_s
-        self._inbox: deque[Item] = deque()
+        self._inbox: list[Told] = []
         self._has_items, self._has_placement = Bell(), Bell()
         self._next: Placement | None = None  # to be prepared
         self.streams = Streams(process, network, self.book, self.tell)
@@ -93,7 +92,7 @@ class AttentionShell:
     def _peer_lost(self, member: Member) -> None:
         self.member_link.report(PeerLost(member))
 
-    def tell(self, item: Item) -> None:
+    def tell(self, item: Told) -> None:
         assert len(self._inbox) < INBOX_MAX, f"{self.process}: {INBOX_MAX} messages unread"
         self._inbox.append(item)
         self._has_items.ring()
@@ -125,18 +124,24 @@ class AttentionShell:
             wait_s = settings.RETRY_S if is_waiting else 0.0 if is_busy else settings.IDLE_WAIT_S
             if wait_s and not self._inbox:
                 yield self._has_items, wait_s
-            has_orders = self._drain_inbox(result)
+            if self._drain_inbox(result):
+                self._hand_over(result, has_orders=True)
+                result = StepResult()
             is_busy = False
             if self.has_placement:
                 is_busy = yield from self._step(result)
-            self.streams.hand_over(result, has_orders, self.steps, self.tokens, self.missing_since_s is not None)
+            self._hand_over(result, has_orders=False)
+
+    def _hand_over(self, result: StepResult, *, has_orders: bool) -> None:
+        self.streams.hand_over(result, has_orders, self.steps, self.tokens, self.missing_since_s is not None)
 
     def _drain_inbox(self, result: StepResult) -> bool:
         """Whether there were orders."""
         has_orders = False
         self.has_changed = True
-        while self._inbox:
-            match self._inbox.popleft():
+        told, self._inbox = still_said(self._inbox), []
+        for item in told:
+            match item:
                 case Plan() as plan:
                     has_orders = True
                     self._apply(plan, result)

@@ -10,8 +10,8 @@ from expertmesh.v1 import step_pb2
 from attention_workers import wire
 from attention_workers.book import Book
 from attention_workers.deliveries import Batch, Deliveries, parted
-from attention_workers.step import Completion, Plan, StepResult
-from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot
+from attention_workers.step import Completion, StepResult
+from attention_workers.streams import AttemptsRefused, GatewayGone, Greeted, Item, Snapshot
 from cluster.sim.network import End, Network
 from cluster.sim.process import Process
 from cluster.sim.settings import REPORT_EVERY_S, TOKEN_BACKLOG_MAX
@@ -19,13 +19,11 @@ from cluster.sim.settings import REPORT_EVERY_S, TOKEN_BACKLOG_MAX
 SCHEDULER = "scheduler"
 _DELAY_MIN_S, _DELAY_MAX_S = 0.05, 2.0
 
-Tell = Callable[[Plan | GatewayGone | AttemptsRefused], None]
-
 
 class Streams:
     """`open` once the worker can run sequences; `hand_over` what each turn of its compute thread brought."""
 
-    def __init__(self, process: Process, network: Network, book: Book, tell: Tell) -> None:
+    def __init__(self, process: Process, network: Network, book: Book, tell: Callable[[Item], None]) -> None:
         self._process, self._network, self._book, self._tell = process, network, book, tell
         self._scheduler: End | None = None
         self._delay_s = _DELAY_MIN_S
@@ -63,6 +61,7 @@ class Streams:
 
     def _connect(self) -> None:
         self._scheduler = self._network.connect(self._process, SCHEDULER, self._hear, self._ended)
+        self._tell(Greeted())
         hello = step_pb2.WorkerReport()
         hello.CopyFrom(self._latest.counts)
         hello.hello.CopyFrom(wire.hello_pb(self._book))

@@ -46,9 +46,7 @@ SCHEDULER = SchedulerConfig.model_validate({
     "retry_after_s_max": 2.0,
     "tick_s": 0.1,
 })  # fmt: skip
-GATEWAY = GatewayConfig(submit_timeout_s=3.0, connect_timeout_s=1.0, silence_s_max=600.0, attempts_max=64)
-"""More attempts than a real one has: streams break here several times within one step, and each break of a
-worker's to the scheduler closes what was on its way to it."""
+GATEWAY = GatewayConfig(submit_timeout_s=3.0, connect_timeout_s=1.0, silence_s_max=600.0)
 EXPERT = ExpertConfig(join_wait_s=0.01)
 
 

@@ -10,8 +10,8 @@ from expertmesh.v1 import schedule_pb2_grpc, step_pb2, step_pb2_grpc
 
 from attention_workers.deliveries import Batch
 from attention_workers.links import SchedulerLink, TokenLinks
-from attention_workers.step import AttemptId, Completion, FinishReason, TokenDelta
-from attention_workers.streams import Snapshot, Streams
+from attention_workers.step import AttemptId, Completion, FinishReason, Plan, TokenDelta
+from attention_workers.streams import AttemptsRefused, Greeted, Snapshot, Streams, still_said
 from router.placement import Member
 from tests.one_loop import run
 
@@ -188,3 +188,11 @@ def test_every_stream_to_the_scheduler_begins_with_the_whole_state():
         await server.stop(0)
 
     run(asyncio.wait_for(story(), 20))
+
+
+def test_plans_of_a_stream_that_has_ended_are_void_when_the_next_hello_did_not_tell_of_them():
+    """Their scheduler gives again what they said, under their numbers: else the worker is ahead for ever."""
+    first, second, third = [Plan(1, number, "fp", 1) for number in (1, 2, 3)]
+    refused = AttemptsRefused([ATTEMPT])
+    assert still_said([first, refused, Greeted(), second, third]) == [refused, Greeted(), second, third]
+    assert still_said([first, second]) == [first, second]
