@@ -45,6 +45,9 @@ class Microbatch:
     write_offset: Tensor  # [T] int64: where in its block a token's key and value go
     kv: dict[LayerType, KvRows]
     sampled_rows: Tensor  # rows whose logits are wanted, in span order
+    scored: list[
+        tuple[Span, int]
+    ]  # spans whose rows' logits are wanted for the prompt, and where their rows begin
     hidden: Tensor  # [T, H]
 
 
@@ -141,11 +144,6 @@ class AttentionModel:
         self.bytes_kept = self.embedding.nbytes + sum(product.nbytes for product in products)
         self.kept_as = " and ".join(sorted({product.kept_as for product in projections}))
 
-    def kv_bytes_per_block(self, kind: LayerType) -> int:
-        """Keys and values of TILE tokens in all layers of this type; 0 where there is none."""
-        c = self.config
-        return 2 * len(c.layers_of(kind)) * c.num_kv_heads * TILE * c.head_dim * self.dtype.itemsize
-
     def make_kv(self, num_blocks: dict[LayerType, int]) -> None:
         """One pool for each layer type: [its layers, B, N, TILE, D]."""
         c = self.config
@@ -160,9 +158,11 @@ class AttentionModel:
         """Tokens to rows: embeds, and lays out where keys go and which tiles are read."""
         tokens: list[int] = []
         positions: list[int] = []
-        sampled = []
+        sampled, scored = [], []
         for span in spans:
             end = span.first + span.count
+            if span.sequence.is_scoring:
+                scored.append((span, len(tokens)))
             tokens += span.sequence.tokens[span.first : end]
             positions += range(span.first, end)
             if span.samples:
@@ -174,6 +174,7 @@ class AttentionModel:
             position % TILE,
             {kind: self._kv_rows(kind, spans) for kind in self.keys},
             self._to_device(sampled),
+            scored,
             self.embedding[self._to_device(tokens)],
         )
 
@@ -219,7 +220,14 @@ class AttentionModel:
 
     def unembed(self, mb: Microbatch) -> Tensor:
         """Logits of the rows that sample: [n, V] float32."""
-        return self.head(self.norm(mb.hidden[mb.sampled_rows])).float()
+        return self._logits(mb.hidden[mb.sampled_rows])
+
+    def unembed_rows(self, mb: Microbatch, first: int, count: int) -> Tensor:
+        """Logits of `count` rows in a row: [count, V] float32, on the host."""
+        return self._logits(mb.hidden[first : first + count]).to(HOST)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(self.norm(hidden)).float()
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,24 +9,27 @@ its window sees, and gives back after each step what has left it.
 
 What is cached of a prompt (`prefix_cache.py`) is held from the moment its plan arrives, and looked for again
 before each of its chunks: so a sequence that was paused, or whose prompt another computes just now, does not
-compute what has come meanwhile. The last token is always computed, for its logits.
+compute what has come meanwhile. The last token is always computed, for its logits; where logprobs of the prompt
+are wanted, all tokens are from the first on whose logits somebody waits for.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 from attention_workers import prefix_names
 from attention_workers.batching import Pace, in_turn, share
 from attention_workers.kv_blocks import BlockTable, KvBlocks
 from attention_workers.prefix_cache import PrefixCache
-from attention_workers.sequence import Sequence, Span
+from attention_workers.sequence import Guide, Sequence, Span
 from attention_workers.step import (
     AttemptId,
     Completion,
     FinishReason,
     Plan,
+    PromptLogprob,
     RunningSequence,
     Start,
     StepResult,
@@ -51,9 +54,11 @@ class Book:
         rows_max: int = 1024,
         sliding: KvBlocks | None = None,
         prefix_cache: bool = True,
+        guide_of: Callable[[Start], Guide | None] = lambda _: None,
     ) -> None:
         """`rows_max`: rows of one step that the exchange can carry; at least `sequences_max`. `sliding`: the
-        space of sliding layers, with room for at least one token and its window; None where no layer slides."""
+        space of sliding layers, with room for at least one token and its window; None where no layer slides.
+        `guide_of`: what leads a sequence along its grammar."""
         assert sequences_max <= rows_max
         self.spaces: dict[LayerType, KvBlocks] = {FULL: blocks}
         if sliding is not None:
@@ -71,7 +76,9 @@ class Book:
         self.term = 0
         self.plan_number = 0
         self.num_refused = 0
+        self.is_draining = False
         self.pace = Pace()
+        self._guide_of = guide_of
         self._step_tokens_max = 512
         self._chunk_tokens_max = 256
 
@@ -84,6 +91,7 @@ class Book:
         self._step_tokens_max = min(max(1, plan.step_tokens_max), self.rows_max)
         self._chunk_tokens_max = max(1, plan.chunk_tokens_max)
         self.pace.promise(plan.inter_token_s)
+        self.is_draining = plan.draining
         for attempt in plan.stops:
             if attempt in self.sequences:
                 self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
@@ -137,6 +145,7 @@ class Book:
             self._deliver(sequence, TokenDelta(start.attempt, sequence.num_generated, (), finish=reason), result)
             self._end(sequence, reason, result)
         else:
+            sequence.guide = self._guide_of(start)
             self.prefixes.num_tokens += len(sequence.tokens)
             if not any(s.is_paused and s.order < sequence.order for s in self.sequences.values()):
                 self._skip_cached(sequence)
@@ -153,16 +162,18 @@ class Book:
 
     def compose(self, result: StepResult) -> list[Span]:
         """The next step's spans, with blocks taken for them: decodes first, then prompt chunks."""
-        running = sorted((s for s in self.sequences.values() if s.pending), key=lambda s: s.order)
+        running = [s for s in self.sequences.values() if s.pending and s.has_begun]
+        running.sort(key=lambda s: s.order)
         spans: dict[AttemptId, Span] = {}
         budget = self._step_tokens_max
         for sequence in [s for s in running if s.pending == 1 and s.computed]:
             if self._make_room(sequence, 1, result):
                 spans[sequence.start.attempt] = Span(sequence, sequence.computed, 1)
                 budget -= 1
-        budget = self.pace.prompt_rows(len(spans), budget)
+        waiting = [s for s in running if s.pending > 1 or not s.computed]
+        budget = self.pace.prompt_rows(len(spans), budget, len(waiting))
         under_way: set[bytes] = set()  # blocks that this step works at
-        prompts = in_turn([s for s in running if s.pending > 1 or not s.computed])
+        prompts = in_turn(waiting)
         for number, sequence in enumerate(prompts):
             if budget <= 0:
                 break
@@ -186,9 +197,10 @@ class Book:
         return [span for span in chosen if not span.sequence.is_paused and span.first == span.sequence.computed]
 
     def _skip_cached(self, sequence: Sequence) -> None:
-        """Go on behind what is cached of what it would compute, all but its last token."""
+        """Go on behind what is cached of what it would compute, all but what logits are wanted of."""
         prefix_names.follow(sequence.names, sequence.tokens, self.block_tokens, sequence.root)
-        at, end = sequence.computed, len(sequence.tokens) - 1
+        at = sequence.computed
+        end = (sequence.scored if sequence.is_scoring else len(sequence.tokens)) - 1
         reach, furthest = self.prefixes.reach(sequence.names, sequence.tables, at, end)
         if furthest > at:
             sequence.parted = furthest
@@ -207,7 +219,12 @@ class Book:
     def _next_name(self, sequence: Sequence) -> bytes | None:
         """Of the block that it computes next from its beginning, if it could be skipped."""
         at = sequence.computed
-        if not self.prefixes.enabled or at % self.block_tokens or at + self.block_tokens >= len(sequence.tokens):
+        if (
+            sequence.is_scoring
+            or not self.prefixes.enabled
+            or at % self.block_tokens
+            or at + self.block_tokens >= len(sequence.tokens)
+        ):
             return None
         return sequence.names[at // self.block_tokens]
 
@@ -276,13 +293,24 @@ class Book:
             self.prefixes.leave(sequence.tables, sequence.computed, given, sequence.parted)
             if not sequence.is_prompt_done and sequence.computed >= given:
                 sequence.is_prompt_done = True
-                result.prompts_done.append(sequence.start.attempt)
+                result.prompts_done.append(sequence.start.handle)
                 self._tell_changes(result)
 
     def _tell_changes(self, result: StepResult) -> None:
         kept, evicted = self.prefixes.changes()
         result.kept += kept
         result.evicted += evicted
+
+    def scored(
+        self, sequence: Sequence, position: int, logprobs: tuple[PromptLogprob, ...], result: StepResult
+    ) -> None:
+        """A step brought logprobs of a prompt's tokens from `position` on, where they were wanted next."""
+        assert position == sequence.scored
+        sequence.scored += len(logprobs)
+        delta = TokenDelta(
+            sequence.start.attempt, sequence.num_generated, (), prompt_position=position, prompt_logprobs=logprobs
+        )
+        self._deliver(sequence, delta, result)
 
     def sampled(self, sequence: Sequence, token: int, delta: TokenDelta, result: StepResult) -> None:
         """A step brought a token; `delta` carries it and its logprobs."""
@@ -335,7 +363,8 @@ class Book:
         del self.sequences[sequence.start.attempt]
         self._give_back_all(sequence)
         self._tell_changes(result)
-        result.completions.append(Completion(sequence.start.attempt, reason, sequence.num_generated, detail))
+        start, num_tokens = sequence.start, sequence.num_generated
+        result.completions.append(Completion(start.attempt, reason, num_tokens, detail, start.handle))
 
     def state(self) -> list[RunningSequence]:
         return [
@@ -344,6 +373,7 @@ class Book:
                 len(s.tokens),
                 s.is_prompt_done,
                 s.start.arrival,
+                s.start.handle,
             )
             for s in self.sequences.values()
         ]

@@ -3,8 +3,9 @@
 Each row is computed alone, in float64 and in one order, so that neither the batch nor a replay shows.
 The uniform number comes from Philox keyed by the sequence's seed, counted by position.
 
-The order is vLLM's (its `v1.sample.sampler`), where order matters: stop tokens before `min_tokens` are ruled out,
-`logit_bias` is added; repetition, then frequency, then presence penalties; temperature; `min_p`, `top_k`, `top_p`.
+The order is vLLM's (its `v1.sample.sampler`), where order matters: all but `allowed_token_ids`, what would
+complete a bad word, stop tokens before `min_tokens`, what a grammar does not allow are ruled out; `logit_bias` is
+added; repetition, then frequency, then presence penalties; temperature; `min_p`, `top_k`, `top_p`.
 Greedy sampling ends before the temperature. Logprobs are the model's own, from before all of this.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention_workers.step import Logprobs, Sampling
+from attention_workers.step import Logprobs, PromptLogprob, Sampling
 from attention_workers.token_counts import TokenCounts
 from model import exact
 
@@ -25,15 +26,35 @@ _PREFIX = 512
 """Likeliest tokens looked at first for top_p: the whole vocabulary is sorted only when they fall short."""
 
 
-def shaped(logits: Tensor, params: Sampling, ruled_out: Collection[int], counts: TokenCounts) -> Tensor:
-    """logits [V] float32 as biases and penalties leave them: [V] float64, or themselves where there are none.
+def shaped(
+    logits: Tensor,
+    params: Sampling,
+    ruled_out: Collection[int],
+    counts: TokenCounts,
+    bad: Collection[int] = (),
+    by_grammar: np.ndarray | None = None,
+) -> Tensor:
+    """logits [V] float32 as rules, biases and penalties leave them: [V] float64, or themselves without any.
 
-    `ruled_out` must leave a token. Penalties are as OpenAI (frequency, presence) and CTRL (repetition) have them.
+    `ruled_out` must leave a token that is allowed. `bad`: tokens that would complete a bad word; they give way
+    where nothing else is left. `by_grammar`: what a grammar allows, [V] bool; where the other rules leave nothing
+    of it, it alone holds. Penalties are as OpenAI (frequency, presence) and CTRL (repetition) have them.
     """
-    if not (ruled_out or params.logit_bias or params.penalises):
+    if not (ruled_out or params.reshapes or by_grammar is not None):
         return logits
     x = logits.numpy().astype(np.float64)
+    if params.allowed_token_ids:
+        allowed, x = x[params.allowed], np.full_like(x, -np.inf)
+        x[params.allowed] = allowed
     x[list(ruled_out)] = -np.inf
+    if bad:
+        before, x[list(bad)] = x[list(bad)], -np.inf
+        if x.max() == -np.inf:
+            x[list(bad)] = before
+    if by_grammar is not None:
+        x = np.where(by_grammar, x, -np.inf)
+        if x.max() == -np.inf:
+            x = np.where(by_grammar, logits.numpy().astype(np.float64), -np.inf)
     for token, bias in params.logit_bias:
         x[token] += bias
     if params.penalises:
@@ -51,8 +72,10 @@ def sample(logits: Tensor, position: int, params: Sampling) -> int:
     if params.temperature == 0.0:
         return int(torch.argmax(logits))  # the first of equals
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
-        ids = np.arange(len(logits))
-        weights = _weights(logits.numpy(), float(logits.max()), params.temperature)
+        x = logits.numpy()
+        # Shaped ones may rule out most of the vocabulary; what weighs nothing adds nothing to the sums below.
+        ids = np.flatnonzero(x > -np.inf) if x.dtype == np.float64 else np.arange(len(x))
+        weights = _weights(x[ids] if len(ids) < len(x) else x, float(logits.max()), params.temperature)
     else:
         ids, weights = _nucleus(logits, params)
     cumulative = np.cumsum(weights)
@@ -115,6 +138,15 @@ def likeliest(logits: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     return ids[order], values[order]
 
 
+def prompt_logprobs(logits: Tensor, tokens: list[int], count: int) -> tuple[PromptLogprob, ...]:
+    """Of raw logits [n, V]: what they make of the token that came after each, and their `count` likeliest."""
+    found = []
+    for token, row in zip(tokens, exact.log_softmax(logits), strict=True):
+        rank = 1 + int((row > row[token]).sum())
+        found.append(PromptLogprob(float(row[token]), rank, _top(row, count)))
+    return tuple(found)
+
+
 def logprobs(logits: Tensor, tokens: list[int], counts: list[int | None]) -> list[Logprobs | None]:
     """Of raw logits [n, V], before temperature and cuts, for the rows that ask for them."""
     rows = [i for i, count in enumerate(counts) if count is not None]
@@ -123,8 +155,13 @@ def logprobs(logits: Tensor, tokens: list[int], counts: list[int | None]) -> lis
         return found
     all_logprobs = exact.log_softmax(logits[rows])
     for i, row in zip(rows, all_logprobs, strict=True):
-        count = min(counts[i] or 0, len(row))
-        ids, values = likeliest(row, count) if count else (np.empty(0), np.empty(0))
-        top = tuple((int(t), float(v)) for t, v in zip(ids, values, strict=True))
-        found[i] = Logprobs(float(row[tokens[i]]), top)
+        found[i] = Logprobs(float(row[tokens[i]]), _top(row, counts[i] or 0))
     return found
+
+
+def _top(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The likeliest tokens of logprobs [V], with them."""
+    if not count:
+        return ()
+    ids, values = likeliest(row, min(count, len(row)))
+    return tuple((int(t), float(v)) for t, v in zip(ids, values, strict=True))

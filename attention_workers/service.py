@@ -21,8 +21,9 @@ from attention_workers import wire
 from attention_workers.attention_model import AttentionModel
 from attention_workers.book import Book, OrderRefused
 from attention_workers.config import AttentionConfig
+from attention_workers.guides import Guides
 from attention_workers.kv_blocks import KvBlocks
-from attention_workers.kv_sizes import size_spaces
+from attention_workers.kv_memory import KvMemory, kv_memory, model_len
 from attention_workers.preparing import Preparing
 from attention_workers.step import Plan, StepResult
 from attention_workers.streams import AttemptsRefused, GatewayGone, Item, Snapshot, Streams, still_said
@@ -47,7 +48,6 @@ from router.transport.select import attention_end
 log = logging.getLogger(__name__)
 
 _INBOX_MAX = 4096
-_KV_BYTES_DEFAULT_MAX = 4 << 30
 _IDLE_WAIT_S = 1.0
 _RETRY_WAIT_S = 0.02
 PERMANENT = (ModelError, NumericsError, RouterError)
@@ -57,7 +57,11 @@ class PlacementPrepared:
     """There are links to adopt."""
 
 
-_Item = Item | PlacementPrepared | None
+class GrammarBegun:
+    """A sequence that waited for its grammar can be computed."""
+
+
+_Item = Item | PlacementPrepared | GrammarBegun | None
 
 
 class AttentionService:
@@ -85,9 +89,12 @@ class AttentionService:
         self._state, self._detail = HealthState.STARTING, ""
         self._bytes_loaded = self._bytes_total = 0
         self._worker: AttentionWorker | None = None
+        self._kv: KvMemory | None = None
         self._has_new_orders = False
+        self._commit_s_max = 0.0  # longest pause between two steps to use a new placement
         self._turns = 0
         self._missing_since_s: float | None = None  # experts, as far as the last step found
+        self._guides: Guides | None = None
         self._streams = Streams(member, token, scheduler_address, config.token_backlog_max, self._tell, self._fail)
         self._preparing = Preparing(self._prepare, lambda: self._tell(PlacementPrepared()), self._fail)
         self._compute = threading.Thread(target=self._run, name="attention-compute", daemon=True)
@@ -110,21 +117,23 @@ class AttentionService:
                 "kv_blocks_total": worker.book.spaces[FULL].total,
                 "kv_blocks_free": counts.blocks_free - counts.blocks_cached,
                 "kv_blocks_cached": counts.blocks_cached,
-                "kv_block_tokens": TILE,
-                "kv_block_bytes": worker.model.kv_bytes_per_block(FULL),
                 **_sliding_gauges(worker, counts),
+                **(self._kv.gauges() if self._kv is not None else {}),
                 **_prefix_gauges(worker.book),
                 "sequences": counts.num_running,
+                "sequences_open": self._streams.num_open,
                 "sequences_paused": counts.num_paused,
                 "steps_total": counts.steps,
                 "tokens_total": counts.tokens,
                 "orders_refused_total": counts.refused_orders,
+                "commit_seconds_max": self._commit_s_max,
                 **worker.dispatcher.counters(),
                 **worker.gauges(),
             }
             links = {member.id: kind for member, kind in worker.dispatcher.transports().items()}
         kept = (worker.model.bytes_kept, worker.model.kept_as) if worker is not None else (0, "")
-        return Health(self._state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept, links)
+        state = HealthState.DRAINING if self._state is HealthState.READY and counts.draining else self._state
+        return Health(state, self._bytes_loaded, self._bytes_total, self._detail, gauges, *kept, links)
 
     def trace(self, seconds: float, bytes_max: int) -> bytes:
         """What the step trace holds of the last `seconds`, at most `bytes_max` of it, encoded. From any thread."""
@@ -146,6 +155,8 @@ class AttentionService:
         self._compute.join(grace_s)
         if self._worker is not None:
             self._preparing.close(grace_s)
+            if self._guides is not None:
+                self._guides.close(grace_s)
             if not self._compute.is_alive():
                 self._worker.dispatcher.close()
         self._streams.close(grace_s)
@@ -185,33 +196,33 @@ class AttentionService:
         keep = choose(config.weights, bytes_in_memory(checkpoint, names, dtype, "dequantised", device), device)
         needed = bytes_in_memory(checkpoint, names, dtype, keep, device)
         require(needed, "attention weights", "accepted: a smaller checkpoint, or more memory", device)
-        model_len = min(
-            config.model_len_max or checkpoint.config.max_position_embeddings,
-            checkpoint.config.max_position_embeddings,
-        )
         model = AttentionModel(
             checkpoint,
             device=device,
             dtype=dtype,
             keep=keep,
             numerics=config.numerics,
-            positions_max=model_len,
+            positions_max=model_len(config, checkpoint.config),
             progress=self._progress,
         )
-        blocks, sliding = self._make_kv(model, model_len)
+        kv = self._kv = self._make_kv(model)
         shape = checkpoint.config
         router = self._router.fitted(shape.experts_per_token, shape.hidden_size, dtype.itemsize)
         sequences_max = min(config.sequences_max, router.rows_max)  # each may be a row of one step
+        self._guides = Guides(
+            self._model_path / "tokenizer.json", shape.vocab_size, lambda: self._tell(GrammarBegun())
+        )
         book = Book(
             checkpoint.fingerprint,
             self.member.incarnation,
-            blocks,
+            KvBlocks(kv.blocks[FULL]),
             TILE,
             sequences_max,
-            model_len,
+            kv.model_len,
             router.rows_max,
-            sliding,
+            None if kv.window is None else KvBlocks(kv.blocks[SLIDING], kv.window),
             config.prefix_cache,
+            self._guides.open,
         )
         rows, replies = router.rows_sent(config.numerics), router.answers(config.numerics)
         identity = LinkIdentity(
@@ -234,26 +245,15 @@ class AttentionService:
     def _progress(self, done: int, total: int) -> None:
         self._bytes_loaded, self._bytes_total = done, total
 
-    def _make_kv(self, model: AttentionModel, model_len: int) -> tuple[KvBlocks, KvBlocks | None]:
-        """The block spaces of full and of sliding layers."""
-        config, window = self._config, model.config.sliding_window
-        wanted = config.kv_bytes or _kv_bytes_default(model.device)
+    def _make_kv(self, model: AttentionModel) -> KvMemory:
+        """Reserve the block spaces of full and of sliding layers."""
+        config, device = self._config, model.device
         if config.kv_bytes:
-            require(wanted, "keys and values (kv_bytes)", "accepted: a smaller --kv-memory", model.device)
-        if window is not None:
-            window = min(window, model_len)  # a longer one sees no more
-        blocks = size_spaces(
-            wanted,
-            {kind: model.kv_bytes_per_block(kind) for kind in (FULL, SLIDING)},
-            window=window,
-            block_tokens=TILE,
-            sequences_max=config.sequences_max,
-            sequence_tokens=config.kv_sequence_tokens,
-            model_len_max=model_len,
-            prefix_cache=config.prefix_cache,
-        )
-        model.make_kv(blocks)
-        return KvBlocks(blocks[FULL]), None if window is None else KvBlocks(blocks[SLIDING], window)
+            require(config.kv_bytes, "keys and values (kv_bytes)", "accepted: a smaller --kv-memory", device)
+        free_bytes = config.kv_free_bytes or available_bytes(device)
+        found = kv_memory(config, model.config, model.dtype, free_bytes, device.type != "cpu")
+        model.make_kv(found.blocks)
+        return found
 
     def _serve(self, worker: AttentionWorker) -> None:
         is_busy = False
@@ -308,7 +308,9 @@ class AttentionService:
             except OrderRefused as refusal:
                 log.warning("%s: %s", self.member, refusal)
         elif isinstance(item, PlacementPrepared):
+            began_s = time.perf_counter()
             epoch = worker.dispatcher.adopt()
+            self._commit_s_max = max(self._commit_s_max, time.perf_counter() - began_s)
             if epoch is not None:
                 self._state = HealthState.READY
                 self._detail = self._detail if self._missing_since_s is not None else ""
@@ -331,9 +333,11 @@ class AttentionService:
         if is_news or self._has_new_orders:
             running = wire.state_pb(book.state())
             self._has_new_orders = False
-        self._streams.latest = Snapshot(counts, running)
+        latest = Snapshot(counts, running)
         if is_news or result.deltas:
-            self._streams.hand_over(result)
+            self._streams.hand_over(result, latest)
+        else:
+            self._streams.latest = latest
 
     def _tell(self, item: _Item) -> None:
         """From other threads. Never waits: so many unread messages mean that the compute thread hangs."""
@@ -341,12 +345,6 @@ class AttentionService:
             self._inbox.put_nowait(item)
         except queue.Full:
             self._fail(f"inbox: {_INBOX_MAX} messages unread; the compute thread hangs")
-
-
-def _kv_bytes_default(device: torch.device) -> int:
-    """Others live on the host; on a GPU the rest is for what a step computes."""
-    free = available_bytes(device)
-    return min(free // 4, _KV_BYTES_DEFAULT_MAX) if device.type == "cpu" else free // 5 * 4
 
 
 def _prefix_gauges(book: Book) -> dict[str, float]:
@@ -368,6 +366,4 @@ def _sliding_gauges(worker: AttentionWorker, counts: step_pb2.WorkerReport) -> d
         "kv_sliding_blocks_total": space.total,
         "kv_sliding_blocks_free": counts.sliding_blocks_free - counts.sliding_blocks_cached,
         "kv_sliding_blocks_cached": counts.sliding_blocks_cached,
-        "kv_sliding_block_bytes": worker.model.kv_bytes_per_block(SLIDING),
-        "kv_sliding_window": space.window or 0,
     }

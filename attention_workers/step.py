@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
 
 
 @dataclass(frozen=True, order=True)
@@ -33,10 +37,33 @@ class Sampling:
     frequency_penalty: float = 0.0  # this and the next over generated tokens; 0: none
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit), each token once
+    allowed_token_ids: tuple[int, ...] = ()  # nothing else is sampled; none: all are
+    bad_words: tuple[tuple[int, ...], ...] = ()  # none of these is ever generated to its end
 
     @property
     def penalises(self) -> bool:
         return bool(self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty)
+
+    @cached_property
+    def reshapes(self) -> bool:
+        """Whether any logit may be another than the model's."""
+        return bool(self.logit_bias or self.allowed_token_ids or self.bad_words or self.penalises)
+
+    @cached_property
+    def allowed(self) -> np.ndarray:
+        """`allowed_token_ids` as an index: [n] int64."""
+        return np.array(self.allowed_token_ids, np.int64)
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the generated tokens must be together: a thought, where it can end, and behind it `text`."""
+
+    text: str  # as llguidance reads it; empty: anything
+    eos: tuple[int, ...]  # what may follow when it is complete
+    thought_ends: tuple[int, ...] = ()  # the first to come ends the thought; none: there is no thought
+    thought_tokens_max: int = 0  # then the first of its ends is forced
+    barred: tuple[int, ...] = ()  # from the thought
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,10 @@ class Start:
     arrival: int = 0  # orders equals
     min_tokens: int = 0  # generated tokens before which no stop token is sampled
     cache_salt: str = ""  # cached blocks are shared among those of one salt
+    num_prompt_logprobs: int = 0  # with each of the prompt's tokens that is scored, so many likeliest
+    score_from: int = 0  # logprobs of the prompt's tokens are wanted from here on; 0: of none
+    handle: int = 0  # names this start in what the scheduler is told
+    grammar: Grammar | None = None  # None: any tokens
 
 
 @dataclass(frozen=True)
@@ -71,6 +102,7 @@ class Plan:
     chunk_tokens_max: int = 256
     send_state: bool = False
     inter_token_s: float = 0.0  # how long a step with prompt rows may take; 0: in proportion to one without
+    draining: bool = False  # nothing more comes
 
 
 @dataclass(frozen=True)
@@ -81,9 +113,20 @@ class Logprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class PromptLogprob(NamedTuple):
+    """Of one of the prompt's tokens: its rank (1: no token was likelier), and the likeliest, likeliest first."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class TokenDelta:
-    """New tokens of one sequence from `position` on; 0 is the first generated token."""
+    """New tokens of one sequence from `position` on; 0 is the first generated token.
+
+    Or logprobs of its prompt's tokens from `prompt_position` on, which come before any token.
+    """
 
     attempt: AttemptId
     position: int
@@ -92,6 +135,8 @@ class TokenDelta:
     finish: FinishReason | None = None
     detail: str = ""
     num_cached: int = 0  # with position 0: prompt tokens whose keys and values were cached
+    prompt_position: int = 0
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +145,7 @@ class Completion:
     reason: FinishReason
     num_tokens: int
     detail: str = ""
+    handle: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +154,7 @@ class RunningSequence:
     num_tokens: int
     prompt_done: bool
     arrival: int
+    handle: int
 
 
 @dataclass
@@ -116,7 +163,7 @@ class StepResult:
 
     deltas: dict[str, list[TokenDelta]] = field(default_factory=dict)  # by gateway address
     completions: list[Completion] = field(default_factory=list)
-    prompts_done: list[AttemptId] = field(default_factory=list)
+    prompts_done: list[int] = field(default_factory=list)  # handles
     paused: list[AttemptId] = field(default_factory=list)
     undelivered: list[AttemptId] = field(default_factory=list)  # their gateway could not be reached
     state: list[RunningSequence] | None = None  # asked for, or a plan did not follow

@@ -83,6 +83,9 @@ class Streams:
         """Replaced whole, by the compute thread alone: the loop never sees counts of one moment with what ran at
         another."""
         self.turns = 0  # grows while the loop turns
+        self._num_given = 0  # results handed over; written by the compute thread alone
+        self._num_taken = 0  # of those; this and the next are written by the loop alone
+        self._num_unarrived = 0  # sequences that have ended, and whose last tokens nobody has taken yet
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="attention-streams", daemon=True)
         self._tasks: list[asyncio.Task[None]] = []
@@ -101,9 +104,17 @@ class Streams:
         self._thread.start()
         self._loop.call_soon_threadsafe(self._begin, book.fingerprint)
 
-    def hand_over(self, result: StepResult) -> None:
-        """What a step brought about, with the latest counts."""
-        self._loop.call_soon_threadsafe(self._send_or_fail, result, self.latest.counts)
+    def hand_over(self, result: StepResult, latest: Snapshot) -> None:
+        """What a step brought about, with the counts after it."""
+        self._num_given += 1  # before the counts are seen: what has ended is in one of them
+        self.latest = latest
+        self._loop.call_soon_threadsafe(self._send_or_fail, result, latest.counts)
+
+    @property
+    def num_open(self) -> int:
+        """At least those that run, or have ended and whose last tokens may not have arrived. From any thread."""
+        num_running, num_given = self.latest.counts.num_running, self._num_given
+        return num_running + num_given - self._num_taken + self._num_unarrived
 
     def close(self, grace_s: float) -> None:
         if self._thread.is_alive():
@@ -122,7 +133,7 @@ class Streams:
             self._backlog_max,
             on_completed=self._completed,
             on_refused=lambda attempts: self._tell(AttemptsRefused(attempts)),
-            on_broken=lambda address, undelivered: self._tell(GatewayGone(address, undelivered)),
+            on_broken=self._broken,
         )
         self._tasks = [self._loop.create_task(work) for work in (self._scheduler.run(), self._report_counts())]
         for task in self._tasks:
@@ -157,18 +168,25 @@ class Streams:
             # The loop would only log it; but tokens of a step are gone, so the worker must not go on.
             self._on_failure(f"a step's tokens could not be sent: {error!r}")
             raise
+        self._num_taken += 1
 
     def _send(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
         assert self._tokens is not None
         batches, now = parted(result)
         for address, batch in batches.items():
+            self._num_unarrived += len(batch.completions)
             self._tokens.send(address, batch)
         if now or replace(result, completions=[]).is_news():
             self._scheduler.report(wire.news_pb(counts, result, now))
 
     def _completed(self, completions: list[Completion]) -> None:
         """Their last tokens have arrived: now the scheduler may forget them."""
+        self._num_unarrived -= len(completions)
         self._scheduler.report(wire.news_pb(self.latest.counts, StepResult(), completions))
+
+    def _broken(self, address: str, undelivered: list[AttemptId]) -> None:
+        self._num_unarrived -= len(undelivered)
+        self._tell(GatewayGone(address, undelivered))
 
     async def _report_counts(self) -> None:
         """Counts drift without news while sequences decode; the scheduler places by them."""

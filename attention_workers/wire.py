@@ -10,7 +10,10 @@ from attention_workers.book import Book
 from attention_workers.step import (
     AttemptId,
     Completion,
+    FinishReason,
+    Grammar,
     Plan,
+    PromptLogprob,
     RunningSequence,
     Sampling,
     Start,
@@ -48,6 +51,20 @@ def start(message: step_pb2.Start) -> Start:
         message.arrival,
         spec.min_tokens,
         spec.cache_salt,
+        spec.num_prompt_logprobs,
+        message.score_from,
+        message.handle,
+        grammar(spec.grammar) if spec.HasField("grammar") else None,
+    )
+
+
+def grammar(message: step_pb2.Grammar) -> Grammar:
+    return Grammar(
+        message.text,
+        tuple(message.eos),
+        tuple(message.thought_ends),
+        message.thought_tokens_max,
+        tuple(message.barred),
     )
 
 
@@ -62,6 +79,8 @@ def sampling(message: step_pb2.Sampling) -> Sampling:
         message.frequency_penalty,
         message.presence_penalty,
         tuple((bias.token, bias.bias) for bias in message.logit_bias),
+        tuple(message.allowed_token_ids),
+        tuple(tuple(word.tokens) for word in message.bad_words),
     )
 
 
@@ -77,6 +96,7 @@ def plan(message: step_pb2.Plan) -> Plan:
         message.chunk_tokens_max,
         message.send_state,
         message.inter_token_s,
+        message.draining,
     )
 
 
@@ -86,6 +106,7 @@ def running_pb(running: RunningSequence) -> step_pb2.RunningSequence:
         num_tokens=running.num_tokens,
         prompt_done=running.prompt_done,
         arrival=running.arrival,
+        handle=running.handle,
     )
 
 
@@ -93,12 +114,12 @@ def state_pb(running: Sequence[RunningSequence]) -> step_pb2.State:
     return step_pb2.State(running=[running_pb(r) for r in running])
 
 
-def completion_pb(completion: Completion) -> step_pb2.Completion:
-    return step_pb2.Completion(
-        attempt=attempt_pb(completion.attempt),
-        reason=step_pb2.FinishReason.Name(completion.reason),
-        detail=completion.detail,
-        num_tokens=completion.num_tokens,
+def endings_pb(completions: Sequence[Completion]) -> step_pb2.Endings:
+    return step_pb2.Endings(
+        handles=[c.handle for c in completions],
+        reasons=[step_pb2.FinishReason.Name(c.reason) for c in completions],
+        num_tokens=[c.num_tokens for c in completions],
+        details=[c.detail for c in completions if c.reason is FinishReason.FAILED],
     )
 
 
@@ -112,7 +133,14 @@ def delta_pb(delta: TokenDelta) -> step_pb2.TokenDelta:
         finish=step_pb2.FinishReason.Name(delta.finish or 0),
         detail=delta.detail,
         num_cached=delta.num_cached,
+        prompt_position=delta.prompt_position,
+        prompt_logprobs=[_prompt_logprob_pb(p) for p in delta.prompt_logprobs],
     )
+
+
+def _prompt_logprob_pb(found: PromptLogprob) -> step_pb2.PromptLogprob:
+    top = [_top_pb(*pair) for pair in found.top]
+    return step_pb2.PromptLogprob(logprob=found.logprob, rank=found.rank, top=top)
 
 
 def _top_pb(token: int, logprob: float) -> step_pb2.TopLogprob:
@@ -143,6 +171,7 @@ def report_pb(sender: Member, book: Book, steps: int, tokens: int, experts_missi
         num_paused=sum(s.is_paused for s in book.sequences.values()),
         refused_orders=book.num_refused,
         experts_missing=experts_missing,
+        draining=book.is_draining,
     )
 
 
@@ -165,9 +194,10 @@ def news_pb(
     """The counts with what one step brought about."""
     report = step_pb2.WorkerReport()
     report.CopyFrom(counts)
-    report.prompts_done.extend(attempt_pb(a) for a in result.prompts_done)
+    report.prompts_done.extend(result.prompts_done)
     report.undelivered.extend(attempt_pb(a) for a in result.undelivered)
-    report.completions.extend(completion_pb(c) for c in completions)
+    if completions:
+        report.endings.CopyFrom(endings_pb(completions))
     report.paused.extend(attempt_pb(a) for a in result.paused)
     report.kept.extend(result.kept)
     report.evicted.extend(result.evicted)

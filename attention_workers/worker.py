@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from attention_workers import sampler
+from attention_workers import bad_words, sampler
 from attention_workers.attention_model import AttentionModel, Microbatch
 from attention_workers.book import Book
 from attention_workers.decode import Experts, decode_step
+from attention_workers.guides import GrammarTrouble
 from attention_workers.microbatch import split
 from attention_workers.microbatch_choice import MICROBATCHES_MAX, MicrobatchChoice, kind_of
 from attention_workers.sequence import Sequence, Span
@@ -20,6 +22,11 @@ from attention_workers.step import StepResult, TokenDelta
 from attention_workers.step_trace import StepTrace
 from attention_workers.trace_records import Snapshot
 from router.dispatcher import Dispatcher
+
+SCORED_ROWS = 32
+"""Rows of a prompt whose logits are held at once: 26 MB for 200,000 tokens."""
+
+_UNSOUND = "the model's logits are not finite"
 
 
 class AttentionWorker:
@@ -59,6 +66,7 @@ class AttentionWorker:
         logits, batches = self._compute(spans)
         self.book.computed(spans, result)
         for batch, rows in zip(batches, logits, strict=True):
+            self._score(batch, result)
             self._sample(batch, rows, result)
         self.steps += 1
         self.book.pace.observe(num_decodes, num_prompt_rows, time.monotonic() - began_s)
@@ -88,22 +96,58 @@ class AttentionWorker:
         """What the trace holds, by the worker's name. From any thread."""
         return self.trace.snapshot(worker, self.microbatches.explain())
 
+    def _score(self, batch: Microbatch, result: StepResult) -> None:
+        """Logprobs of prompts, where they are wanted: before any token."""
+        for span, row in batch.scored:
+            sequence, wanted = span.sequence, span.scores
+            for first in wanted[::SCORED_ROWS]:
+                positions = range(first, min(first + SCORED_ROWS, wanted.stop))
+                logits = self.model.unembed_rows(batch, row + first - 1 - span.first, len(positions))
+                if not torch.isfinite(logits).all():
+                    self.book.fail(sequence, _UNSOUND, result)
+                    break
+                tokens = [sequence.tokens[position] for position in positions]
+                found = sampler.prompt_logprobs(logits, tokens, sequence.start.num_prompt_logprobs)
+                self.book.scored(sequence, first, found, result)
+
     def _sample(self, batch: Microbatch, logits: Tensor, result: StepResult) -> None:
         sequences: list[Sequence] = [span.sequence for span in batch.spans if span.samples]
         sound = torch.isfinite(logits).all(-1)
+        if batch.scored:
+            sound &= torch.tensor([s.start.attempt in self.book.sequences for s in sequences], dtype=torch.bool)
         if not sound.all():
             for sequence in [s for s, is_sound in zip(sequences, sound.tolist(), strict=True) if not is_sound]:
                 sequences.remove(sequence)
-                self.book.fail(sequence, "the model's logits are not finite", result)
+                if sequence.start.attempt in self.book.sequences:  # else its prompt's logits were not finite
+                    self.book.fail(sequence, _UNSOUND, result)
             logits = logits[sound]
-        tokens = [_next_token(s, row) for s, row in zip(sequences, logits, strict=True)]
+        sequences, logits, guided = self._guided(sequences, logits, result)
+        tokens = [_next_token(s, row, mask) for s, row, mask in zip(sequences, logits, guided, strict=True)]
         found = sampler.logprobs(logits, tokens, [s.start.num_logprobs for s in sequences])
         for sequence, token, logprob in zip(sequences, tokens, found, strict=True):
             delta = TokenDelta(
                 sequence.start.attempt, sequence.num_generated, (token,), (logprob,) if logprob else ()
             )
             self.book.sampled(sequence, token, delta, result)
+            if sequence.guide is not None and sequence.start.attempt in self.book.sequences:
+                sequence.guide.follow(token)
             self.tokens += 1
+
+    def _guided(
+        self, sequences: list[Sequence], logits: Tensor, result: StepResult
+    ) -> tuple[list[Sequence], Tensor, list[np.ndarray | None]]:
+        """The sequences that can go on with their logits, and what their grammars allow."""
+        kept, masks = [], list[np.ndarray | None]()
+        for row, sequence in enumerate(sequences):
+            try:
+                masks.append(sequence.guide.allowed() if sequence.guide is not None else None)
+            except GrammarTrouble as trouble:
+                self.book.fail(sequence, str(trouble), result)
+            else:
+                kept.append(row)
+        if len(kept) == len(sequences):
+            return sequences, logits, masks
+        return [sequences[row] for row in kept], logits[kept], masks
 
 
 def _experts(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -> Experts[Any]:
@@ -119,11 +163,14 @@ def _experts(model: AttentionModel, dispatcher: Dispatcher, microbatches: int) -
     )  # fmt: skip
 
 
-def _next_token(sequence: Sequence, logits: Tensor) -> int:
-    """logits [V]: those of the sequence's last token."""
+def _next_token(sequence: Sequence, logits: Tensor, by_grammar: np.ndarray | None) -> int:
+    """logits [V]: those of the sequence's last token. `by_grammar`: what may follow, [V]; None: all."""
     start, position = sequence.start, sequence.num_generated
-    if start.sampling.penalises:
-        sequence.counts.follow(sequence.tokens, len(start.prompt))
+    params = start.sampling
     ruled_out = start.stop_token_ids if position < start.min_tokens else ()
-    shaped = sampler.shaped(logits, start.sampling, ruled_out, sequence.counts)
-    return sampler.sample(shaped, position, start.sampling)
+    if ruled_out or params.reshapes or by_grammar is not None:
+        if params.penalises:
+            sequence.counts.follow(sequence.tokens, len(start.prompt))
+        bad = bad_words.completions(params.bad_words, sequence.tokens, len(start.prompt))
+        logits = sampler.shaped(logits, params, ruled_out, sequence.counts, bad, by_grammar)
+    return sampler.sample(logits, position, params)

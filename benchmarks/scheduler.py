@@ -8,14 +8,11 @@ plan for every worker, and neither (`undisturbed`), whose bytes, of reports and 
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 
@@ -41,6 +38,10 @@ class Point:
     undisturbed_ms: float
     undisturbed_bytes: int
 
+    @property
+    def worst_ms(self) -> float:
+        return max(self.ending_ms, self.prompts_ms, self.undisturbed_ms)
+
 
 class Bench:
     """A scheduler with `num_workers` workers that run `num_sequences`, all of them admitted and placed."""
@@ -53,7 +54,7 @@ class Bench:
         config = SchedulerConfig.model_validate({name: bound + 1 for name, bound in bounds.items()})
         self.config, self.scheduler, self.now_s = config, Scheduler(config, 1, FINGERPRINT), 1.0
         self.numbers = dict.fromkeys(self.workers, 0)
-        self.running: dict[Incarnation, list[identity_pb2.Attempt]] = {worker: [] for worker in self.workers}
+        self.running: dict[Incarnation, list[int]] = {worker: [] for worker in self.workers}  # handles
         self.scheduler.step(MembersExpected(frozenset(self.workers)), self.now_s)
         self.scheduler.step(GatewayJoined(GATEWAY, "127.0.0.1:1"), self.now_s)
         for worker in self.workers:
@@ -109,8 +110,7 @@ class Bench:
             message = wire.encode(command, 1, FINGERPRINT)  # type: ignore[arg-type]
             if isinstance(command, SendPlan):
                 self.numbers[command.to] = command.plan.number
-                started = [wire.encode_attempt(start.attempt) for start in command.plan.starts]
-                self.running[command.to] += started
+                self.running[command.to] += [start.handle for start in command.plan.starts]
             sent.append(message.SerializeToString())
         return sent
 
@@ -144,15 +144,17 @@ def _ending(bench: Bench) -> float:
     reports = []
     for worker in bench.workers:
         report = bench.report(worker)
-        for attempt in bench.running[worker]:
-            report.completions.add(attempt=attempt, reason=step_pb2.FINISH_REASON_LENGTH)
-        bench.running[worker] = []
+        handles, bench.running[worker] = bench.running[worker], []
+        report.endings.handles.extend(handles)
+        report.endings.reasons.extend([step_pb2.FINISH_REASON_LENGTH] * len(handles))
+        report.endings.num_tokens.extend([512] * len(handles))
         reports.append(report.SerializeToString())
         bench.submit(f"last-{worker.id}")
     return bench.timed(reports)[0]
 
 
-def measure(num_sequences: int, num_workers: int, repeats: int, prompt_tokens: int) -> Point:
+def measure(num_sequences: int, num_workers: int, repeats: int, prompt_tokens: int = 512) -> Point:
+    """Each repeat has a scheduler of its own."""
     ending, prompts, undisturbed, num_bytes = [], [], [], 0
     for _ in range(repeats):
         bench = Bench(num_sequences, num_workers, prompt_tokens)
@@ -167,34 +169,3 @@ def measure(num_sequences: int, num_workers: int, repeats: int, prompt_tokens: i
 
 def _median(times_ms: Sequence[float]) -> float:
     return round(statistics.median(times_ms), 2)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("bench scheduler", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--workers", type=int, default=64, help="attention workers, each with one plan a round")
-    parser.add_argument("--sequences", type=int, nargs="+", default=[100, 300, 1000, 3000, 10_000])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    options = parser.parse_args(argv)
-    points = [measure(n, options.workers, options.repeats, options.prompt_tokens) for n in options.sequences]
-    worst = [max(p.ending_ms, p.prompts_ms) for p in points if p.sequences == TARGET_SEQUENCES]
-    is_constant = len({p.undisturbed_bytes for p in points}) == 1
-    if options.json:
-        found = {"target_ms": TARGET_MS, "undisturbed_bytes_constant": is_constant}
-        print(json.dumps(found | {"points": [asdict(p) for p in points]}))
-        return 0
-    print(f"{'sequences':>9}  {'ending':>9}  {'prompts':>9}  {'undisturbed':>11}  {'its bytes':>9}")
-    for p in points:
-        print(
-            f"{p.sequences:>9}  {p.ending_ms:>6.2f} ms  {p.prompts_ms:>6.2f} ms  {p.undisturbed_ms:>8.2f} ms"
-            f"  {p.undisturbed_bytes:>9}"
-        )
-    print(f"bytes of an undisturbed round depend on the batch: {'no' if is_constant else 'YES'}")
-    if worst:
-        print(f"target: {TARGET_MS:g} ms at {TARGET_SEQUENCES:,} sequences; worst median {worst[0]:g} ms")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,9 @@
 """Membership, health and placement: events and a time in, commands out. Pure.
 
 The controller orders the workers that should be there, places experts on those that are, has a placement
-prepared before it is published and adopted before its elders are retired, replaces who is lost, and ends the
-cluster in order. It decides; the shell (`controller_server`) carries messages and a driver runs processes.
+prepared before it is published and adopted before its elders are retired, replaces who is lost, lets go whom
+nobody needs any more, and ends the cluster in order. It decides; the shell (`controller_server`) carries
+messages and a driver runs processes.
 
 Invariants: a placement is published only when every worker in it has said that it holds its slots; an epoch is
 retired only when no attention worker that may be alive uses it; nothing from an older life is acted upon.
@@ -19,15 +20,18 @@ from cluster.events import (
     WORKER_ROLES,
     ActorDied,
     Command,
+    Drain,
     Event,
     Exit,
     KillWorker,
     Left,
     Members,
+    Pools,
     Prepare,
     Publish,
     Register,
     Report,
+    Resize,
     Retire,
     Role,
     Send,
@@ -36,7 +40,8 @@ from cluster.events import (
 )
 from cluster.lifecycle import WorkerState
 from cluster.roster import NOT_HEARD, Patience, Roster, Worker
-from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
+from cluster.scaling import Refused, Scaling
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Unprepared
 from router.placement import Member
 
 
@@ -68,9 +73,8 @@ class ControllerConfig:
     """This controller's own process: told to the scheduler, which watches it."""
     patience: Patience = field(default_factory=Patience)
 
-    @property
-    def pools(self) -> dict[Role, int]:
-        return {Role.ATTENTION: self.attention_workers, Role.EXPERT: self.expert_workers}
+    pools: Pools | None = None
+    """What an earlier term has remembered; None: as many as above."""
 
 
 @dataclass
@@ -92,14 +96,16 @@ class Controller:
         self.term = term
         self.shape = shape
         self.began_s = now_s
-        self.roster, self._first_commands = Roster.expecting(config.patience, config.pools, incarnations, now_s)
+        pools = config.pools or Pools.of_sizes(config.attention_workers, config.expert_workers)
+        self.roster, self._first_commands = Roster.expecting(config.patience, pools, incarnations, now_s)
         self.epochs = Epochs(term, shape, config.replicas)
+        self.scaling = Scaling(self.roster, self.epochs, term)
         self.companions: dict[str, Companion] = {}
         self.reports_refused = 0
         self.phase = Phase.STARTING
         self._phase_since_s = now_s
         self._present: set[Member] = set()  # registered and its stream not closed since
-        self._expected: tuple[Member, ...] | None = None
+        self._told: Members | None = None
         self._last_tick_s = now_s
 
     def step(self, event: Event, now_s: float) -> list[Command]:
@@ -109,10 +115,12 @@ class Controller:
             case Report():
                 commands += self._hear(event, now_s)
             case ActorDied(member, detail):
-                commands += self._lose(member, detail, now_s)
+                commands += self._end(member, detail, now_s)
                 self._present.discard(member)
             case Left(member):
                 self._leave(member)
+            case Resize() | Drain():
+                commands += self.scaling.follow(event, now_s) if self.refusal(event) is None else []
             case StopAll():
                 commands += self._drain(now_s)
             case Tick():
@@ -161,7 +169,10 @@ class Controller:
         return [KillWorker(companion.member, companion.register.pid, companion.register.node, reason)]
 
     def _members(self) -> Members:
-        return Members(self._expected or (), self.config.pid, self.config.node)
+        attention = self.roster.live(Role.ATTENTION) + self._starting(Role.ATTENTION)
+        expected = tuple(sorted(worker.member for worker in attention))
+        draining = tuple(sorted(worker.member for worker in attention if not worker.is_wanted))
+        return Members(expected, self.config.pid, self.config.node, draining)
 
     def _hear_worker(self, worker: Worker, body: object, now_s: float) -> list[Command]:
         match body:
@@ -176,6 +187,8 @@ class Controller:
                 return self.roster.hear(worker, body, now_s)
             case Prepared() | Adopted() if worker.is_live:
                 self.roster.settle(worker, body.epoch, now_s)
+            case Unprepared(epoch, why) if worker.is_live:
+                self.scaling.give_up(worker, epoch, why)
             case PeerLost(member) if worker.is_live:
                 return self._lose(member, f"its link to {worker.id} broke", now_s)
         return []
@@ -183,6 +196,8 @@ class Controller:
     def _catch_up(self, worker: Worker, now_s: float) -> list[Command]:
         """What a worker that has just (re)joined is to do, whatever it was told before."""
         epochs = self.epochs
+        if worker.state is WorkerState.LEAVING:
+            return [Send(worker.member, Exit(f"{worker.id} is not needed any more"))]
         if worker.role is Role.ATTENTION:
             return self._order(worker, Publish(epochs.published), now_s) if epochs.published else []
         newest = epochs.newest
@@ -194,15 +209,27 @@ class Controller:
         self.roster.owe(worker, body.placement.epoch, now_s)
         return [Send(worker.member, body)]
 
+    def _end(self, member: Member, detail: str, now_s: float) -> list[Command]:
+        worker = self.roster.find(member)
+        return [] if worker is None else self.roster.end(worker, detail, now_s)
+
     def _lose(self, member: Member, reason: str, now_s: float) -> list[Command]:
         worker = self.roster.find(member)
-        return [] if worker is None else self.roster.lose(worker, reason, now_s)
+        if worker is None or worker.state is WorkerState.LEAVING:  # one that leaves breaks its links itself
+            return []
+        return self.roster.lose(worker, reason, now_s)
 
     def _leave(self, member: Member) -> None:
         self._present.discard(member)
         companion = self.companions.get(member.id)
         if companion is not None and companion.member == member:
             del self.companions[member.id]
+
+    def refusal(self, asked: Resize | Drain) -> Refused | None:
+        """Why this cannot be, to be asked before it is told; None: it can."""
+        if self.phase in (Phase.DRAINING, Phase.STOPPING, Phase.STOPPED):
+            return Refused("phase", self.phase.value, "a cluster that does not stop")
+        return self.scaling.refusal(asked)
 
     # Time.
 
@@ -253,7 +280,8 @@ class Controller:
                 return []
             case Phase.DRAINING if not self._with(Role.GATEWAY) or in_phase_s > self.config.drain_timeout_s:
                 return self._stop(now_s)
-        commands = self.roster.start_due(now_s) + self._place(now_s) + self._tell_members()
+        commands = self.scaling.remember() + self.roster.start_due(now_s) + self._place(now_s)
+        commands += self.scaling.dismiss(now_s) + self._tell_members()
         if self.phase is not Phase.DRAINING:
             self._enter(self._serving_phase(now_s), now_s)
         return commands
@@ -261,37 +289,37 @@ class Controller:
     def _place(self, now_s: float) -> list[Command]:
         commands: list[Command] = []
         experts = self.roster.live(Role.EXPERT)
-        here = {worker.member: worker.register.address for worker in experts if worker.register}
-        if proposed := self.epochs.propose(here, self._all_here(experts)):
+        staying = [worker for worker in experts if worker.is_wanted]
+        here = {worker.member: worker.register.address for worker in staying if worker.register}
+        if proposed := self.epochs.propose(here, self._all_here(staying)):
             for worker in experts:
                 if any(placed.member == worker.member for placed in proposed.workers):
                     commands += self._order(worker, Prepare(proposed), now_s)
         if published := self.epochs.publish({worker.member: worker.epoch for worker in experts}):
             for worker in self.roster.live(Role.ATTENTION):
                 commands += self._order(worker, Publish(published), now_s)
-        attention = self.roster.live(Role.ATTENTION) + self._starting(Role.ATTENTION)
+        attention = [worker for worker in self.roster.pool(Role.ATTENTION) if worker.may_be_alive]
         if stale := self.epochs.retire([worker.epoch for worker in attention]):
             commands += [Send(worker.member, Retire(stale)) for worker in experts]
         return commands
 
-    def _all_here(self, experts: list[Worker]) -> bool:
+    def _all_here(self, staying: list[Worker]) -> bool:
         """Every expert worker that is wanted. Once we have served, none waits for one that cannot start."""
-        wanted = self.roster.counted_on(Role.EXPERT)
-        is_whole = self.roster.has_served or len(wanted) == self.config.expert_workers
-        return is_whole and len(experts) == len(wanted) > 0
+        counted_on = self.roster.counted_on(Role.EXPERT)
+        is_whole = self.roster.has_served or len(counted_on) == len(self.roster.wanted(Role.EXPERT))
+        return is_whole and len(staying) == len(counted_on) > 0
 
     def _tell_members(self) -> list[Command]:
-        attention = self.roster.live(Role.ATTENTION) + self._starting(Role.ATTENTION)
-        expected = tuple(sorted(worker.member for worker in attention))
-        if expected == self._expected:
+        members = self._members()
+        if members == self._told:
             return []
-        self._expected = expected
-        return [Send(companion.member, self._members()) for companion in self.companions.values()]
+        self._told = members
+        return [Send(companion.member, members) for companion in self.companions.values()]
 
     def _serving_phase(self, now_s: float) -> Phase:
-        workers = self.roster.workers.values()
+        workers = [worker for worker in self.roster.workers.values() if worker.is_wanted]
         is_whole = (
-            all(worker.state is WorkerState.READY for worker in workers)
+            all(worker.state is WorkerState.READY or worker.is_joining for worker in workers)
             and self.epochs.published is not None
             and bool(self._with(Role.SCHEDULER) and self._with(Role.GATEWAY))
         )

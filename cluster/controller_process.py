@@ -10,10 +10,11 @@ from cluster import address
 from cluster.controller import Controller, ControllerConfig
 from cluster.controller_server import ControllerServer, WorkerDriver
 from cluster.epochs import ModelShape
+from cluster.events import Pools
 from cluster.loop_thread import LoopThread
-from cluster.roster import Patience, worker_ids
+from cluster.roster import Patience
 from cluster.spec import ClusterSpec
-from cluster.store import Store, draw
+from cluster.store import POOLS, Store, draw
 from cluster.version import VERSION
 
 _START_TIMEOUT_S = 10.0
@@ -23,11 +24,13 @@ _DRAIN_MARGIN_S = 5.0
 
 class ControllerProcess:
     def __init__(self, spec: ClusterSpec, store: Store, driver: WorkerDriver) -> None:
-        """Draws the next term from the store, and reads there which lives earlier terms have ordered."""
-        self._config = _controller_config(spec)
-        self._incarnations = {worker_id: store.last(worker_id) for worker_id in worker_ids(self._config.pools)}
+        """Draws the next term from the store, and reads there which lives earlier terms have ordered, and which
+        workers they wanted."""
         self._spec, self._driver = spec, driver
         self._term = draw(store, "controller")
+        self._incarnations = store.lasts()
+        remembered = store.read(POOLS)
+        self._config = _controller_config(spec, Pools.from_json(remembered) if remembered else None)
         self._thread = LoopThread("controller")
         self._server: ControllerServer | None = None
 
@@ -51,12 +54,13 @@ class ControllerProcess:
         self._thread.call(self._server.drain(), _START_TIMEOUT_S)
 
 
-def _controller_config(spec: ClusterSpec) -> ControllerConfig:
-    pools, life = spec.config.pools, spec.config.cluster
+def _controller_config(spec: ClusterSpec, remembered: Pools | None) -> ControllerConfig:
+    sizes, life = spec.config.pools, spec.config.cluster
     return ControllerConfig(
-        attention_workers=pools.attention_workers,
-        expert_workers=pools.expert_workers,
-        replicas=pools.replicas,
+        attention_workers=sizes.attention_workers,
+        expert_workers=sizes.expert_workers,
+        replicas=sizes.replicas,
+        pools=remembered,
         drain_timeout_s=life.drain_timeout_s + _DRAIN_MARGIN_S,
         companion_deadline_s=life.companion_deadline_s,
         pid=os.getpid(),

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import grpc
@@ -29,6 +30,7 @@ from cluster.events import (
     Left,
     Order,
     Register,
+    Remember,
     Role,
     Send,
     SendTrace,
@@ -49,6 +51,7 @@ _OUTBOX_MAX = 256
 _MESSAGE_BYTES_MAX = 64 << 20
 _STOP_GRACE_S = 1.0
 _TRACE_WAIT_S = 10.0
+_REMEMBER_S = 5.0
 
 
 class WorkerDriver(Protocol):
@@ -62,6 +65,9 @@ class WorkerDriver(Protocol):
 
     def watch(self, command: WatchWorker) -> None:
         """`on_died` once this life, started by an earlier controller, has ended: at once if it is gone."""
+
+    def remember(self, command: Remember) -> Future[None]:
+        """Have the next term know this. Done once it is kept, before any start that is asked for later."""
 
     def kill(self, command: KillWorker) -> None:
         """Make sure that this life is over."""
@@ -95,6 +101,8 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._pump: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._to_keep: Remember | None = None  # for the next term
+        self._keeping: Future[None] | None = None
         self._traces = Traces(self._send_trace, controller.term)
         self._server = grpc.aio.server(
             interceptors=[TokenInterceptor(token)],
@@ -159,6 +167,37 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         except TimeoutError:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "others ask for a trace; accepted: later")
         return control_pb2.TraceReply(traces=[trace for trace in came.values() if trace], silent=silent)
+
+    async def Resize(
+        self, request: control_pb2.ResizeRequest, _context: grpc.aio.ServicerContext[Any, Any]
+    ) -> control_pb2.ResizeReply:
+        """Answered once the next term would know of it."""
+        asked = wire.decode_resize(request)
+        if refused := self._controller.refusal(asked):
+            return wire.encode_refused(refused)
+        log.info("asked for %s", asked)
+        self._turn(asked)
+        reply = control_pb2.ResizeReply(json=wire.encode_status(self.status()).json)
+        if why := await self._unkept():
+            reply.not_kept = f"under way, but not kept for the next controller: {why}"
+        return reply
+
+    async def _unkept(self) -> str:
+        """Why the next term would not know of the pools; empty: it would. What was not kept is tried again."""
+        if self._to_keep is None:
+            return ""
+        if self._keeping is None or (self._keeping.done() and self._keeping.exception()):
+            self._keeping = self._driver.remember(self._to_keep)
+        try:
+            async with asyncio.timeout(_REMEMBER_S):
+                await asyncio.shield(asyncio.wrap_future(self._keeping))
+        except TimeoutError:
+            return f"its store has not answered for {_REMEMBER_S:g} s"
+        except Exception as error:
+            # Whatever kind the store's is: who asked must know that it is under way all the same.
+            log.exception("the pools were not kept for the next term")
+            return str(error) or type(error).__name__
+        return ""
 
     def _send_trace(self, member: MemberId, body: SendTrace) -> None:
         self._send(member, Order(self._controller.term, self._controller.shape.fingerprint, body))
@@ -262,6 +301,8 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
                 self._driver.start(command)
             case WatchWorker():
                 self._driver.watch(command)
+            case Remember():
+                self._to_keep, self._keeping = command, self._driver.remember(command)
             case KillWorker(member, pid, _, reason):
                 log.warning("%s#%d (pid %d) is lost: %s", member.id, member.incarnation, pid, reason)
                 self._driver.kill(command)

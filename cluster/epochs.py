@@ -1,7 +1,8 @@
 """Which placement comes next: proposed, prepared by its expert workers, published, and its elders retired. Pure.
 
 One placement is being prepared at a time, and one is published. What is being prepared is left to finish unless
-one of its workers is lost. Knows expert workers as (member, address), and no life cycles.
+one of its workers is lost, is to leave, or cannot hold it. Knows expert workers as (member, address), and no
+life cycles.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cluster.arrangement import arrange
 from router.errors import PlacementError
-from router.placement import EpochId, Member, Placement, spread
+from router.placement import EpochId, Member, PlacedWorker, Placement
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Epochs:
     def propose(self, here: Mapping[Member, str], is_complete: bool) -> Placement | None:
         """The placement to prepare now; None when nothing is to change, or nothing can.
 
-        `here`: live expert workers in a fixed order, and their addresses. `is_complete`: all that are expected
-        are here. With everyone here experts are spread anew, which gives a replacement its predecessor's slots;
-        with someone missing the rest go on as soon as they cover the model. Otherwise: wait for who is to come.
+        `here`: live expert workers that are to stay, in a fixed order, and their addresses. `is_complete`: all
+        that are expected are here. With everyone here experts are arranged anew, which gives a replacement its
+        predecessor's slots and moves what newcomers and leavers make necessary; with someone missing the rest go
+        on as soon as they cover the model. Otherwise: wait for who is to come. Where an epoch was begun in vain
+        one follows, be it like the published one: its retirement frees what was loaded for the other.
         """
         if self.preparing and here.keys() >= _members(self.preparing):
             return None
@@ -52,18 +56,17 @@ class Epochs:
             return None  # asked at every event: the answer has not changed
         self._considered = considered
         wanted = self._everyone(here) if is_complete else self._survivors(here)
-        if wanted is None or (self.published and wanted.workers == self.published.workers):
+        if wanted is None or self._is_in_use(wanted):
             return None
         self.number += 1
         self.preparing = wanted
         return wanted
 
     def _everyone(self, here: Mapping[Member, str]) -> Placement:
-        replicas = min(self.replicas, len(here))
+        workers = tuple(PlacedWorker(member, address, ()) for member, address in here.items())
         shape = self.shape
-        return spread(
-            self._next, shape.fingerprint, list(here.items()), shape.num_layers, shape.num_experts, replicas
-        )
+        wanted = Placement(self._next, shape.fingerprint, shape.num_layers, shape.num_experts, workers)
+        return arrange(self.published, wanted, min(self.replicas, len(here)))
 
     def _survivors(self, here: Mapping[Member, str]) -> Placement | None:
         if self.published is None:
@@ -77,9 +80,31 @@ class Epochs:
             return None  # some expert has no holder left: a replacement must load it first
         return survivors
 
+    def _is_in_use(self, wanted: Placement) -> bool:
+        """It is what is published, and no other has been begun since."""
+        published = self.published
+        return (
+            published is not None and published.epoch.number == self.number and wanted.workers == published.workers
+        )
+
     @property
     def _next(self) -> EpochId:
         return EpochId(self.term, self.number + 1)
+
+    def give_up(self, epoch: EpochId) -> bool:
+        """One of its workers cannot hold what is being prepared: nothing changes until the workers do."""
+        if self.preparing is None or self.preparing.epoch != epoch:
+            return False
+        self.preparing = None
+        return True
+
+    def needs(self, member: Member) -> bool:
+        """Whether some attention worker may still send this expert worker parcels, or soon will."""
+        if self.published is None or self.retired != self._before(self.published.epoch):
+            return True  # an older epoch may be in use
+        return any(
+            placed is not None and member in _members(placed) for placed in (self.published, self.preparing)
+        )
 
     def publish(self, prepared: Mapping[Member, EpochId | None]) -> Placement | None:
         """Once every worker of the placement being prepared has prepared it: that placement, now published."""
@@ -94,11 +119,15 @@ class Epochs:
         alive uses. It and all older ones are stale."""
         if self.published is None or any(epoch != self.published.epoch for epoch in adopted):
             return None
-        stale = EpochId(self.published.epoch.term, self.published.epoch.number - 1)
+        stale = self._before(self.published.epoch)
         if self.retired is not None and stale <= self.retired:
             return None
         self.retired = stale
         return stale
+
+    @staticmethod
+    def _before(epoch: EpochId) -> EpochId:
+        return EpochId(epoch.term, epoch.number - 1)
 
 
 def _members(placement: Placement) -> set[Member]:

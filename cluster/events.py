@@ -6,10 +6,12 @@ time from the pump. Orders go back over the streams, the other commands to the d
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import json
 from dataclasses import dataclass
 
-from router.membership import Adopted, Health, PeerLost, Prepared, Traced
+from router.membership import Adopted, Health, PeerLost, Prepared, Traced, Unprepared
 from router.placement import EpochId, Member, Placement
 
 
@@ -24,6 +26,30 @@ WORKER_ROLES = (Role.ATTENTION, Role.EXPERT)
 
 
 @dataclass(frozen=True)
+class Pools:
+    """Which workers there should be, by id, and which are on their way out."""
+
+    attention: tuple[str, ...]
+    experts: tuple[str, ...]
+    leaving: tuple[str, ...] = ()
+
+    @classmethod
+    def of_sizes(cls, attention: int, experts: int) -> Pools:
+        """`attention-0`, `expert-0`, …"""
+        return cls(
+            tuple(f"{Role.ATTENTION.value}-{index}" for index in range(attention)),
+            tuple(f"{Role.EXPERT.value}-{index}" for index in range(experts)),
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Pools:
+        return cls(**{name: tuple(ids) for name, ids in json.loads(text).items()})
+
+
+@dataclass(frozen=True)
 class Register:
     """The first report on every stream."""
 
@@ -35,7 +61,7 @@ class Register:
     epoch: EpochId | None = None  # the placement it already uses, when the controller has restarted
 
 
-ReportBody = Register | Health | Prepared | Adopted | PeerLost | Traced
+ReportBody = Register | Health | Prepared | Unprepared | Adopted | PeerLost | Traced
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,21 @@ class ActorDied:
 
 
 @dataclass(frozen=True)
+class Resize:
+    """A person or the autoscaler wants pools of so many workers; None: as they are."""
+
+    attention: int | None = None
+    experts: int | None = None
+
+
+@dataclass(frozen=True)
+class Drain:
+    """This worker is to leave, and its pool to be one smaller."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
 class StopAll:
     """Drain: gateways first, then everything else."""
 
@@ -73,7 +114,7 @@ class Tick:
     """Time has passed; everything that came before it has been told."""
 
 
-Event = Report | Left | ActorDied | StopAll | Tick
+Event = Report | Left | ActorDied | Resize | Drain | StopAll | Tick
 
 
 @dataclass(frozen=True)
@@ -104,6 +145,8 @@ class Members:
     attention: tuple[Member, ...]
     pid: int = 0  # of the controller that says so: the scheduler watches it
     node: str = ""
+    draining: tuple[Member, ...] = ()
+    """Those of `attention` that the scheduler is to empty: `Health.is_drained` says when one is."""
 
 
 @dataclass(frozen=True)
@@ -167,4 +210,12 @@ class KillWorker:
     reason: str
 
 
-Command = Send | StartWorker | WatchWorker | KillWorker
+@dataclass(frozen=True)
+class Remember:
+    """Command: give this to the next term's controller."""
+
+    version: int  # grows, also from term to term
+    pools: Pools
+
+
+Command = Send | StartWorker | WatchWorker | KillWorker | Remember

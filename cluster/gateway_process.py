@@ -15,12 +15,19 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from expertmesh.v1.control_pb2 import PlacementTable, TraceReply
+from expertmesh.v1.control_pb2 import PlacementTable, ResizeReply, ResizeRequest, TraceReply
 
 from cluster import address
 from cluster.events import Exit, OrderBody, Register, Role
 from cluster.loop_thread import LoopThread
-from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status, fetch_trace
+from cluster.member_link import (
+    ControllerUnreachable,
+    MemberLink,
+    ask_resize,
+    fetch_placement,
+    fetch_status,
+    fetch_trace,
+)
 from cluster.spec import ClusterSpec
 from cluster.version import VERSION
 from cluster.watch import TurnWatch
@@ -98,7 +105,7 @@ class GatewayProcess:
         self._ledger = Ledger(self._link, config, metrics)
         self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
         self._state = GatewayState(
-            config, card, self._link, self._ledger, metrics, self._status, self._trace, VERSION
+            config, card, self._link, self._ledger, metrics, self._status, self._trace, self._resize, VERSION
         )
         self._link.token_address = await self._tokens.start()
         if spec.config.grpc_port:
@@ -119,6 +126,9 @@ class GatewayProcess:
 
     async def _trace(self, seconds: float) -> TraceReply:
         return await self._ask(functools.partial(fetch_trace, seconds=seconds))
+
+    async def _resize(self, asked: ResizeRequest) -> ResizeReply:
+        return await self._ask(functools.partial(ask_resize, asked=asked))
 
     async def _ask(self, fetch: Callable[[str, str, float], Awaitable[Answer]]) -> Answer:
         config, spec = self._spec.config.gateway, self._spec

@@ -5,6 +5,7 @@ A missing pair is a mistake in the controller: it raises and changes nothing.
     WAITING ──order──▶ STARTING ──register──▶ LOADING ──ready──▶ READY
        ▲                  │ lost                 │ lost            │ lost
        └──────────────────┴──────────────────────┴─────────────────┘
+    leave leads from LOADING and READY to LEAVING, where a worker that is not wanted any more ends.
     give_up leads from anywhere to FAILED, from where try_again leads back to WAITING; stop leads to STOPPED.
 """
 
@@ -19,6 +20,7 @@ class WorkerState(enum.StrEnum):
     LOADING = "loading"  # registered; reads weights or connects
     READY = "ready"
     FAILED = "failed"  # not started again while the cluster has not served: its detail says why
+    LEAVING = "leaving"  # nobody needs it any more: told to exit, forgotten once it has
     STOPPED = "stopped"  # ordered to exit with the cluster
 
 
@@ -29,6 +31,7 @@ class Change(enum.StrEnum):
     LOST = "lost"
     GIVE_UP = "give_up"
     TRY_AGAIN = "try_again"
+    LEAVE = "leave"
     STOP = "stop"
 
 
@@ -48,6 +51,9 @@ TRANSITIONS: dict[tuple[WorkerState, Change], WorkerState] = {
     (_S.LOADING, _C.GIVE_UP): _S.FAILED,
     (_S.READY, _C.GIVE_UP): _S.FAILED,
     (_S.FAILED, _C.TRY_AGAIN): _S.WAITING,
+    (_S.LOADING, _C.LEAVE): _S.LEAVING,
+    (_S.READY, _C.LEAVE): _S.LEAVING,
+    (_S.LEAVING, _C.REGISTER): _S.LEAVING,
     **{(state, _C.STOP): _S.STOPPED for state in _S if state is not _S.FAILED},
     (_S.FAILED, _C.STOP): _S.FAILED,
 }

@@ -23,7 +23,7 @@ from expertmesh.v1 import control_pb2, control_pb2_grpc
 from cluster import wire
 from cluster.auth import auth_metadata
 from cluster.events import OrderBody, Register, Report, ReportBody
-from router.membership import Adopted, Health, PeerLost, Prepared, Traced
+from router.membership import Adopted, Health, PeerLost, Prepared, Traced, Unprepared
 from router.placement import Member
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class MemberLink:
     def start(self) -> None:
         self._thread.start()
 
-    def report(self, body: Prepared | Adopted | PeerLost | Traced | None = None) -> None:
+    def report(self, body: Prepared | Unprepared | Adopted | PeerLost | Traced | None = None) -> None:
         """Say this, and how we are, without waiting for the next heartbeat. From any thread.
 
         Kept while there is no stream; with too many waiting the oldest is dropped and counted: the controller
@@ -194,6 +194,15 @@ async def fetch_trace(address: str, token: str, timeout_s: float, seconds: float
     async with _controller(address) as stub:
         request = control_pb2.TraceRequest(seconds=seconds)
         reply: control_pb2.TraceReply = await stub.Trace(request, metadata=auth_metadata(token), timeout=timeout_s)
+        return reply
+
+
+async def ask_resize(
+    address: str, token: str, timeout_s: float, asked: control_pb2.ResizeRequest
+) -> control_pb2.ResizeReply:
+    """What the controller says to it. Raises ControllerUnreachable: it may have been heard all the same."""
+    async with _controller(address) as stub:
+        reply: control_pb2.ResizeReply = await stub.Resize(asked, metadata=auth_metadata(token), timeout=timeout_s)
         return reply
 
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.controller import Companion, Controller
-from cluster.events import Role
+from cluster.events import WORKER_ROLES, Role
 from cluster.lifecycle import WorkerState
 from cluster.roster import Worker
+
+DRAINING = "draining"  # of a worker that serves and is to leave
 
 
 def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> dict[str, Any]:
@@ -30,6 +32,8 @@ def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> 
         "uptime_s": round(now_s - controller.began_s, 1),
         "epoch": {"term": published.epoch.term, "number": published.epoch.number} if published else None,
         "replicas": epochs.replicas,
+        "pools": {role.value: _pool(controller, role) for role in WORKER_ROLES},
+        "scaling_failed": controller.scaling.failed,
         "reports_refused": controller.reports_refused,
         "workers": [_worker(controller, worker, now_s) for worker in controller.roster.workers.values()],
         "scheduler": schedulers[-1] if schedulers else None,
@@ -45,6 +49,18 @@ def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> 
             for failure in controller.roster.failures
         ],
     }  # fmt: skip
+
+
+def _pool(controller: Controller, role: Role) -> dict[str, int]:
+    workers = controller.roster.pool(role)
+    wanted = [worker for worker in workers if worker.is_wanted]
+    ready = [worker for worker in wanted if worker.state is WorkerState.READY]
+    return {"wanted": len(wanted), "ready": len(ready), "leaving": len(workers) - len(wanted)}
+
+
+def _state(worker: Worker) -> str:
+    """One that is not wanted any more drains, until it is told to exit and leaves."""
+    return DRAINING if worker.is_live and not worker.is_wanted else worker.state.value
 
 
 def _worker(controller: Controller, worker: Worker, now_s: float) -> dict[str, Any]:
@@ -65,7 +81,7 @@ def _worker(controller: Controller, worker: Worker, now_s: float) -> dict[str, A
         "pid": register.pid if register else None,
         "node": register.node if register else None,
         "device": register.device if register else None,
-        "state": worker.state.value,
+        "state": _state(worker),
         "detail": detail,
         "incarnation": worker.incarnation,
         "failures": worker.failures,

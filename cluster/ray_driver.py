@@ -23,11 +23,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.address import quiet_ports
 from cluster.config import Config
-from cluster.events import ActorDied, KillWorker, Role, StartWorker, WatchWorker
+from cluster.events import ActorDied, KillWorker, Remember, Role, StartWorker, WatchWorker
 from cluster.member_link import ControllerUnreachable
 from cluster.processes import end_process, has_ended
 from cluster.ray_store import RayStore
 from cluster.spec import ClusterSpec, MeetingPoint
+from cluster.store import POOLS
 from router.placement import Member
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ class RayWorkers:
 
     def watch(self, command: WatchWorker) -> None:
         self._asking.submit(self._guarded, command.member, lambda: self._watch(command.member))
+
+    def remember(self, command: Remember) -> Future[None]:
+        return self._asking.submit(self._store.write, POOLS, command.version, command.pools.to_json())
 
     def kill(self, command: KillWorker) -> None:
         if command.node in ("", platform.node()) and command.pid:

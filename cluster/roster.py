@@ -1,17 +1,19 @@
-"""The workers that should be there, and those that are: started, heard, lost, started again. Pure.
+"""The workers that should be there, and those that are: started, heard, lost, started again, let go. Pure.
 
 Each worker id has one record and at most one life (incarnation) that counts; whatever an earlier life says is
-refused. Loss is final: a lost life is killed before its number is left behind. Placement is not known here.
+refused. Loss is final: a lost life is killed before its number is left behind. A worker that is not wanted any
+more goes on until it is dismissed, and is forgotten once its process has ended. Placement is not known here.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cluster.events import Command, KillWorker, Register, Role, StartWorker, WatchWorker
+from cluster.events import Command, Exit, KillWorker, Pools, Register, Role, Send, StartWorker, WatchWorker
 from cluster.lifecycle import LIVE, Change, WorkerState, after
 from router.membership import Health, HealthState
 from router.placement import EpochId, Member
@@ -42,10 +44,8 @@ class Patience:
 
     backoff_s_max: float = 30.0
 
-
-def worker_ids(pools: Mapping[Role, int]) -> dict[str, Role]:
-    """`attention-0`, `expert-0`, …: the workers of both pools by name."""
-    return {f"{role.value}-{index}": role for role, size in pools.items() for index in range(size)}
+    leave_timeout_s: float = 15.0
+    """A dismissed worker whose process has not ended after so long is killed."""
 
 
 class Failure(NamedTuple):
@@ -74,6 +74,8 @@ class Worker:
     failures: int = 0  # in a row, without settling in between: they make restarts wait
     failed_starts: int = 0  # in a row, without service in between: too many, and it is given up
     has_served: bool = False  # some life of it has been ready
+    is_joining: bool = False  # asked for since the cluster serves, and neither ready nor lost yet
+    is_wanted: bool = True  # False: it is to leave once nobody needs it
 
     @property
     def member(self) -> Member:
@@ -82,6 +84,10 @@ class Worker:
     @property
     def is_live(self) -> bool:
         return self.state in LIVE
+
+    @property
+    def may_be_alive(self) -> bool:
+        return self.is_live or self.state in (WorkerState.STARTING, WorkerState.LEAVING)
 
     def change(self, change: Change, now_s: float) -> None:
         state = after(self.state, change)
@@ -96,24 +102,94 @@ class Roster:
     has_served: bool = False  # the cluster, whole: from then on nobody is given up
     num_failures: int = 0
     failures: deque[Failure] = field(default_factory=lambda: deque(maxlen=FAILURES_REMEMBERED_MAX))
+    incarnations: dict[str, int] = field(default_factory=dict)  # newest life of every id there has been
 
     @classmethod
     def expecting(
-        cls, patience: Patience, pools: Mapping[Role, int], incarnations: Mapping[str, int], now_s: float
+        cls, patience: Patience, pools: Pools, incarnations: Mapping[str, int], now_s: float
     ) -> tuple[Roster, list[Command]]:
         """The workers of both pools, and what to do about those that may be there already.
 
         `incarnations`: the newest life of each that an earlier controller ordered. Those may be alive, so they
         are watched, and have `startup_timeout_s` to register; the others are started by `start_due`.
         """
-        workers = {id_: Worker(role, id_, since_s=now_s) for id_, role in worker_ids(pools).items()}
+        roster = cls(patience, {}, incarnations=dict(incarnations))
+        for worker_id in pools.attention + pools.experts:
+            roster._add(worker_id, now_s)
+        for worker_id in pools.leaving:
+            if incarnations.get(worker_id, 0):  # else it has never been started
+                roster._add(worker_id, now_s).is_wanted = False
         commands: list[Command] = []
-        for worker in workers.values():
-            if incarnations.get(worker.id, 0):
-                worker.incarnation = incarnations[worker.id]
+        for worker in roster.workers.values():
+            if worker.incarnation:
                 worker.change(Change.ORDER, now_s)
                 commands.append(WatchWorker(worker.member))
-        return cls(patience, workers), commands
+        return roster, commands
+
+    @property
+    def pools(self) -> Pools:
+        """Which there should be, and which are on their way out."""
+        attention, experts = (tuple(w.id for w in self.wanted(role)) for role in (Role.ATTENTION, Role.EXPERT))
+        return Pools(attention, experts, tuple(w.id for w in self.workers.values() if not w.is_wanted))
+
+    def _add(self, worker_id: str, now_s: float) -> Worker:
+        role = Role(worker_id.rpartition("-")[0])
+        worker = Worker(role, worker_id, self.incarnations.get(worker_id, 0), since_s=now_s)
+        workers = {**self.workers, worker_id: worker}
+        self.workers = {w.id: w for w in sorted(workers.values(), key=lambda w: (w.role, _index(w)))}
+        return worker
+
+    def grow(self, role: Role, now_s: float) -> None:
+        """One more: an expert worker that has not been dismissed yet stays, else one is started by `start_due`.
+
+        An attention worker is not kept: it may say just now that it is empty.
+        """
+        for worker in self.pool(role):
+            if role is Role.EXPERT and not worker.is_wanted and worker.state is not WorkerState.LEAVING:
+                worker.is_wanted = True
+                return
+        names = (f"{role.value}-{index}" for index in itertools.count())
+        worker = self._add(next(name for name in names if name not in self.workers), now_s)
+        worker.is_joining = self.has_served
+
+    def shrink(self, role: Role) -> Worker:
+        """The one that a smaller pool can best do without: one that does not serve, else the last."""
+        return max(self.wanted(role), key=lambda worker: (not worker.is_live, _index(worker)))
+
+    def let_go(self, worker: Worker) -> list[Command]:
+        """It is not wanted any more. One that has not come yet is ended at once; the others serve until they are
+        dismissed."""
+        worker.is_wanted = False
+        if worker.is_live:
+            return []
+        self._forget(worker)
+        if worker.state is not WorkerState.STARTING:
+            return []
+        return [KillWorker(worker.member, 0, "", "it is not wanted any more")]
+
+    def dismiss(self, worker: Worker, now_s: float) -> list[Command]:
+        """Nobody needs it: it is told to exit."""
+        worker.change(Change.LEAVE, now_s)
+        worker.owes = None
+        return [Send(worker.member, Exit(f"{worker.id} is not needed any more"))]
+
+    def end(self, worker: Worker, detail: str, now_s: float) -> list[Command]:
+        """Its process has ended: as it was told to, or it is lost."""
+        if worker.state is not WorkerState.LEAVING:
+            return self.lose(worker, detail, now_s)
+        self._forget(worker)
+        return []
+
+    def _forget(self, worker: Worker) -> None:
+        self.incarnations[worker.id] = worker.incarnation
+        del self.workers[worker.id]
+
+    def leavers(self, role: Role) -> list[Worker]:
+        """Not wanted any more, and not dismissed yet."""
+        return [worker for worker in self.live(role) if not worker.is_wanted]
+
+    def wanted(self, role: Role) -> list[Worker]:
+        return [worker for worker in self.pool(role) if worker.is_wanted]
 
     def pool(self, role: Role) -> list[Worker]:
         return [worker for worker in self.workers.values() if worker.role is role]
@@ -126,7 +202,7 @@ class Roster:
         tries_max = self.patience.restarts_max
         return [
             worker
-            for worker in self.pool(role)
+            for worker in self.wanted(role)
             if worker.is_live or (worker.state is not WorkerState.FAILED and worker.failed_starts <= tries_max)
         ]
 
@@ -141,11 +217,7 @@ class Roster:
     def find(self, member: Member) -> Worker | None:
         """The worker whose present, unfinished life this is."""
         worker = self.workers.get(member.id)
-        is_present = (
-            worker is not None
-            and worker.incarnation == member.incarnation
-            and (worker.is_live or worker.state is WorkerState.STARTING)
-        )
+        is_present = worker is not None and worker.incarnation == member.incarnation and worker.may_be_alive
         return worker if is_present else None
 
     def register(self, worker: Worker, register: Register, now_s: float) -> None:
@@ -176,7 +248,7 @@ class Roster:
         worker.epoch = epoch if worker.epoch is None else max(worker.epoch, epoch)
         worker.owes = None if worker.owes == epoch else worker.owes
         worker.change(Change.READY, now_s)
-        worker.has_served = True
+        worker.has_served, worker.is_joining = True, False
 
     def lose(self, worker: Worker, reason: str, now_s: float, is_its_own_word: bool = False) -> list[Command]:
         """This life is over: kill it, and start another after a back-off, or give the worker up.
@@ -187,6 +259,10 @@ class Roster:
         self.record(worker.member, reason, now_s)
         pid, node = (worker.register.pid, worker.register.node) if worker.register else (0, "")
         kill = KillWorker(worker.member, pid, node, reason)
+        if not worker.is_wanted:
+            self._forget(worker)
+            return [kill]
+        worker.is_joining = False
         has_settled = worker.state is WorkerState.READY and now_s - worker.since_s >= self.patience.settled_s
         worker.failures = 1 if has_settled else worker.failures + 1
         worker.failed_starts = 0 if worker.state is WorkerState.READY else worker.failed_starts + 1
@@ -210,7 +286,7 @@ class Roster:
     def judge(self, now_s: float) -> list[Command]:
         """Lose who has missed a deadline."""
         commands: list[Command] = []
-        for worker in self.workers.values():
+        for worker in list(self.workers.values()):
             if reason := self._overdue(worker, now_s):
                 commands += self.lose(worker, reason, now_s)
         return commands
@@ -231,6 +307,8 @@ class Roster:
             return f"did not register within {patience.startup_timeout_s:g} s"
         if worker.is_live and now_s - worker.heard_s > patience.member_deadline_s:
             return f"silent for {now_s - worker.heard_s:.1f} s"
+        if worker.state is WorkerState.LEAVING and now_s - worker.since_s > patience.leave_timeout_s:
+            return f"did not exit within {patience.leave_timeout_s:g} s"
         if worker.owes and now_s - worker.progress_s > patience.startup_timeout_s:
             return f"no progress for {now_s - worker.progress_s:.0f} s ({worker.health.detail or 'loading'})"
         return ""
@@ -239,9 +317,13 @@ class Roster:
         """We were not looking for a while: nobody is late yet."""
         for worker in self.workers.values():
             worker.heard_s = worker.progress_s = now_s
-            if worker.state is WorkerState.STARTING:
+            if worker.state in (WorkerState.STARTING, WorkerState.LEAVING):
                 worker.since_s = now_s
 
     def stop(self, now_s: float) -> None:
         for worker in self.workers.values():
             worker.change(Change.STOP, now_s)
+
+
+def _index(worker: Worker) -> int:
+    return int(worker.id.rpartition("-")[2])

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import time
+from collections.abc import Iterable
 
 import psutil
 
@@ -101,14 +102,14 @@ class SchedulerProcess:
     def _obey(self, order: OrderBody) -> None:
         loop = self._thread.loop
         match order:
-            case Members(attention, pid, node):
+            case Members(attention, pid, node, draining):
                 self._heard += 1
                 if node == platform.node() and (self._controller is None or self._controller.pid != pid):
                     with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended since
                         self._controller = psutil.Process(pid)
-                workers = frozenset(Incarnation(member.id, member.incarnation) for member in attention)
+                said = MembersExpected(_incarnations(attention), _incarnations(draining))
                 if self._server is not None:
-                    loop.call_soon_threadsafe(self._server.post, MembersExpected(workers))
+                    loop.call_soon_threadsafe(self._server.post, said)
             case Exit(reason):
                 log.info("the scheduler stops: %s", reason)
                 loop.call_soon_threadsafe(lambda: loop.create_task(self._stop()))
@@ -122,3 +123,7 @@ class SchedulerProcess:
         if self._server is not None:
             await self._server.stop()
         await asyncio.to_thread(self._link.close, _STOP_TIMEOUT_S)
+
+
+def _incarnations(members: Iterable[Member]) -> frozenset[Incarnation]:
+    return frozenset(Incarnation(member.id, member.incarnation) for member in members)

@@ -11,6 +11,7 @@ from typing import Any
 from expertmesh.v1 import control_pb2, identity_pb2
 
 from cluster.events import (
+    Drain,
     Exit,
     Members,
     Order,
@@ -20,12 +21,14 @@ from cluster.events import (
     Register,
     Report,
     ReportBody,
+    Resize,
     Retire,
     Role,
     SendTrace,
 )
+from cluster.scaling import Refused
 from router.errors import PlacementError
-from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced, Unprepared
 from router.placement import EpochId, Member, Placement
 from router.wire import incarnation_to_pb, member_from_pb, placement_from_pb, placement_to_pb
 
@@ -62,6 +65,8 @@ def encode_report(report: Report) -> control_pb2.MemberReport:
             message.heartbeat.CopyFrom(_heartbeat(body))
         case Prepared(epoch):
             message.prepared.epoch.CopyFrom(_epoch(epoch))
+        case Unprepared(epoch, why):
+            message.unprepared.CopyFrom(control_pb2.Unprepared(epoch=_epoch(epoch), why=why))
         case Adopted(epoch):
             message.adopted.epoch.CopyFrom(_epoch(epoch))
         case PeerLost(member):
@@ -83,6 +88,8 @@ def _report_body(message: control_pb2.MemberReport) -> ReportBody:
             return _decode_heartbeat(message.heartbeat)
         case "prepared":
             return Prepared(_epoch_id(message.prepared.epoch))
+        case "unprepared":
+            return Unprepared(_epoch_id(message.unprepared.epoch), message.unprepared.why)
         case "adopted":
             return Adopted(_epoch_id(message.adopted.epoch))
         case "peer_lost":
@@ -90,7 +97,7 @@ def _report_body(message: control_pb2.MemberReport) -> ReportBody:
         case "trace":
             return Traced(message.trace.number, message.trace.trace)
         case other:
-            accepted = "register, heartbeat, prepared, adopted, peer_lost, trace"
+            accepted = "register, heartbeat, prepared, unprepared, adopted, peer_lost, trace"
             raise Malformed(f"report: body {other}; accepted: {accepted}")
 
 
@@ -103,9 +110,8 @@ def encode_order(order: Order) -> control_pb2.MemberOrder:
             message.publish.CopyFrom(placement_to_pb(placement))
         case Retire(epoch):
             message.retire.epoch.CopyFrom(_epoch(epoch))
-        case Members(attention, pid, node):
-            members = map(incarnation_to_pb, attention)
-            message.members.CopyFrom(control_pb2.Members(attention=members, pid=pid, node=node))
+        case Members() as body:
+            message.members.CopyFrom(_members(body))
         case Exit(reason):
             message.exit.reason = reason
             message.exit.SetInParent()
@@ -128,8 +134,7 @@ def _order_body(message: control_pb2.MemberOrder) -> OrderBody:
         case "retire":
             return Retire(_epoch_id(message.retire.epoch))
         case "members":
-            members = message.members
-            return Members(tuple(map(_member, members.attention)), members.pid, members.node)
+            return _decode_members(message.members)
         case "exit":
             return Exit(message.exit.reason)
         case "send_trace":
@@ -150,6 +155,20 @@ def decode_status(reply: control_pb2.StatusReply) -> dict[str, Any]:
     return document
 
 
+def decode_resize(request: control_pb2.ResizeRequest) -> Resize | Drain:
+    if request.drain:
+        return Drain(request.drain)
+    return Resize(
+        request.attention if request.HasField("attention") else None,
+        request.experts if request.HasField("experts") else None,
+    )
+
+
+def encode_refused(refused: Refused) -> control_pb2.ResizeReply:
+    body = control_pb2.ResizeRefused(field=refused.field, value=refused.value, accepted=refused.accepted)
+    return control_pb2.ResizeReply(refused=body)
+
+
 def encode_placement(published: Placement | None) -> control_pb2.PlacementReply:
     return control_pb2.PlacementReply(table=None if published is None else placement_to_pb(published))
 
@@ -166,6 +185,18 @@ def _decode_register(body: control_pb2.Register) -> Register:
         raise Malformed(f"register: role {body.role}; accepted: {sorted(_ROLES_BACK)}")
     epoch = _epoch_id(body.epoch) if body.HasField("epoch") else None
     return Register(_ROLES_BACK[body.role], body.pid, body.node, body.device, body.address, epoch)
+
+
+def _members(body: Members) -> control_pb2.Members:
+    attention, draining = map(incarnation_to_pb, body.attention), map(incarnation_to_pb, body.draining)
+    return control_pb2.Members(attention=attention, pid=body.pid, node=body.node, draining=draining)
+
+
+def _decode_members(body: control_pb2.Members) -> Members:
+    attention, draining = tuple(map(_member, body.attention)), tuple(map(_member, body.draining))
+    if strangers := set(draining) - set(attention):
+        raise Malformed(f"members: draining {sorted(strangers)}; accepted: some of attention")
+    return Members(attention, body.pid, body.node, draining)
 
 
 def _heartbeat(body: Health) -> control_pb2.Heartbeat:

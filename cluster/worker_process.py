@@ -83,7 +83,7 @@ class WorkerProcess:
         """The service's own, or failed when a thread hangs that should turn. While it loads nothing need turn: the
         controller watches its progress."""
         health = self._service.health()
-        if health.state is not HealthState.READY:
+        if health.state not in (HealthState.READY, HealthState.DRAINING):
             return health
         hung = self._watch.look(self._service.turns(), time.monotonic())
         return replace(health, state=HealthState.FAILED, detail=hung) if hung else health

@@ -103,7 +103,9 @@ class Residency:
             kept = frozenset[tuple[int, int]]().union(*self._wanted.values())
             for layer, table in enumerate(self._layers):
                 gone = [e for e in table if (layer, e) not in kept]
-                self.bytes_loaded -= sum(self._nbytes(layer, e) for e in gone)
+                freed = sum(self._nbytes(layer, e) for e in gone)
+                self.bytes_loaded -= freed
+                self.bytes_total -= freed
                 self._layers[layer] = {e: x for e, x in table.items() if (layer, e) in kept}
 
     def _nbytes(self, layer: int, expert: int) -> int:

@@ -19,12 +19,12 @@ from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
 from model.checkpoint import Checkpoint
 from model.device import HOST, Kind, take
-from model.errors import ModelError
+from model.errors import ModelError, NotEnoughMemory
 from model.exact import NumericsError
-from model.memory import choose, require
+from model.memory import available_bytes, choose, require
 from router.config import RouterConfig
 from router.errors import RouterError
-from router.membership import Failed, Health, HealthState, MemberEvent, Prepared
+from router.membership import Failed, Health, HealthState, MemberEvent, Prepared, Unprepared
 from router.placement import EpochId, Member, Placement
 from router.transport.base import ExpertEnd, LinkIdentity
 from router.transport.cuda import gpu_for
@@ -87,7 +87,8 @@ class ExpertService:
         self._answerer.start()
 
     def prepare(self, placement: Placement) -> None:
-        """Load in the background what the placement gives this worker. Emits Prepared or Failed."""
+        """Load in the background what the placement gives this worker. Emits Prepared; or Unprepared where it has
+        no room for it but serves another, which goes on; or Failed."""
         self._orders.put_nowait(placement)
 
     def retire(self, epoch: EpochId) -> None:
@@ -107,6 +108,7 @@ class ExpertService:
             "parcels_total": float(worker.parcels),
             "join_wait_seconds_total": worker.held_s,
             "parcels_refused_total": float(worker.refused),
+            "memory_available_bytes": float(available_bytes(self._device)),
         }
         return Health(
             self._state, residency.bytes_loaded, residency.bytes_total, self._detail, gauges,
@@ -167,7 +169,14 @@ class ExpertService:
         keep = choose(self._config.weights, residency.bytes_needed(placement, "dequantised"), self._device)
         needed = residency.bytes_needed(placement, keep)
         remedy = "accepted: more expert workers, fewer replicas, or more memory"
-        require(needed, "expert weights", remedy, self._device)
+        try:
+            require(needed, "expert weights", remedy, self._device)
+        except NotEnoughMemory as error:
+            if self._state is not HealthState.READY:
+                raise
+            self._detail = ""
+            self._on_event(Unprepared(placement.epoch, str(error)))
+            return
         residency.prepare(placement, self._stopping.is_set, keep)
         if not self._stopping.is_set():
             self._state, self._detail = HealthState.READY, ""

@@ -14,8 +14,9 @@ from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.staging import Staging
 from model.experts import Expert, grouped
+from router.config import RowsSent
 from router.placement import EpochId, Member
-from router.rows import RowsSent, sums, unpack
+from router.rows import sums, unpack
 from router.transport.base import ExpertEnd, Parcel, RefusalReason, Spent
 
 

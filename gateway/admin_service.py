@@ -1,4 +1,4 @@
-"""The admin API over gRPC: what the controller says, typed. Asks it at every call and holds nothing."""
+"""The admin API over gRPC: what the controller says and is told, typed. Holds nothing; asks it at every call."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from expertmesh.v1 import admin_pb2, admin_pb2_grpc, control_pb2, identity_pb2
 
 from gateway.errors import NotReady, invalid
 from gateway.grpc_errors import Context
+from gateway.scaling import drain_request, resized
 from gateway.state import GatewayState
 
 NAME = "expertmesh.v1.AdminService"
@@ -27,6 +28,7 @@ STATES: dict[str, Any] = {
 PHASES: dict[str, Any] = {
     name.removeprefix("CLUSTER_PHASE_").lower(): phase for name, phase in admin_pb2.ClusterPhase.items()
 }
+_GOING = (admin_pb2.WORKER_STATE_DRAINING, admin_pb2.WORKER_STATE_LEAVING)
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
@@ -49,13 +51,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             uptime_s=document["uptime_s"],
             workers=workers,
             pools=_pools(workers),
+            scaling_failed=document["scaling_failed"],
         )
 
     async def ListPools(
         self, _request: admin_pb2.ListPoolsRequest, _context: Context
     ) -> admin_pb2.ListPoolsResponse:
         document = await self._state.asked(self._state.status())
-        return admin_pb2.ListPoolsResponse(pools=_pools([_worker(worker) for worker in document["workers"]]))
+        return admin_pb2.ListPoolsResponse(pools=_pools_of(document))
 
     async def GetPlacement(
         self, request: admin_pb2.GetPlacementRequest, _context: Context
@@ -66,6 +69,17 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         if table is None:
             raise NotReady("no placement is published yet", retry_after_s=self._state.config.retry_after_s)
         return placement_page(table, request.page_size or PAGE_LAYERS, request.page_token)
+
+    async def Scale(self, request: admin_pb2.ScaleRequest, _context: Context) -> admin_pb2.ScaleResponse:
+        asked = control_pb2.ResizeRequest(
+            attention=request.attention if request.HasField("attention") else None,
+            experts=request.experts if request.HasField("experts") else None,
+        )
+        return admin_pb2.ScaleResponse(pools=_pools_of(await resized(self._state, asked)))
+
+    async def Drain(self, request: admin_pb2.DrainRequest, _context: Context) -> admin_pb2.DrainResponse:
+        asked = drain_request({"worker": request.worker})
+        return admin_pb2.DrainResponse(pools=_pools_of(await resized(self._state, asked)))
 
 
 def placement_page(
@@ -123,12 +137,18 @@ def _worker(worker: dict[str, Any]) -> admin_pb2.Worker:
     )
 
 
+def _pools_of(document: dict[str, Any]) -> list[admin_pb2.Pool]:
+    return _pools([_worker(worker) for worker in document["workers"]])
+
+
 def _pools(workers: Iterable[admin_pb2.Worker]) -> list[admin_pb2.Pool]:
     pools = {role: admin_pb2.Pool(role=role) for role in _ROLES.values()}
     for worker in workers:
         if worker.role in pools:
             pool = pools[worker.role]
-            pool.workers_wanted += 1
+            is_leaving = worker.state in _GOING
+            pool.workers_wanted += not is_leaving
+            pool.workers_leaving += is_leaving
             pool.workers_ready += worker.state == admin_pb2.WORKER_STATE_READY
             pool.slots += worker.slots
             pool.bytes_loaded += worker.bytes_loaded

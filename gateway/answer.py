@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import orjson
@@ -27,6 +28,8 @@ from gateway.state import GatewayState
 from gateway.stream import DONE, EventStream, event, unless_hung_up
 from gateway.text import Piece
 from gateway.validate import Call, Validator
+
+_LOGPROB_BYTES = 64
 
 _log = logging.getLogger(__name__)
 
@@ -59,9 +62,8 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
     meter = Meter(state.metrics, endpoint)
     try:
         state.check_open()
-        call = await _read(state, request, plan)
+        call, dialect = await _read(state, request, lambda *given: _spoken(state, speak, plan(*given)))
         generation = await unless_hung_up(request.receive, state.ledger.open(call.requests))
-        dialect = speak(call, state.card)
         running = Running(state, call, generation, meter, dialect.marked)
         told = _Answer(running, call, dialect, meter)
         headers = {"x-expertmesh-ignored-fields": listed(call.ignored)} if call.ignored else {}
@@ -76,6 +78,10 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
     except BaseException as error:
         meter.end(outcome(error))
         raise
+
+
+def _spoken(state: GatewayState, speak: Speak, call: Call) -> tuple[Call, Dialect]:
+    return call, speak(call, state.card)
 
 
 async def answer_at_once(state: GatewayState, request: Request, endpoint: str, work: Work) -> Response:
@@ -95,7 +101,8 @@ async def _read(state: GatewayState, request: Request, work: Callable[[Validator
     content_type = request.headers.get("content-type", "")
     validator = Validator(state.card, state.config, state.model_len_max)
     async with state.intake.body(request) as raw:
-        return await beside(len(raw), lambda: work(validator, bodies.parse(raw, content_type)))
+        may_wait = bodies.may_have_grammar(raw)
+        return await beside(len(raw), lambda: work(validator, bodies.parse(raw, content_type)), may_wait=may_wait)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -115,7 +122,8 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         choices = await self._running.choices()
-        return self._dialect.whole(choices, self._running.usage)
+        size = sum(map(self._size, choices))
+        return await beside(size, lambda: self._dialect.whole(choices, self._running.usage))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -123,7 +131,7 @@ class _Answer:
                 yield event(payload)
             async with aclosing(self._running.pieces()) as pieces:
                 async for piece in pieces:
-                    for payload in self._dialect.chunks(piece):
+                    for payload in await beside(self._size(piece), partial(self._chunks, piece)):
                         yield event(payload)
             if self._call.include_usage:
                 yield event(self._dialect.closing(self._running.usage))
@@ -136,6 +144,14 @@ class _Answer:
             self._trouble = error
             yield event(Refusal("internal error").body())
         yield DONE
+
+    def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        return list(self._dialect.chunks(piece))
+
+    def _size(self, piece: Piece) -> int:
+        """Bytes, about, of what its prompt's logprobs are as JSON; the rest of a piece is small."""
+        num_each = 1 + (self._call.requests[0].num_prompt_logprobs or 0)
+        return len(piece.prompt_logprobs) * num_each * _LOGPROB_BYTES
 
     def end(self, stayed: bool) -> None:
         """The stream is over: cancel what is left of the call."""

@@ -42,6 +42,13 @@ class GenerateBody(Body):
     logit_bias: Any = Field(
         None, description="an object of token ids, as strings, each with a number from -100 to 100"
     )
+    bad_words: Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="a list of strings, none of them blank"
+    )
+    allowed_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = Field(
+        None, description="a list of at least one token id"
+    )
+    prompt_logprobs: int | None = Field(None, ge=0, description="an integer of at least 0, unless stream is true")
     min_tokens: int | None = Field(None, ge=0, description="an integer from 0 to max_tokens")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="an integer from -2^63 to 2^63 - 1")
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
@@ -62,6 +69,20 @@ class GenerateBody(Body):
     cache_salt: str | None = Field(
         None, min_length=1, max_length=256, description="a string of 1 to 256 characters"
     )
+    timeout: float | None = Field(None, gt=0, description="a number of seconds above 0")
+    response_format: Any = Field(
+        None, description='{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": …}'
+    )
+    structured_outputs: Any = Field(
+        None, description="an object with exactly one of json, json_object, regex, choice and grammar"
+    )
+    guided_json: Any = Field(None, description="a JSON Schema, as an object or as its JSON")
+    guided_regex: Any = Field(None, description="a regular expression")
+    guided_choice: Any = Field(None, description="a list of strings, one of which is the answer")
+    guided_grammar: Any = Field(None, description="a grammar in Lark's syntax")
+    thinking_token_budget: int | None = Field(
+        None, ge=0, lt=_INT32, description="for chat, an integer of at least 0: the longest thought, in tokens"
+    )
     return_token_ids: bool | None = Field(None, description="true or false")
     return_tokens_as_token_ids: bool | None = Field(None, description="true or false")
 
@@ -70,7 +91,10 @@ class CompletionBody(GenerateBody):
     prompt: Any = Field(
         None, description="a string, a list of strings, a list of token ids, or a list of such lists"
     )
+    max_tokens: int | None = Field(None, ge=0, description="an integer of at least 1; or 0, with echo: true")
     logprobs: int | None = Field(None, ge=0, description="an integer of at least 0")
+    echo: bool | None = Field(None, description="true or false")
+    best_of: int | None = Field(None, ge=1, description="null, or what n is")
 
 
 class ChatBody(GenerateBody):
@@ -79,7 +103,9 @@ class ChatBody(GenerateBody):
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = Field(None, ge=0, description="an integer of at least 0, with logprobs: true")
     tools: Any = Field(None, description="a list of tools, each an object with type and function")
-    tool_choice: Any = Field(None, description='"none", or with tools "auto"')
+    tool_choice: Any = Field(
+        None, description='"none"; with tools "auto", "required", or {"type": "function", "function": {"name": …}}'
+    )
     parallel_tool_calls: bool | None = Field(None, description="true or false")
     include_reasoning: bool | None = Field(None, description="true or false")
 
@@ -104,15 +130,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": (None, "none"),
     "functions": (None,),
     "function_call": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None,),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
-    "prompt_logprobs": (None,),
     "truncate_prompt_tokens": (None,),
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "skip_special_tokens": (None, True),
     "include_stop_str_in_output": (None, False),
     "continue_final_message": (None, False),
@@ -121,7 +142,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": (None, {}),
     "modalities": (None, ["text"]),
     "audio": (None,),
-    "thinking_token_budget": (None,),
 }
 
 Kind = TypeVar("Kind", bound=Body)
@@ -139,6 +159,11 @@ def parse(raw: bytes | bytearray, content_type: str) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest(f"the body is {shown(body)}; accepted: a JSON object", code="invalid_json")
     return body
+
+
+def may_have_grammar(raw: bytes | bytearray) -> bool:
+    """Whether the answer may have to be held to one, which takes time to compile. True for some without."""
+    return any(name in raw for name in (b"response_format", b"structured_outputs", b"guided_", b"tool_choice"))
 
 
 def read(body: dict[str, Any], kind: type[Kind]) -> tuple[Kind, tuple[str, ...]]:

@@ -46,7 +46,11 @@ class ChatDialect:
             for piece in pieces
         ]
         answer = self._envelope("chat.completion", choices)
-        return {**answer, "usage": self._usage(usage), **self._prompt_token_ids()}
+        answer |= {"usage": self._usage(usage), **self._prompt_token_ids()}
+        if (shown := self._call.num_prompt_logprobs) is not None:
+            prompt, scores = self._call.requests[0].prompt, pieces[0].prompt_logprobs
+            answer["prompt_logprobs"] = openai_types.prompt_logprobs(prompt, scores, shown, self._card)
+        return answer
 
     # --- what was said -------------------------------------------------------------------------
 
@@ -86,7 +90,11 @@ class ChatDialect:
         logprobs = None
         if self._call.requests[0].num_logprobs is not None:
             logprobs = openai_types.chat_logprobs(piece, self._card, as_ids=self._call.tokens_as_ids)
-        has_called = piece.finish is FinishReason.STOP and self._choices[piece.choice].num_calls > 0
+        has_called = (
+            piece.finish is FinishReason.STOP
+            and self._choices[piece.choice].num_calls > 0
+            and not self._call.is_call_named  # as OpenAI has it: then nothing was left to the model
+        )
         choice = {
             "index": piece.choice,
             **content,

@@ -7,14 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gateway import openai_types
+from gateway.echo import Echo, before
 from gateway.model_card import ModelCard
 from gateway.openai_types import Usage
+from gateway.request import PromptLogprob
 from gateway.text import Piece
 from gateway.validate import Call
 
 
 class CompletionDialect:
-    """Text as it was generated, tags included."""
+    """Text as it was generated, tags included, after its prompt where that is to be said again."""
 
     marked: frozenset[int] = frozenset()
 
@@ -22,6 +24,8 @@ class CompletionDialect:
         self._call = call
         self._card = card
         self._created = int(time.time())
+        self._echoes = {r.request_id: Echo(r, card) for r in call.requests} if call.echo else {}
+        self._unsaid = set(range(len(call.requests) * call.requests[0].n)) if call.echo else set()
 
     def opening(self) -> Iterable[dict[str, Any]]:
         """Only the prompts' token ids, where asked for."""
@@ -30,6 +34,9 @@ class CompletionDialect:
                 yield self._chunk([self._choice(Piece(choice, ""), with_prompt=True)])
 
     def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
+        if piece.choice in self._unsaid:
+            self._unsaid.remove(piece.choice)
+            yield self._chunk([self._choice(Piece(piece.choice, ""), echoed=piece.prompt_logprobs)])
         if piece.text or piece.finish is not None or (piece.tokens and self._shows_tokens):
             yield self._chunk([self._choice(piece)])
 
@@ -37,23 +44,31 @@ class CompletionDialect:
         return {**self._chunk([]), "usage": usage.body()}
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
-        choices = [self._choice(piece, with_prompt=self._call.return_token_ids) for piece in pieces]
+        with_prompt = self._call.return_token_ids
+        choices = [
+            self._choice(piece, with_prompt=with_prompt, echoed=piece.prompt_logprobs if self._call.echo else None)
+            for piece in pieces
+        ]
         return {**self._envelope(choices), "usage": usage.body()}
 
     @property
     def _shows_tokens(self) -> bool:
         return self._call.return_token_ids or self._call.requests[0].num_logprobs is not None
 
-    def _choice(self, piece: Piece, *, with_prompt: bool = False) -> dict[str, Any]:
-        request = self._call.request_of(piece.choice)
-        logprobs = None
-        if request.num_logprobs is not None:
-            logprobs = openai_types.completion_logprobs(
-                piece, self._card, request.num_logprobs, as_ids=self._call.tokens_as_ids
-            )
+    def _choice(
+        self, piece: Piece, *, with_prompt: bool = False, echoed: Sequence[PromptLogprob] | None = None
+    ) -> dict[str, Any]:
+        """`echoed`: the prompt comes before the piece, with these logprobs if any are asked for."""
+        request, as_ids = self._call.request_of(piece.choice), self._call.tokens_as_ids
+        echo, logprobs, count = self._echoes.get(request.request_id), None, request.num_logprobs
+        if count is not None:
+            begin = len(echo.text) if echo is not None else 0
+            logprobs = openai_types.completion_logprobs(piece, self._card, count, as_ids=as_ids, begin=begin)
+            if echo is not None and echoed is not None:
+                logprobs = before(echo.logprobs(echoed, count, as_ids=as_ids), logprobs)
         choice = {
             "index": piece.choice,
-            "text": piece.text,
+            "text": echo.text + piece.text if echo is not None and echoed is not None else piece.text,
             "logprobs": logprobs,
             "finish_reason": openai_types.finish_reason(piece),
             "stop_reason": piece.stop_reason,
@@ -62,6 +77,10 @@ class CompletionDialect:
             choice["token_ids"] = list(piece.tokens)
         if with_prompt:
             choice["prompt_token_ids"] = list(request.prompt)
+        if (shown := self._call.num_prompt_logprobs) is not None:  # then the answer is whole
+            choice["prompt_logprobs"] = openai_types.prompt_logprobs(
+                request.prompt, piece.prompt_logprobs, shown, self._card
+            )
         return choice
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 
@@ -40,8 +42,30 @@ class GatewayConfig(BaseModel):
     logit_bias_max: int = Field(default=1024, ge=0, le=2**16)
     """Tokens in one request's `logit_bias`: its message grows with them, and every step adds each."""
 
+    bad_words_max: int = Field(default=128, ge=0, le=1024)
+    """`bad_words` per request: every step looks for each, as it is and with a space before it."""
+
+    bad_word_chars_max: int = Field(default=256, ge=1, le=4096)
+    """Longest bad word."""
+
+    allowed_token_ids_max: int = Field(default=4096, ge=1, le=2**20)
+    """Tokens in one request's `allowed_token_ids`. Each takes some 40 bytes here and at the worker."""
+
+    grammar_bytes_max: int = Field(default=64 * 2**10, ge=256, le=2**20)
+    """Largest grammar that an answer is held to, schemas of forced tools included."""
+
+    grammar_s_max: float = Field(default=2.0, gt=0, le=60)
+    """Longest time that compiling one may take; as long may others wait whose grammars come next."""
+
     logprobs_max: int = Field(default=20, ge=0, le=64)
-    """Alternatives shown per token."""
+    """Alternatives shown per token, of a prompt's tokens too."""
+
+    prompt_logprobs_max: int = Field(default=2**18, ge=1, le=2**24)
+    """Logprobs of one call's prompts: tokens times `n` times (1 + alternatives). Each takes some 150 bytes until
+    the call is answered."""
+
+    cache_shared_by: Literal["all", "user"] = "all"
+    """Who shares cached prefixes where a request gives no `cache_salt`: everybody, or those of one `user` only."""
 
     # --- all calls together -------------------------------------------------------------------
 
@@ -56,6 +80,10 @@ class GatewayConfig(BaseModel):
 
     attempts_max: int = Field(default=16, ge=1, le=1024)
     """Placements of one sequence, the first included, before its client is told that it failed."""
+
+    request_s_max: float = Field(default=3600.0, gt=0)
+    """Longest time a request may take, queueing included, and how long it has where its client names no `timeout`
+    and its gRPC call no deadline; then 504."""
 
     silence_s_max: float = Field(default=600.0, gt=0)
     """Longest wait for any next token of a call, queueing included, before it is given up (503)."""

@@ -23,7 +23,7 @@ from gateway.metrics import Meter
 from gateway.prompts import unknown_model
 from gateway.running import Running, beside, outcome
 from gateway.state import GatewayState
-from gateway.validate import Validator
+from gateway.validate import Call, Validator
 
 NAME = "expertmesh.v1.InferenceService"
 
@@ -52,21 +52,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> inference_pb2.GenerateResponse:
-        async with self._running(request, context, "grpc_generate") as (name, running):
+        async with self._running(request, context, "grpc_generate") as (name, call, running):
             pieces = await running.choices()
         return inference_pb2.GenerateResponse(
             request_id=name,
             model=self._state.card.name,
             choices=[wire.choice(piece, 0) for piece in pieces],
             usage=wire.usage(running.usage),
+            prompt_logprobs=wire.prompt_logprobs(call, pieces[0]),
         )
 
     async def GenerateStream(self, request: inference_pb2.GenerateStreamRequest, context: Context) -> None:
         """Writes instead of yielding: wherever it ends it ends in here, not when a generator is collected."""
-        async with self._running(request, context, "grpc_generate_stream") as (name, running):
+        async with self._running(request, context, "grpc_generate_stream") as (name, call, running):
             positions: Counter[int] = Counter()
             async with aclosing(running.pieces()) as pieces:
                 async for piece in pieces:
+                    if piece.prompt_logprobs:  # the same for all choices
+                        if piece.choice == 0:
+                            await self._write(context, wire.prompt_chunk(name, call, piece))
+                        continue
                     await self._write(context, wire.chunk(name, piece, positions[piece.choice]))
                     positions[piece.choice] += len(piece.tokens)
             await self._write(context, wire.last_chunk(name, running.usage))
@@ -85,18 +90,23 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     @asynccontextmanager
     async def _running(
         self, request: wire.AnyGenerate, context: Context, endpoint: str
-    ) -> AsyncIterator[tuple[str, Running]]:
+    ) -> AsyncIterator[tuple[str, Call, Running]]:
         """An admitted call and its name. Raises Refusal; afterwards nothing of it is open, and it is counted."""
         state = self._state
         meter = Meter(state.metrics, endpoint)
         try:
             async with self._named(request.request_id, context) as name:
                 state.check_open()
-                call = await beside(request.ByteSize(), lambda: wire.call_of(request, self._validator))
+                call = await beside(
+                    request.ByteSize(),
+                    lambda: wire.call_of(request, self._validator),
+                    may_wait=wire.may_have_grammar(request),
+                )
+                call = call.within(context.time_remaining())
                 generation = await state.ledger.open(call.requests)
                 running = Running(state, call, generation, meter)
                 try:
-                    yield name, running
+                    yield name, call, running
                 finally:
                     running.close()
         except BaseException as error:

@@ -44,6 +44,12 @@ def call_of(request: AnyGenerate, validator: Validator) -> Call:
             raise _no_prompt("text, tokens or chat")
 
 
+def may_have_grammar(request: AnyGenerate) -> bool:
+    """Whether an answer may be held to one, which takes time to compile."""
+    options = request.options
+    return bool(options.guided_json or options.guided_regex or options.guided_choice or options.guided_grammar)
+
+
 def tokenize_body(request: inference_pb2.TokenizeRequest) -> dict[str, Any]:
     """Raises BadRequest."""
     match request.WhichOneof("prompt"):
@@ -88,8 +94,22 @@ def chunk(name: str, piece: Piece, position: int) -> inference_pb2.GenerateStrea
     return inference_pb2.GenerateStreamResponse(request_id=name, choice=choice(piece, position))
 
 
+def prompt_chunk(name: str, call: Call, piece: Piece) -> inference_pb2.GenerateStreamResponse:
+    return inference_pb2.GenerateStreamResponse(request_id=name, prompt_logprobs=prompt_logprobs(call, piece))
+
+
 def last_chunk(name: str, counts: Usage) -> inference_pb2.GenerateStreamResponse:
     return inference_pb2.GenerateStreamResponse(request_id=name, usage=usage(counts))
+
+
+def prompt_logprobs(call: Call, piece: Piece) -> list[inference_pb2.PromptTokenLogprobs]:
+    """Of the prompt's second token on, where asked for."""
+    return [
+        inference_pb2.PromptTokenLogprobs(
+            token_id=token, logprob=score.logprob, rank=score.rank, top=_top(score.top)
+        )
+        for token, score in zip(call.requests[0].prompt[1:], piece.prompt_logprobs, strict=False)
+    ]
 
 
 def choice(piece: Piece, position: int) -> inference_pb2.Choice:
@@ -112,12 +132,13 @@ def choice(piece: Piece, position: int) -> inference_pb2.Choice:
 def _logprobs(piece: Piece) -> list[inference_pb2.TokenLogprobs]:
     tops: Sequence[tuple[tuple[int, float], ...]] = piece.top_logprobs or [()] * len(piece.logprobs)
     return [
-        inference_pb2.TokenLogprobs(
-            logprob=logprob,
-            top=[inference_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in top],
-        )
+        inference_pb2.TokenLogprobs(logprob=logprob, top=_top(top))
         for logprob, top in zip(piece.logprobs, tops, strict=True)
     ]
+
+
+def _top(pairs: Sequence[tuple[int, float]]) -> list[inference_pb2.TokenLogprob]:
+    return [inference_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in pairs]
 
 
 def usage(counts: Usage) -> inference_pb2.Usage:

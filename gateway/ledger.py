@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.config import GatewayConfig
-from gateway.errors import GenerationFailed, NotReady, Overloaded, Refusal, presentable
+from gateway.errors import DeadlinePassed, GenerationFailed, NotReady, Overloaded, Refusal, presentable
 from gateway.metrics import GatewayMetrics
 from gateway.port import CloseReason, SchedulerPort, Sibling, Submission
+from gateway.prompt_scores import is_wanted
 from gateway.request import FinishReason, GenerateRequest, TokenDelta, sibling_seed
 
 
@@ -33,6 +35,15 @@ class _Sequence:
     generation: Generation
     attempt: int = 1
     accepted: list[int] = field(default_factory=list)
+    num_scored: int = 0  # of the prompt's tokens: those whose logprobs have come, or are not wanted of this one
+
+    def __post_init__(self) -> None:
+        """Siblings have one prompt: the first brings its logprobs."""
+        self.num_scored = 1 if is_wanted(self.request) and self.index == 0 else len(self.request.prompt)
+
+    @property
+    def score_from(self) -> int:
+        return self.num_scored if self.num_scored < len(self.request.prompt) else 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -45,9 +56,13 @@ class Generation:
     Iterating raises the Refusal that ended a sequence early. `close` cancels what is still open.
     """
 
-    def __init__(self, ledger: Ledger, silence_s_max: float) -> None:
+    def __init__(self, ledger: Ledger, silence_s_max: float, time_s: float, clock: Callable[[], float]) -> None:
+        """`time_s`: from now to its deadline; may be infinite."""
         self._ledger = ledger
         self._silence_s_max = silence_s_max
+        self._time_s = time_s
+        self._clock = clock
+        self.began_s = clock()
         self._ready: deque[tuple[int, TokenDelta]] = deque()
         self._wake = asyncio.Event()
         self._error: Refusal | None = None
@@ -59,6 +74,8 @@ class Generation:
 
     async def __anext__(self) -> tuple[int, TokenDelta]:
         while True:
+            if self.sequences and self.time_left_s <= 0:
+                raise self.is_late()
             ready = self.take()
             if ready is not None:
                 return ready
@@ -66,9 +83,11 @@ class Generation:
                 raise StopAsyncIteration
             self._wake.clear()
             try:
-                async with asyncio.timeout(self._silence_s_max):
+                async with asyncio.timeout(min(self._silence_s_max, self.time_left_s)):
                     await self._wake.wait()
             except TimeoutError:
+                if self.time_left_s <= 0:
+                    raise self.is_late() from None
                 raise NotReady(f"no token came for {self._silence_s_max:g} s", code="timeout") from None
 
     def take(self) -> tuple[int, TokenDelta] | None:
@@ -80,6 +99,17 @@ class Generation:
         if self._error is not None:
             raise self._error
         return None
+
+    @property
+    def time_left_s(self) -> float:
+        return self.began_s + self._time_s - self._clock()
+
+    @property
+    def age_s(self) -> float:
+        return self._clock() - self.began_s
+
+    def is_late(self) -> DeadlinePassed:
+        return DeadlinePassed(f"the request was not done within its {self._time_s:g} s")
 
     def finish(self, choice: int, position: int) -> None:
         """Nothing after `position` of a choice is wanted: what has come beyond it is dropped, not billed."""
@@ -101,7 +131,14 @@ class Generation:
 
 
 class Ledger:
-    def __init__(self, port: SchedulerPort, config: GatewayConfig, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self,
+        port: SchedulerPort,
+        config: GatewayConfig,
+        metrics: GatewayMetrics,
+        clock: Callable[[], float] = lambda: asyncio.get_running_loop().time(),
+    ) -> None:
+        self._clock = clock
         self._port = port
         self._config = config
         self._metrics = metrics
@@ -118,12 +155,15 @@ class Ledger:
         `in_flight_max`.
         """
         self.check_room(sum(request.n for request in requests))
-        generation = Generation(self, self._config.silence_s_max)
+        time_s = min(request.time_s for request in requests)
+        generation = Generation(self, self._config.silence_s_max, time_s, self._clock)
         for request in requests:
             for index in range(request.n):
                 self._add(_Sequence(request, index, len(generation.sequences), generation))
         try:
             for request in requests:
+                if generation.time_left_s <= 0:
+                    raise generation.is_late()
                 await self._port.submit(_submission(request, _of(generation, request), resume=False))
                 self._metrics.prompt_tokens.inc(len(request.prompt))
         except BaseException:  # a refusal, or the client hung up meanwhile: nothing may stay behind
@@ -147,8 +187,10 @@ class Ledger:
         sequence = self._current(delta.request_id, delta.index, delta.attempt)
         if sequence is None:
             return self._refused("unknown" if (delta.request_id, delta.index) not in self._sequences else "stale")
+        if delta.prompt_logprobs:
+            return self._score(sequence, delta)
         held, end = len(sequence.accepted), delta.position + len(delta.tokens)
-        if delta.position > held:
+        if delta.position > held or (delta.tokens and sequence.score_from):
             # Tokens are missing and this attempt will not bring them: the next one starts where we stand.
             self._reopen(sequence, "gap")
             return self._refused("gap")
@@ -172,6 +214,8 @@ class Ledger:
             return
         if reason is CloseReason.FAILED:
             self._fail(sequence, GenerationFailed(presentable(detail)))
+        elif reason is CloseReason.DEADLINE:
+            self._fail(sequence, sequence.generation.is_late())
         else:
             self._reopen(sequence, reason.value)
 
@@ -201,6 +245,21 @@ class Ledger:
             self._remove(sequence)
 
     # --- inside --------------------------------------------------------------------------------
+
+    def _score(self, sequence: _Sequence, delta: TokenDelta) -> bool:
+        """Take logprobs of its prompt, each once, in order."""
+        end = delta.prompt_position + len(delta.prompt_logprobs)
+        if delta.prompt_position > sequence.num_scored:
+            self._reopen(sequence, "gap")
+            return self._refused("gap")
+        if end > len(sequence.request.prompt):
+            self._fail(sequence, GenerationFailed("a worker sent logprobs of more tokens than the prompt has"))
+            return self._refused("overlong")
+        if end > sequence.num_scored:
+            new = delta.scores_since(sequence.num_scored)
+            sequence.num_scored = end
+            sequence.generation.push(sequence.choice, new)
+        return True
 
     def _accept(self, sequence: _Sequence, delta: TokenDelta) -> None:
         sequence.accepted.extend(delta.tokens)
@@ -252,9 +311,10 @@ def _of(generation: Generation, request: GenerateRequest) -> list[_Sequence]:
 
 def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, resume: bool) -> Submission:
     siblings = tuple(
-        Sibling(s.index, s.attempt, sibling_seed(request.sampling.seed, s.index), tuple(s.accepted))
+        Sibling(s.index, s.attempt, sibling_seed(request.sampling.seed, s.index), tuple(s.accepted), s.score_from)
         for s in sequences
     )
+    generation = sequences[0].generation
     return Submission(
         request.request_id,
         request.prompt,
@@ -268,4 +328,9 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         resume,
         request.min_tokens,
         request.cache_salt,
+        request.num_prompt_logprobs or 0,
+        # A thousandth of a second stands for none at all: 0 would be no deadline.
+        0.0 if math.isinf(request.time_s) else max(generation.time_left_s, 0.001),
+        generation.age_s,
+        request.grammar,
     )

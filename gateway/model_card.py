@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gateway.errors import CheckpointUnreadable
+from gateway.grammar_judge import GrammarJudge
 from gateway.parsers.tags import Tags, find_tags
 from gateway.request import Sampling
 from gateway.template import ChatTemplate, load_template, read_json, spelled
-from gateway.tokens import EOS, Tokens, load_tokens
+from gateway.tokens import EOS, TOKENIZER, Tokens, load_tokens
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ModelCard:
     tokens: Tokens | None = None
     template: ChatTemplate | None = None
     tags: Tags | None = None  # None: answers are not divided into thought, content and calls
+    judge: GrammarJudge | None = None  # None: without a tokenizer, or an end, answers cannot be held to a grammar
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -51,7 +53,11 @@ def read_model_card(folder: Path, *, name: str, fingerprint: str, vocab_size: in
         repetition_penalty=_number(generation, "repetition_penalty", 1.0, 0.01, 100.0),
     )
     tags = find_tags(tokens.id_of) if tokens is not None else None
-    return ModelCard(name, fingerprint, vocab_size, context, eos, defaults, tokens, load_template(folder), tags)
+    judge = None
+    if tokens is not None and eos:
+        judge = GrammarJudge(folder / TOKENIZER, vocab_size, sorted(eos))
+    template = load_template(folder)
+    return ModelCard(name, fingerprint, vocab_size, context, eos, defaults, tokens, template, tags, judge)
 
 
 def _ids(config: dict[str, Any], file: str, vocab_size: int) -> frozenset[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.model_card import ModelCard
+from gateway.request import PromptLogprob
 from gateway.text import Piece
 from gateway.tokens import shown_token
 
@@ -46,24 +47,57 @@ def finish_reason(piece: Piece) -> str | None:
     return None if piece.finish is None else piece.finish.value
 
 
-def completion_logprobs(piece: Piece, card: ModelCard, num_logprobs: int, *, as_ids: bool) -> dict[str, Any]:
-    """Parallel lists over the piece's tokens. The alternatives include the sampled token, as OpenAI's do."""
-    names = [shown_token(card.tokens, token, as_id=as_ids) for token in piece.tokens]
-    sampled = [_finite(value) for value in piece.logprobs]
+def completion_logprobs(
+    piece: Piece, card: ModelCard, num_logprobs: int, *, as_ids: bool, begin: int = 0
+) -> dict[str, Any]:
+    """Parallel lists over the piece's tokens. `begin`: where the choice's own text begins in what is shown."""
+    lists = token_lists(piece.tokens, piece.logprobs, piece.top_logprobs, card, num_logprobs, as_ids=as_ids)
+    return {**lists, "text_offset": [begin + offset for offset in piece.offsets]}
+
+
+def token_lists(
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    tops: Sequence[Sequence[tuple[int, float]]],
+    card: ModelCard,
+    num_logprobs: int,
+    *,
+    as_ids: bool,
+) -> dict[str, Any]:
+    """Names, logprobs and alternatives, which include the token itself, as OpenAI's do."""
+    names = [shown_token(card.tokens, token, as_id=as_ids) for token in tokens]
+    values = [_finite(value) for value in logprobs]
     alternatives = None
     if num_logprobs:
         alternatives = []
-        for name, logprob, top in zip(names, sampled, piece.top_logprobs, strict=True):
+        for name, logprob, top in zip(names, values, tops, strict=True):
             likeliest: dict[str, float] = {}
             for token, value in top:
                 likeliest.setdefault(shown_token(card.tokens, token, as_id=as_ids), _finite(value))
             alternatives.append({**likeliest, name: logprob})
-    return {
-        "tokens": names,
-        "token_logprobs": sampled,
-        "top_logprobs": alternatives,
-        "text_offset": list(piece.offsets),
-    }
+    return {"tokens": names, "token_logprobs": values, "top_logprobs": alternatives}
+
+
+def prompt_logprobs(
+    prompt: Sequence[int], scores: Sequence[PromptLogprob], num_logprobs: int, card: ModelCard
+) -> list[dict[str, Any] | None]:
+    """As vLLM has them: for each token of the prompt an object by token id, of itself and the likeliest; null for
+    the first, before which nothing comes."""
+
+    def entry(token: int, logprob: float, rank: int) -> dict[str, Any]:
+        decoded = shown_token(card.tokens, token)
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": decoded}
+
+    shown: list[dict[str, Any] | None] = [None]
+    for token, score in zip(prompt[1:], scores, strict=True):
+        top = enumerate(score.top[:num_logprobs], 1)
+        shown.append(
+            {
+                str(token): entry(token, score.logprob, score.rank),
+                **{str(other): entry(other, value, rank) for rank, (other, value) in top if other != token},
+            }
+        )
+    return shown
 
 
 def chat_logprobs(piece: Piece, card: ModelCard, *, as_ids: bool) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.errors import Refusal
-from gateway.request import Sampling, TokenDelta
+from gateway.request import Grammar, Sampling, TokenDelta
 
 
 class CloseReason(enum.Enum):
     WORKER_LOST = "worker_lost"  # open the next attempt
     PREEMPTED = "preempted"  # open the next attempt
     FAILED = "failed"  # tell the client
+    DEADLINE = "deadline"  # tell the client: its time is up
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Sibling:
     attempt: int
     seed: int
     accepted: tuple[int, ...] = ()
+    score_from: int = 0  # logprobs of the prompt's tokens are wanted from here on; 0: of none
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Submission:
     resume: bool = False  # further attempts, or a claim after a gap: never refused for load
     min_tokens: int = 0
     cache_salt: str = ""
+    num_prompt_logprobs: int = 0  # with each of the prompt's tokens that is scored, so many likeliest
+    time_left_s: float = 0.0  # until its deadline; 0: it has none
+    waited_s: float = 0.0  # since it was first submitted
+    grammar: Grammar | None = None
 
 
 class Receiver(Protocol):

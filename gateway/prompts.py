@@ -17,13 +17,12 @@ from gateway.bodies import (
     TokenizeBody,
     accepted_for,
     read,
-    unsupported,
 )
 from gateway.config import GatewayConfig
 from gateway.errors import BadRequest, NotFound, invalid
 from gateway.model_card import ModelCard
 from gateway.tokens import Tokens
-from gateway.tools import Tool, read_tools, shown_to_template
+from gateway.tools import Tool, forced_by, read_tools, shown_to_template
 
 Prompt = tuple[int, ...]
 
@@ -69,8 +68,7 @@ class Prompts:
                 raise invalid("tool_choice", choice, 'null or "none", unless tools are given')
             return ()
         offered = read_tools(tools, self._config.tools_max)
-        if choice not in (None, "none", "auto"):
-            raise unsupported("tool_choice", choice, (None, "none", "auto"))
+        forced_by(choice, offered)  # refuses what is no choice
         if self._card.tags is None:
             raise BadRequest(
                 "tools cannot be called: this checkpoint's tokenizer has no <minimax:tool_call>; accepted: null",

@@ -23,6 +23,7 @@ from gateway.completions import CompletionDialect
 from gateway.errors import BadRequest, NotFound, NotReady, Refusal
 from gateway.keys import Keeper
 from gateway.prompts import unknown_model
+from gateway.scaling import drain_request, resize_from_body, scale_request
 from gateway.state import GatewayState
 from gateway.traces import trace_document, trace_seconds
 from gateway.validate import Validator
@@ -104,6 +105,14 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
     async def trace(request: Request) -> Response:
         seconds = trace_seconds(request.query_params)
         return JSONResponse(trace_document(await state.asked(state.trace(seconds))))
+
+    @app.post("/v1/admin/scale")
+    async def scale(request: Request) -> Response:
+        return JSONResponse(await resize_from_body(state, request, scale_request))
+
+    @app.post("/v1/admin/drain")
+    async def drain(request: Request) -> Response:
+        return JSONResponse(await resize_from_body(state, request, drain_request))
 
 
 class FrontDoor:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from expertmesh.v1.control_pb2 import TraceReply
+from expertmesh.v1.control_pb2 import ResizeReply, ResizeRequest, TraceReply
 
 from gateway.config import GatewayConfig
 from gateway.errors import NotReady
@@ -23,7 +23,7 @@ Answer = TypeVar("Answer")
 @dataclass
 class GatewayState:
     """`status` brings the cluster's status document, or raises a Refusal; `trace` the step traces of
-    the last so many seconds. Draining: no new calls."""
+    the last so many seconds; `resize` what the controller says to other pools. Draining: no new calls."""
 
     config: GatewayConfig
     card: ModelCard
@@ -32,6 +32,7 @@ class GatewayState:
     metrics: GatewayMetrics
     status: Callable[[], Awaitable[dict[str, Any]]]
     trace: Callable[[float], Awaitable[TraceReply]]
+    resize: Callable[[ResizeRequest], Awaitable[ResizeReply]]
     version: str
     is_draining: bool = False
     intake: Intake = field(init=False)

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from gateway.parsers.overlap import overlap
 from gateway.parsers.tags import Mark
-from gateway.request import FinishReason, GenerateRequest, TokenDelta
+from gateway.request import FinishReason, GenerateRequest, PromptLogprob, TokenDelta
 from gateway.tokens import IncrementalDetokeniser, Tokens
 
 
@@ -61,6 +61,7 @@ class Piece:
     `offsets` are the positions in the choice's text at which each token's text begins. The last piece of a
     choice has `finish` (STOP or LENGTH), and `stop_reason`: the stop string, or the id of a stop token that is
     not eos. `marks` are the tags within `text`; a tag is in it whole, or cut off by a stop string and no mark.
+    `prompt_logprobs` come in a piece of their own, the choice's first: of the prompt's second token on.
     """
 
     choice: int
@@ -72,6 +73,7 @@ class Piece:
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
     marks: tuple[Mark, ...] = ()
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
 
 
 class ChoiceText:
@@ -173,6 +175,7 @@ def joined(pieces: Sequence[Piece]) -> Piece:
         last.finish,
         last.stop_reason,
         tuple(mark.moved(begin) for p, begin in zip(pieces, begins, strict=False) for mark in p.marks),
+        pieces[0].prompt_logprobs,
     )
 
 

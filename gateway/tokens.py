@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from gateway.errors import CheckpointUnreadable
 
+TOKENIZER = "tokenizer.json"
 EOS = "[e~["  # the family's; released configs carry no eos id
 
 
@@ -90,7 +91,7 @@ def shown_token(tokens: Tokens | None, token: int, *, as_id: bool = False) -> st
 
 def load_tokens(folder: Path) -> Tokens | None:
     """None where the checkpoint has no tokenizer.json. Raises CheckpointUnreadable."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if not path.exists():
         return None
     try:

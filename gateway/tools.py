@@ -43,6 +43,23 @@ def shown_to_template(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
     return [{"type": "function", "function": tool.function} for tool in tools] or None
 
 
+def forced_by(choice: Any, offered: Sequence[Tool]) -> tuple[Tool, ...]:
+    """Those of which one must be called; none where none must. Raises BadRequest."""
+    if choice in (None, "none", "auto"):
+        return ()
+    if choice == "required":
+        return tuple(offered)
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if not isinstance(function, dict):
+        accepted = 'none, auto, required, or {"type": "function", "function": {"name": …}}'
+        raise invalid("tool_choice", choice, accepted)
+    found = tuple(tool for tool in offered if tool.name == function.get("name"))
+    if not found:
+        names = ", ".join(tool.name for tool in offered[:16])
+        raise invalid("tool_choice.function.name", function.get("name"), f"a tool that is offered: {names}")
+    return found
+
+
 def _tool(tool: Any, at: str) -> Tool:
     if not isinstance(tool, dict):
         raise invalid(at, tool, "an object with type and function")

@@ -7,8 +7,11 @@ Decisions a client can see:
   given, it must fit: more than the context leaves is refused, not cut;
 - an unseeded request gets a random seed, each prompt of a list its own;
 - a temperature below 0.0001 is 0: dividing by less overflows float32, and the highest logit wins anyway;
+- `max_tokens` 0 with `echo` is one token that nobody is shown or billed;
+- `best_of` may say what `n` says: nothing is sampled beyond what is shown;
 - `min_tokens` holds back stop strings as well as stop tokens, eos among them;
-- a tool_choice of "none" hides the tools from the model; `strict` of a tool is let through, and named as ignored;
+- a tool_choice of "none" hides the tools from the model; `strict` of a tool that need not be called is let
+  through, and named as ignored;
 - `model` left out is the served model.
 """
 
@@ -21,12 +24,14 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.bodies import ChatBody, CompletionBody, GenerateBody, accepted_for, read
+from gateway import constraints
+from gateway.bodies import ChatBody, CompletionBody, GenerateBody, accepted_for, read, unsupported
 from gateway.config import GatewayConfig
 from gateway.errors import BadRequest, TooLarge, invalid, shown
 from gateway.model_card import ModelCard
 from gateway.prompts import Prompt, Prompts, check_model, token_ids
 from gateway.request import GenerateRequest, Sampling
+from gateway.structure import Structure
 from gateway.tools import Tool
 
 _TEMPERATURE_MIN = 1e-4
@@ -48,14 +53,30 @@ class Call:
     ignored: tuple[str, ...]  # names of fields nobody looked at
     tools: tuple[Tool, ...] = ()  # those the model may call
     parallel_tool_calls: bool = True
+    is_call_named: bool = False  # the client said which tool is called
     include_reasoning: bool = True
+    echo: bool = False  # the prompt is said again before each answer
+    wants_answer: bool = True  # False: only the echo
+    num_prompt_logprobs: int | None = None  # to be shown beside the choices
 
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(request.prompt) for request in self.requests)
 
+    def within(self, time_s: float | None) -> Call:
+        """With no more time than so much. None: as it is."""
+        if time_s is None:
+            return self
+        limited = (dataclasses.replace(r, time_s=min(r.time_s, max(time_s, 0.0))) for r in self.requests)
+        return dataclasses.replace(self, requests=tuple(limited))
+
     def request_of(self, choice: int) -> GenerateRequest:
         return self.requests[choice // self.requests[0].n]
+
+    def siblings_of(self, choice: int) -> range:
+        """Choices of the same request, itself included."""
+        n = self.requests[0].n
+        return range(choice // n * n, choice // n * n + n)
 
 
 class Validator:
@@ -69,17 +90,26 @@ class Validator:
         self._config = config
         self._model_len_max = model_len_max
         self._prompts = Prompts(card, config)
+        self._structure = Structure(card, config)
 
     def completion(self, raw: dict[str, Any]) -> Call:
         body, ignored = read(raw, CompletionBody)
         check_model(body, self._card)
         if body.logprobs is not None and body.logprobs > self._config.logprobs_max:
             raise invalid("logprobs", body.logprobs, f"an integer from 0 to {self._config.logprobs_max}")
+        if body.max_tokens == 0 and not body.echo:
+            raise invalid("max_tokens", 0, accepted_for(CompletionBody, "max_tokens"))
+        if body.best_of not in (None, body.n or 1):
+            raise unsupported("best_of", body.best_of, (None, body.n or 1))
         prompts = self._prompts.of_completion(body.prompt)
-        limits = [
-            self._room(prompt, "prompt", "max_tokens", body.max_tokens, _COMPLETION_TOKENS) for prompt in prompts
-        ]
-        return self._call("cmpl", body, ignored, prompts, limits, body.logprobs)
+        asked = 1 if body.max_tokens == 0 else body.max_tokens
+        limits = [self._room(prompt, "prompt", "max_tokens", asked, _COMPLETION_TOKENS) for prompt in prompts]
+        scores = [k for k in (body.prompt_logprobs, body.logprobs if body.echo else None) if k is not None]
+        call = self._call("cmpl", body, ignored, prompts, limits, body.logprobs, max(scores, default=None))
+        requests = self._structure.of_completion(body, call.requests)
+        return dataclasses.replace(
+            call, requests=requests, echo=bool(body.echo), wants_answer=body.max_tokens != 0
+        )
 
     def chat(self, raw: dict[str, Any]) -> Call:
         body, ignored = read(raw, ChatBody)
@@ -90,16 +120,21 @@ class Validator:
         if top > self._config.logprobs_max:
             raise invalid("top_logprobs", top, f"an integer from 0 to {self._config.logprobs_max}")
         tools = self._prompts.tools(body.tools, body.tool_choice)
-        if any(tool.is_strict for tool in tools):
-            ignored += ("tools.strict",)
         prompt = self._prompts.of_chat(body.messages, tools)
         name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = self._room(prompt, "messages", name, asked, self._model_len_max)
-        call = self._call("chatcmpl", body, ignored, [prompt], [limit], top if body.logprobs else None)
+        num_logprobs = top if body.logprobs else None
+        call = self._call("chatcmpl", body, ignored, [prompt], [limit], num_logprobs, body.prompt_logprobs)
+        request = self._structure.of_chat(body, tools, call.requests[0])
+        if any(tool.is_strict for tool in tools) and not (request.grammar and request.grammar.text):
+            ignored += ("tools.strict",)
         return dataclasses.replace(
             call,
+            requests=(request,),
+            ignored=ignored,
             tools=tools,
+            is_call_named=isinstance(body.tool_choice, dict),
             parallel_tool_calls=body.parallel_tool_calls is not False,
             include_reasoning=body.include_reasoning is not False,
         )
@@ -122,13 +157,16 @@ class Validator:
         prompts: list[Prompt],
         limits: list[int],
         num_logprobs: int | None,
+        num_prompt_logprobs: int | None,
     ) -> Call:
+        self._check_prompt_logprobs(body, prompts, num_prompt_logprobs)
         include_usage = self._include_usage(body)
         n = body.n or 1
         if n > self._config.n_max:
             raise invalid("n", n, f"an integer from 1 to {self._config.n_max}")
         stop, stop_token_ids = self._stop(body), self._stop_token_ids(body)
         sampling = self._sampling(body)
+        constraints.check_left(sampling, stop_token_ids, body.min_tokens or 0, self._card.vocab_size)
         call_id = f"{prefix}-{uuid.uuid4().hex}"
         requests = tuple(
             GenerateRequest(
@@ -144,8 +182,10 @@ class Validator:
                 num_logprobs=num_logprobs,
                 priority=body.priority or 0,
                 tenant=body.user or "",
-                min_tokens=self._min_tokens(body, limit, stop_token_ids),
-                cache_salt=body.cache_salt or "",
+                min_tokens=self._min_tokens(body, limit),
+                cache_salt=self._cache_salt(body),
+                num_prompt_logprobs=num_prompt_logprobs,
+                time_s=self._time_s(body),
             )
             for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         )
@@ -157,7 +197,38 @@ class Validator:
             bool(body.return_token_ids),
             bool(body.return_tokens_as_token_ids),
             ignored,
+            num_prompt_logprobs=body.prompt_logprobs,
         )
+
+    def _check_prompt_logprobs(self, body: GenerateBody, prompts: list[Prompt], wanted: int | None) -> None:
+        """`wanted`: by the body, or by its echo."""
+        if wanted is None:
+            return
+        config, asked = self._config, body.prompt_logprobs
+        param = "logprobs" if asked is None else "prompt_logprobs"
+        if asked is not None and body.stream:
+            raise invalid("prompt_logprobs", asked, "null, unless stream is false")
+        num_tokens = sum(map(len, prompts)) * (body.n or 1)
+        most = min(config.logprobs_max, config.prompt_logprobs_max // num_tokens - 1)
+        counted = f"{num_tokens} prompt tokens, times n"
+        if most < 0:
+            raise TooLarge(
+                f"{param} is {wanted} for {counted}; accepted: at most {config.prompt_logprobs_max}", param=param
+            )
+        if wanted > most:
+            raise invalid(param, wanted, f"an integer from 0 to {most} for {counted}")
+
+    def _cache_salt(self, body: GenerateBody) -> str:
+        """Where users are kept apart, no given salt is taken for a user's own."""
+        if self._config.cache_shared_by == "all":
+            return body.cache_salt or ""
+        return f"salt {body.cache_salt}" if body.cache_salt else f"user {body.user or ''}"
+
+    def _time_s(self, body: GenerateBody) -> float:
+        most = self._config.request_s_max
+        if body.timeout is not None and body.timeout > most:
+            raise invalid("timeout", body.timeout, f"a number of seconds above 0 and at most {most:g}")
+        return body.timeout or most
 
     def _include_usage(self, body: GenerateBody) -> bool:
         options = body.stream_options or {}
@@ -182,6 +253,12 @@ class Validator:
             frequency_penalty=body.frequency_penalty or 0.0,
             presence_penalty=body.presence_penalty or 0.0,
             logit_bias=self._logit_bias(body.logit_bias),
+            allowed_token_ids=(
+                ()
+                if body.allowed_token_ids is None
+                else constraints.allowed_token_ids(body.allowed_token_ids, self._card, self._config)
+            ),
+            bad_words=constraints.bad_words(body.bad_words or [], self._prompts, self._config),
         )
 
     def _logit_bias(self, given: Any) -> tuple[tuple[int, float], ...]:
@@ -204,12 +281,10 @@ class Validator:
                 raise invalid(f"logit_bias.{key}", bias, "a number from -100 to 100")
         return tuple(sorted((int(key), float(bias)) for key, bias in given.items() if bias))
 
-    def _min_tokens(self, body: GenerateBody, limit: int, stop_token_ids: frozenset[int]) -> int:
+    def _min_tokens(self, body: GenerateBody, limit: int) -> int:
         asked = body.min_tokens or 0
         if asked > limit:
             raise invalid("min_tokens", asked, f"an integer from 0 to {limit}, the most that may be generated")
-        if asked and len(stop_token_ids) >= self._card.vocab_size:
-            raise invalid("min_tokens", asked, "nothing, where every token is a stop token")
         return asked
 
     def _stop(self, body: GenerateBody) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 from gateway.config import GatewayConfig
 from gateway.errors import MalformedMessage, NotReady, Overloaded, Refusal, TooLarge, presentable
 from gateway.port import CloseReason, Submission
-from gateway.request import FinishReason, Sampling, TokenDelta
+from gateway.request import FinishReason, Grammar, PromptLogprob, Sampling, TokenDelta
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ _CLOSE = {
     schedule_pb2.CLOSE_REASON_WORKER_LOST: CloseReason.WORKER_LOST,
     schedule_pb2.CLOSE_REASON_PREEMPTED: CloseReason.PREEMPTED,
     schedule_pb2.CLOSE_REASON_FAILED: CloseReason.FAILED,
+    schedule_pb2.CLOSE_REASON_DEADLINE: CloseReason.DEADLINE,
 }
 
 
@@ -62,14 +63,20 @@ def submit(submission: Submission, bytes_max: int) -> schedule_pb2.Submit:
             num_logprobs=submission.num_logprobs,
             min_tokens=submission.min_tokens,
             cache_salt=submission.cache_salt,
+            num_prompt_logprobs=submission.num_prompt_logprobs,
+            grammar=None if submission.grammar is None else _grammar(submission.grammar),
         ),
         siblings=[
-            schedule_pb2.Sibling(index=s.index, attempt=s.attempt, seed=s.seed, accepted=s.accepted)
+            schedule_pb2.Sibling(
+                index=s.index, attempt=s.attempt, seed=s.seed, accepted=s.accepted, score_from=s.score_from
+            )
             for s in submission.siblings
         ],
         priority=submission.priority,
         tenant=submission.tenant,
         resume=submission.resume,
+        time_left_s=submission.time_left_s,
+        waited_s=submission.waited_s,
     )
     if message.ByteSize() > bytes_max:
         num_tokens = len(submission.prompt) + max(len(sibling.accepted) for sibling in submission.siblings)
@@ -104,6 +111,18 @@ def _sampling(sampling: Sampling) -> step_pb2.Sampling:
         frequency_penalty=sampling.frequency_penalty,
         presence_penalty=sampling.presence_penalty,
         logit_bias=[step_pb2.TokenBias(token=token, bias=bias) for token, bias in sampling.logit_bias],
+        allowed_token_ids=sampling.allowed_token_ids,
+        bad_words=[step_pb2.TokenSequence(tokens=word) for word in sampling.bad_words],
+    )
+
+
+def _grammar(grammar: Grammar) -> step_pb2.Grammar:
+    return step_pb2.Grammar(
+        text=grammar.text,
+        eos=grammar.eos,
+        thought_ends=grammar.thought_ends,
+        thought_tokens_max=grammar.thought_tokens_max,
+        barred=grammar.barred,
     )
 
 
@@ -120,6 +139,8 @@ def delta(message: step_pb2.TokenDelta) -> TokenDelta:
         raise MalformedMessage(f"delta has {len(tokens)} tokens and {len(logprobs)} logprobs")
     if flat and (not tokens or len(flat) % len(tokens)):
         raise MalformedMessage(f"delta has {len(tokens)} tokens and {len(flat)} top_logprobs")
+    if message.prompt_logprobs and (tokens or not message.prompt_position):
+        raise MalformedMessage(f"delta has {len(tokens)} tokens and logprobs of its prompt, from its first on")
     if message.finish not in _FINISH:
         raise MalformedMessage(f"delta has finish reason {message.finish}")
     width = len(flat) // len(tokens) if flat else 0
@@ -137,6 +158,11 @@ def delta(message: step_pb2.TokenDelta) -> TokenDelta:
         _FINISH[message.finish],
         message.detail,
         message.num_cached,
+        message.prompt_position,
+        tuple(
+            PromptLogprob(one.logprob, one.rank, tuple((top.token, top.logprob) for top in one.top))
+            for one in message.prompt_logprobs
+        ),
     )
 
 

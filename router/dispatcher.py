@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from model.gate import Routes
-from router.config import RouterConfig
+from router.config import Replies, RouterConfig, RowsSent
 from router.errors import ExpertsUnavailable, ParcelMalformed, PlacementError
 from router.merge import add, empty_ranks, empty_sums, merge, place
 from router.placement import EpochId, Member, Placement
 from router.plan import DispatchPlan, plan
-from router.rows import Replies, RowsSent, pack
+from router.rows import pack
 from router.transport.base import (
     AttentionEnd,
     Parcel,

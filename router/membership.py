@@ -36,12 +36,25 @@ class Health:
     kept_as: str = ""  # their dtypes in memory: "bfloat16", "fp8", "bfloat16 and fp8"
     links: Mapping[str, str] = field(default_factory=dict)  # attention: expert worker to the link's transport
 
+    @property
+    def is_drained(self) -> bool:
+        """Attention worker: nothing more comes, says the scheduler, and all it had has ended and arrived."""
+        return self.state is HealthState.DRAINING and self.gauges.get("sequences_open") == 0
+
 
 @dataclass(frozen=True)
 class Prepared:
     """Expert worker: every slot this epoch gives it is loaded. Said again when asked again."""
 
     epoch: EpochId
+
+
+@dataclass(frozen=True)
+class Unprepared:
+    """Expert worker: it cannot hold what this epoch gives it, and why. It goes on with what it holds."""
+
+    epoch: EpochId
+    why: str
 
 
 @dataclass(frozen=True)
@@ -73,4 +86,4 @@ class Traced:
     trace: bytes
 
 
-MemberEvent = Prepared | Adopted | PeerLost | Traced | Failed
+MemberEvent = Prepared | Unprepared | Adopted | PeerLost | Traced | Failed

@@ -25,6 +25,10 @@ class Unreachable(Exception):
     """Names the URL and what is wrong with it."""
 
 
+class Refused(Unreachable):
+    """The cluster's own reason for not doing what was asked: names the field, the value and what is accepted."""
+
+
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "status",
@@ -57,16 +61,25 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
     return fetch_document(url, api_key, "/v1/admin/status", "workers")
 
 
-def fetch_document(url: str, api_key: str | None, path: str, key: str) -> dict[str, Any]:
-    """What the gateway at `url` has at `path`, a JSON object that has `key`. Raises Unreachable."""
+def fetch_document(
+    url: str, api_key: str | None, path: str, key: str, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the gateway at `url` has at `path`, or answers to `body`: a JSON object that has `key`.
+
+    Raises Refused or Unreachable."""
     if not url.startswith(("http://", "https://")):
         raise Unreachable(f"--url: {url!r}; accepted: http://host:port")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    sent = None if body is None else json.dumps(body).encode()
+    if sent is not None:
+        headers["Content-Type"] = "application/json"
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
+        request = urllib.request.Request(f"{url.rstrip('/')}{path}", sent, headers)
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             document = json.load(answer)
     except urllib.error.HTTPError as error:
+        if error.code == 400:
+            raise Refused(_message(error)) from None
         raise Unreachable(f"{url} answers {error.code}: {_message(error)}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unreachable(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from None
@@ -100,9 +113,12 @@ def show(document: dict[str, Any], console: Console) -> None:
             Text(worker["detail"]),
         )  # fmt: skip
     console.print(table)
+    if document["scaling_failed"]:
+        console.print(Text(f"not scaled: {document['scaling_failed']}", style="red"))
     for worker in document["workers"]:
         if "kv_blocks_total" in worker["gauges"]:
             console.print(f"{worker['id']}: keys and values {_kv(worker['gauges'])}", highlight=False)
+            console.print(f"{worker['id']}: {_kv_memory(worker['gauges'])}", highlight=False)
         if links := worker.get("links"):
             told = ", ".join(f"{peer} {kind}" for peer, kind in sorted(links.items()))
             console.print(f"{worker['id']}: links {told}", highlight=False)
@@ -118,7 +134,10 @@ def show(document: dict[str, Any], console: Console) -> None:
         console.print(Text(f"{failure['ago_s']:.0f} s ago {who}: {failure['reason']}", style="yellow"))
 
 
-_STYLES = {"ready": "green", "failed": "red", "loading": "cyan", "starting": "cyan", "waiting": "yellow"}
+_STYLES = {
+    "ready": "green", "failed": "red", "loading": "cyan", "starting": "cyan", "waiting": "yellow",
+    "draining": "yellow", "leaving": "yellow",
+}  # fmt: skip
 
 
 def _kv(gauges: dict[str, float]) -> str:
@@ -129,6 +148,20 @@ def _kv(gauges: dict[str, float]) -> str:
         f"{gauges[f'kv_{space}blocks_cached']:g} cached, "
         f"{show_size(gauges[f'kv_{space}block_bytes'])} each"
         for space, words in spaces.items()
+    )
+
+
+def _kv_memory(gauges: dict[str, float]) -> str:
+    """How the spaces came to their sizes, and what they hold."""
+    spaces = {"": "", "sliding_": " in windows"} if "kv_sliding_blocks_total" in gauges else {"": ""}
+    blocks = " + ".join(
+        f"{gauges[f'kv_{space}blocks_total']:g}{words} x {show_size(gauges[f'kv_{space}block_bytes'])}"
+        for space, words in spaces.items()
+    )
+    return (
+        f"of {show_size(gauges['kv_free_bytes'])} free {100 * gauges['kv_share']:.1f} % taken, "
+        f"{show_size(gauges['kv_bytes'])} = {blocks}: {gauges['kv_tokens']:,.0f} tokens fit, "
+        f"{gauges['kv_model_len_sequences']:g} sequences of {gauges['kv_model_len']:,.0f}"
     )
 
 

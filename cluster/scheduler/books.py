@@ -7,6 +7,8 @@ worker's book as `stopping`. Pure.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,30 +20,26 @@ from cluster.scheduler.events import (
     CloseReason,
     Incarnation,
     Running,
+    SequenceKey,
     Sibling,
     Submission,
 )
 from cluster.scheduler.placing import choose
 from cluster.scheduler.shares import Shares
 from cluster.scheduler.waiting import Waiting, WaitingQueue, due
-from cluster.scheduler.workers import WorkerBook
+from cluster.scheduler.workers import Held, WorkerBook
 
-ARRIVAL_BITS = 40  # of an arrival, for the count within one term
-
-
-@dataclass(slots=True)
-class Live:
-    """The newest attempt of a sequence that has not ended."""
-
-    attempt: AttemptId
-    worker: Incarnation | None  # None: it waits
+DEADLINES_SLACK = 1024  # of requests that have ended, before they are swept out
+COUNT_BITS = 40  # of an arrival or a handle, for the count within one term
 
 
 @dataclass(slots=True)
 class Request:
     arrival: int
     gateway: Incarnation | None  # None: reported by a worker, claimed by no gateway yet
-    sequences: dict[int, Live] = field(default_factory=dict)
+    deadline_s: float = math.inf
+    sequences: dict[int, Waiting | Held] = field(default_factory=dict)
+    """By index: the newest attempt of each that has not ended, in the queue or at a worker."""
 
 
 class Books:
@@ -52,12 +50,14 @@ class Books:
         self.workers: dict[Incarnation, WorkerBook] = {}
         self.unclaimed: dict[str, float] = {}  # requests without a gateway: since when
         # By (request id, index): number and arrival of the last attempt that ended.
-        self._ended: OrderedDict[tuple[str, int], tuple[int, int]] = OrderedDict()
+        self._ended: OrderedDict[SequenceKey, tuple[int, int]] = OrderedDict()
+        self._deadlines: list[tuple[float, str]] = []  # a heap; of requests that have ended some, too
+        self._moving: dict[SequenceKey, WorkerBook] = {}  # taken off one worker, with room kept for it at another
         self._ended_max = config.ended_remembered_max
         self._config = config
-        self._arrivals = term << ARRIVAL_BITS  # of one term follow all of the terms before
+        self._arrivals = self._handles = term << COUNT_BITS  # of one term follow all of the terms before
 
-    def live(self, attempt: AttemptId) -> Live | None:
+    def live(self, attempt: AttemptId) -> Waiting | Held | None:
         """The newest attempt of this attempt's sequence."""
         request = self.requests.get(attempt.request_id)
         return request.sequences.get(attempt.index) if request else None
@@ -65,10 +65,6 @@ class Books:
     def is_live(self, attempt: AttemptId) -> bool:
         live = self.live(attempt)
         return live is not None and live.attempt == attempt
-
-    def runs_at(self, attempt: AttemptId, worker: Incarnation) -> bool:
-        live = self.live(attempt)
-        return live is not None and live.attempt == attempt and live.worker == worker
 
     def last_ended(self, attempt: AttemptId) -> int:
         """The number of its sequence's last attempt that has ended, as far as that is remembered; else 0."""
@@ -87,22 +83,27 @@ class Books:
         self, gateway: Incarnation, submission: Submission, sibling: Sibling, arrival: int, now_s: float
     ) -> Waiting:
         """Its entry in the queue, had it one."""
-        due_s = due(submission, now_s, self._config.priority_step_s, self._config.overtake_s_max)
-        return Waiting(gateway, submission, sibling, arrival, now_s, due_s)
+        entry = Waiting(gateway, submission, sibling, arrival, now_s)
+        entry.due_s = due(entry, self._config.priority_step_s, self._config.overtake_s_max)
+        return entry
 
     def enqueue(self, entry: Waiting) -> None:
         submission, sibling = entry.submission, entry.sibling
         request = self.requests.setdefault(submission.request_id, Request(entry.arrival, entry.gateway))
+        self._bound(submission, request, entry.queued_s)
         assert sibling.index not in request.sequences, f"{entry.attempt}: one attempt is still live"
-        request.sequences[sibling.index] = Live(entry.attempt, None)
+        request.sequences[sibling.index] = entry
+        if to := self._moving.pop(entry.attempt[:2], None):
+            to.give_room(entry.attempt[:2])
         self.queue.add(entry)
 
     def place(self, address_of: Callable[[Incarnation], str], plan_bytes_max: int) -> None:
         """From the queue to workers that have room. `address_of`: where a gateway takes its tokens."""
         placed = []
         for entry, book, num_cached in choose(self.queue, self.workers, plan_bytes_max):
-            book.start(entry, address_of(entry.gateway), num_cached)
-            self.requests[entry.submission.request_id].sequences[entry.sibling.index].worker = book.worker
+            self._handles += 1
+            held = book.start(entry, address_of(entry.gateway), num_cached, self._handles)
+            self.requests[entry.submission.request_id].sequences[entry.sibling.index] = held
             self.shares.charge(entry.submission.tenant, entry.cost)
             placed.append(entry)
         self.queue.remove_all(placed)
@@ -114,34 +115,68 @@ class Books:
         """
         attempt = running.attempt
         live = self.live(attempt)
-        book.adopt(running)
+        held = book.adopt(running)
         if request := self.requests.get(attempt.request_id):
             request.arrival = min(request.arrival, running.arrival)  # claimed before this was heard
         if live is None and self.last_ended(attempt) < attempt.number:
             if attempt.request_id not in self.requests:
                 self.requests[attempt.request_id] = Request(running.arrival, None)
                 self.unclaimed[attempt.request_id] = now_s
-            self.requests[attempt.request_id].sequences[attempt.index] = Live(attempt, book.worker)
-        elif live is not None and live.attempt == attempt and live.worker is None:
+            self.requests[attempt.request_id].sequences[attempt.index] = held
+        elif isinstance(live, Waiting) and live.attempt == attempt:
             self.queue.remove(attempt)
-            live.worker = book.worker
-        elif live is not None and live.attempt < attempt and attempt.request_id in self.unclaimed:
-            assert live.worker is not None, f"{live.attempt} waits, but for no gateway"
-            self.workers[live.worker].stop(live.attempt)
-            live.attempt, live.worker = attempt, book.worker
+            self.requests[attempt.request_id].sequences[attempt.index] = held
+            self._describe(held, live)
+        elif isinstance(live, Held) and live.attempt < attempt and attempt.request_id in self.unclaimed:
+            self.workers[live.worker].stop(live)
+            self.requests[attempt.request_id].sequences[attempt.index] = held
         else:
-            book.stop(attempt)
+            book.stop(held)
 
-    def claim(self, request_id: str, gateway: Incarnation) -> None:
+    def claim(self, submission: Submission, gateway: Incarnation, now_s: float) -> None:
         """What a worker was found running is this gateway's."""
-        self.requests[request_id].gateway = gateway
-        del self.unclaimed[request_id]
+        request = self.requests[submission.request_id]
+        request.gateway = gateway
+        self._bound(submission, request, now_s)
+        del self.unclaimed[submission.request_id]
+
+    def recognise(self, entry: Waiting) -> None:
+        """Its gateway says of a live attempt what it is."""
+        live = self.live(entry.attempt)
+        if isinstance(live, Held) and not live.tokens_total:
+            self._describe(live, entry)
+
+    def _describe(self, held: Held, entry: Waiting) -> None:
+        """It was started by an earlier term: from now on its tenant is charged with it here."""
+        held.describe(entry)
+        self.shares.charge(held.tenant, held.max_tokens - held.num_accepted)
+
+    def _bound(self, submission: Submission, request: Request, now_s: float) -> None:
+        """The first word on its deadline counts: later ones only took another while to be heard."""
+        if submission.time_left_s and request.deadline_s == math.inf:
+            request.deadline_s = now_s + submission.time_left_s
+            heapq.heappush(self._deadlines, (request.deadline_s, submission.request_id))
+            if len(self._deadlines) > 2 * len(self.requests) + DEADLINES_SLACK:
+                left = [(r.deadline_s, name) for name, r in self.requests.items() if r.deadline_s < math.inf]
+                self._deadlines = left
+                heapq.heapify(left)
+
+    def expire(self, now_s: float) -> Iterator[CloseAttempt]:
+        """End the requests whose time is up, wherever they are."""
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, request_id = heapq.heappop(self._deadlines)
+            request = self.requests.get(request_id)
+            if request is not None and request.deadline_s <= now_s:
+                for live in list(request.sequences.values()):
+                    self.withdraw(live.attempt)
+                    if request.gateway is not None:
+                        yield CloseAttempt(request.gateway, live.attempt, CloseReason.DEADLINE, "its time is up")
 
     def withdraw(self, attempt: AttemptId) -> None:
         """A live attempt is not wanted any more, wherever it is."""
         live = self.requests[attempt.request_id].sequences[attempt.index]
-        if live.worker is not None:
-            self.workers[live.worker].stop(attempt)
+        if isinstance(live, Held):
+            self.workers[live.worker].stop(live)
         self.end(attempt)
 
     def end(self, attempt: AttemptId) -> Incarnation | None:
@@ -149,23 +184,41 @@ class Books:
 
         Remembered, so that it never runs again under its number. Returns its gateway, if one claimed it.
         """
+        if isinstance(self.requests[attempt.request_id].sequences[attempt.index], Waiting):
+            self.queue.remove(attempt)
         request = self.finish(attempt)
         self.remember(attempt, request.arrival)
         return request.gateway
 
     def finish(self, attempt: AttemptId) -> Request:
-        """A live attempt has finished. Not remembered: its gateway has all of it (a completion means that),
-        and would be given it again if it asked."""
-        request_id, index, _ = attempt
+        """A live attempt at a worker has finished. Not remembered: its gateway has all of it (a completion means
+        that), and would be given it again if it asked."""
+        request_id = attempt.request_id
         request = self.requests.pop(request_id)  # not a look and a deletion: one walk through cold memory
-        sequences = request.sequences
-        if sequences.pop(index).worker is None:
-            self.queue.remove(attempt)
-        if sequences:
+        if len(request.sequences) > 1:
+            del request.sequences[attempt.index]
             self.requests[request_id] = request
         elif request.gateway is None:
             del self.unclaimed[request_id]
         return request
+
+    def move(self, held: Held, by: WorkerBook, to: WorkerBook, now_s: float) -> Iterator[CloseAttempt]:
+        """Take a live attempt off one worker, and keep room for it at another until its gateway has opened the
+        next: that goes ahead of all that wait."""
+        attempt, key = held.attempt, held.attempt[:2]
+        by.stop(held)
+        to.keep_room(key, held.tokens_total, now_s)
+        self._moving[key] = to
+        yield from self.close(attempt, CloseReason.PREEMPTED, f"{by.worker} gives it up, {to.worker} has room")
+
+    def expire_moves(self, before_s: float) -> None:
+        """Room that was kept since before that goes to whoever wants it."""
+        if not self._moving:
+            return
+        here = set(self.workers.values())
+        for book in here:
+            book.expire_room(before_s)
+        self._moving = {key: to for key, to in self._moving.items() if to in here and to.keeps_room(key)}
 
     def close(self, attempt: AttemptId, reason: CloseReason, detail: str) -> Iterator[CloseAttempt]:
         """End a live attempt and tell its gateway."""
@@ -195,16 +248,16 @@ class Books:
         for request_id, request in self.requests.items():
             assert request.sequences, f"{request_id} has no sequences"
             for live in request.sequences.values():
-                holders = [w for w, book in self.workers.items() if live.attempt in book.held]
-                running = [w for w in holders if not self.workers[w].held[live.attempt].stopping]
-                expected = [] if live.worker is None else [live.worker]
-                assert running == expected, f"{live.attempt}: at {running}, expected {expected}"
-                assert (live.attempt in waiting) == (live.worker is None), f"{live.attempt}: waiting?"
+                books = [book for book in self.workers.values() if live in book.named([live.attempt])]
+                expected = [self.workers[live.worker]] if isinstance(live, Held) else []
+                assert books == expected, f"{live.attempt}: at {books}, expected {expected}"
+                assert (live.attempt in waiting) == isinstance(live, Waiting), f"{live.attempt}: waiting?"
         assert all(self.is_live(attempt) for attempt in waiting)
         for book in self.workers.values():
             book.check()
-            for attempt, held in book.held.items():
-                assert held.stopping or self.is_live(attempt), f"{attempt} at {book.worker} is nobody's"
+            for held in book.held.values():
+                is_live = self.live(held.attempt) is held
+                assert held.stopping != is_live, f"{held.attempt} at {book.worker} is nobody's, or two's"
         assert self.unclaimed.keys() == {key for key, r in self.requests.items() if r.gateway is None}
         assert len(self._ended) <= self._ended_max
 
@@ -217,6 +270,11 @@ class Books:
         """What keeps present workers from taking anything at all, to be added to a refusal."""
         without = [str(worker) for worker, book in sorted(self.workers.items()) if book.experts_missing]
         return f"; experts are missing at {', '.join(without)}" if without else ""
+
+    @property
+    def num_starting(self) -> int:
+        """Sequences that were placed and whose prompt is not done."""
+        return sum(book.num_starting for book in self.workers.values())
 
     @property
     def heard(self) -> set[Incarnation]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
@@ -30,6 +32,16 @@ class SchedulerConfig(BaseModel):
     overtake_s_max: float = Field(300.0, ge=0)
     """By priority nobody overtakes who came this long before: the bound of starvation."""
 
+    preempt_after_s: float = Field(1.0, ge=0)
+    """How long the next in turn waits for room before sequences of lower priority give way to it."""
+
+    yields_max: int = Field(2, ge=0)
+    """How often a sequence gives way to a higher priority, or is moved for other reasons, before nobody may ask it
+    any more. 0: nobody gives way."""
+
+    victims_max: int = Field(8, ge=1)
+    """Sequences that give way to one, at most."""
+
     tenants_remembered_max: int = Field(4096, ge=2)
     """Accounts of what tenants were served. Beyond it the half that owes most is kept."""
 
@@ -46,6 +58,11 @@ class SchedulerConfig(BaseModel):
     prefix_hints_max: int = Field(32_768, ge=1)
     """Cached blocks remembered of each worker, to place by; those longest unused are forgotten first. About 100
     bytes each."""
+
+    drain: Literal["move", "finish"] = "move"
+    """What becomes of sequences at a draining worker: moved, one after another, to workers that have room for all
+    they can become, and computed again there; or left to finish where they are. Nothing new goes there either
+    way."""
 
     gateway_lease_s: float = Field(5.0, ge=0)
     """How long a gateway's requests outlive its link, and running sequences nobody has claimed."""

@@ -90,6 +90,7 @@ class Scheduler:
                 commands.extend(self._gateways.judge_sizes())
         if self._recovery.over:
             self._books.place(self._gateways.address_of, self.config.plan_bytes_max)
+            commands.extend(self._workers.preempt(now_s))
         commands.extend(self._workers.plans())
         return commands
 
@@ -109,7 +110,7 @@ class Scheduler:
             "waiting": len(queue),
             "waiting_tokens": queue.num_tokens,
             "running": sum(len(book.held) for _, book in workers),
-            "completions_per_s": self._rate.per_second(self._now_s) if self._now_s is not None else 0.0,
+            "completions_per_s": self._rate.per_second(),
         }
         for worker, book in workers:
             gauges |= {f"worker/{worker.id}/{name}": value for name, value in book.gauges().items()}
@@ -132,13 +133,19 @@ class Scheduler:
             self._gateways.restart_leases(now_s)
             self._workers.restart_deadlines(now_s)
             self._books.queue.restart_waits(now_s)
+        elif len(self._books.queue) or self._books.num_starting:
+            self._rate.wait(now_s - before_s)
         self._now_s = now_s
 
     def _judge(self, _event: Tick, now_s: float) -> Iterator[Command]:
         if self._recovery.judge(self._books.heard, now_s):
             yield from self._gateways.judge_claims()
         yield from self._workers.judge(now_s)
+        yield from self._workers.drain(now_s)
         self._gateways.judge(now_s)
+        for closed in self._books.expire(now_s):
+            self.counters["ended_deadline"] += 1
+            yield closed
         for entry in self._books.queue.overdue(now_s, self.config.queue_wait_s_max):
             self.counters["ended_overdue"] += 1
             detail = (

@@ -22,6 +22,10 @@ class Incarnation(NamedTuple):
         return f"{self.id}#{self.number}"
 
 
+SequenceKey: TypeAlias = tuple[str, int]
+"""Of a sequence, whatever its attempt: (request id, index)."""
+
+
 class AttemptId(NamedTuple):
     """One placement of one sequence on a worker. Opened by the gateway; the higher number wins."""
 
@@ -57,6 +61,7 @@ class CloseReason(enum.IntEnum):
     WORKER_LOST = 1  # open the next attempt
     PREEMPTED = 2  # open the next attempt
     FAILED = 3  # tell the client
+    DEADLINE = 4  # tell the client: its time is up
 
 
 # What is said by gateways.
@@ -70,6 +75,7 @@ class Sibling:
     attempt: int
     seed: int
     accepted: Sequence[int]  # tokens the gateway already holds: given, never sampled again
+    score_from: int = 0  # logprobs of the prompt's tokens are wanted from here on; 0: of none
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class Submission:
     num_bytes: int  # encoded: no less than what starting any one sibling takes in a plan
     tenant: str = ""  # whose share of the cluster serves it
     cache_salt: str = ""  # cached blocks are shared among those of one salt
+    time_left_s: float = 0.0  # until its deadline, when it was heard; 0: it has none
+    waited_s: float = 0.0  # since its gateway first submitted it
     hints: dict[int, list[int]] = field(default_factory=dict, compare=False, repr=False)
     """By tokens of a block: what `prefixes.hints_of` made of the prompt, kept."""
 
@@ -180,14 +188,20 @@ class Running(NamedTuple):
     attempt: AttemptId
     num_tokens: int  # prompt and generated
     prompt_done: bool
-    arrival: int  # as its start said, in whichever term
+    arrival: int  # this and the next as its start said, in whichever term
+    handle: int
 
 
-class Completion(NamedTuple):
-    attempt: AttemptId
-    reason: FinishReason
-    detail: str  # only with FAILED
-    num_tokens: int = 0  # generated in all
+class Endings(NamedTuple):
+    """Sequences that a worker has ended, as columns."""
+
+    handles: Sequence[int] = ()
+    reasons: Sequence[int] = ()  # FinishReason of each
+    num_tokens: Sequence[int] = ()  # generated in all, by each
+    details: Sequence[str] = ()  # of those that FAILED, in order
+
+
+NO_ENDINGS = Endings()
 
 
 @dataclass(frozen=True)
@@ -202,9 +216,10 @@ class WorkerReported:
     num_paused: int
     tokens: int  # sampled in this life
     experts_missing: bool = False  # it can compute nothing now: some expert has no live holder
-    prompts_done: tuple[AttemptId, ...] = ()
+    draining: bool = False  # as the last plan it applied said
+    prompts_done: Sequence[int] = ()  # handles
     undelivered: tuple[AttemptId, ...] = ()  # dropped: their gateway could not be reached
-    completions: tuple[Completion, ...] = ()
+    endings: Endings = NO_ENDINGS
     state: tuple[Running, ...] | None = None  # everything it runs
     sliding_blocks_free: int = 0
     paused: tuple[AttemptId, ...] = ()  # gave up their blocks since, the last in order first
@@ -234,9 +249,12 @@ class WorkerLost:
 
 @dataclass(frozen=True)
 class MembersExpected:
-    """The attention workers that live, or are being started, as the controller knows them."""
+    """The attention workers that live, or are being started, as the controller knows them. Said again with every
+    change, and to every new term."""
 
     workers: frozenset[Incarnation]
+    draining: frozenset[Incarnation] = frozenset()
+    """Of them: these are given nothing more, and are emptied. Each says to the controller when it is empty."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +281,8 @@ class Start:
     seed: int  # takes the place of the spec's own
     priority: int
     arrival: int  # count of admissions, over all terms: orders equals
+    handle: int  # names this start in reports: no other has it, in no term
+    score_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -276,6 +296,7 @@ class Plan:
     chunk_tokens_max: int
     inter_token_s: float
     send_state: bool  # answer with all that runs
+    draining: bool = False  # nothing is started there any more, until a plan says otherwise
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ Knows lengths, not tokens' values, and nothing of workers. Pure.
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from cluster.scheduler.events import AttemptId, Incarnation, Sibling, Submission
@@ -22,7 +23,7 @@ from cluster.scheduler.shares import Shares
 Key: TypeAlias = tuple[float, int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Waiting:
     """One sequence in the queue."""
 
@@ -31,7 +32,8 @@ class Waiting:
     sibling: Sibling
     arrival: int
     queued_s: float
-    due_s: float  # its place among its tenant's, or among resumes: see `due`
+    due_s: float = 0.0  # its place among its tenant's, or among those that go on: see `due`
+    is_called: bool = False  # others give way to it
 
     @property
     def attempt(self) -> AttemptId:
@@ -43,8 +45,13 @@ class Waiting:
 
     @property
     def line(self) -> str | None:
-        """Whose turn it waits for. None: it is a resume."""
-        return None if self.submission.resume else self.submission.tenant
+        """Whose turn it waits for. None: it goes before all turns."""
+        return None if self.is_called or self.goes_on else self.submission.tenant
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it ran before. What is only said again, to a scheduler that may not know it, did not."""
+        return self.submission.resume and (self.sibling.attempt > 1 or len(self.sibling.accepted) > 0)
 
     @property
     def num_tokens(self) -> int:
@@ -60,14 +67,15 @@ class Waiting:
     def cost(self) -> int:
         """What its tenant pays: tokens at most. A prompt that is computed again is not paid again."""
         left = self.submission.max_tokens - len(self.sibling.accepted)
-        return left if self.submission.resume else len(self.submission.prompt) + left
+        return left if self.goes_on else len(self.submission.prompt) + left
 
 
-def due(submission: Submission, now_s: float, priority_step_s: float, overtake_s_max: float) -> float:
-    """When it would have come had it no priority. Of resumes only the priority counts, and then the arrival."""
+def due(entry: Waiting, priority_step_s: float, overtake_s_max: float) -> float:
+    """When it would have come had it no priority. Of those that go on only the priority counts, and then the
+    arrival."""
     most_s = overtake_s_max / 2
-    shift_s = min(max(submission.priority * priority_step_s, -most_s), most_s)
-    return shift_s if submission.resume else now_s + shift_s
+    shift_s = min(max(entry.submission.priority * priority_step_s, -most_s), most_s)
+    return shift_s if entry.goes_on else entry.queued_s - entry.submission.waited_s + shift_s
 
 
 class WaitingQueue:
@@ -109,6 +117,11 @@ class WaitingQueue:
     def num_requests(self) -> int:
         return len(self._per_request)
 
+    @property
+    def num_resumes(self) -> int:
+        """Sequences that go before all turns."""
+        return len(self._lines[None])
+
     def ahead_of(self, entry: Waiting) -> int:
         """How many sequences come before this one, about: other tenants are taken to ask for as much at a time."""
         own = bisect_left(self._lines.get(entry.line, []), entry.key)
@@ -137,6 +150,12 @@ class WaitingQueue:
         self._tidy({entry.line})
         return entry
 
+    def call(self, entry: Waiting) -> None:
+        """It goes before all others: they give way to it."""
+        self.remove(entry.attempt)
+        entry.is_called, entry.due_s = True, -math.inf
+        self.add(entry)
+
     def remove_all(self, entries: Collection[Waiting]) -> None:
         """At the cost of one pass over their lines, however many they are."""
         for entry in entries:
@@ -157,8 +176,8 @@ class WaitingQueue:
 
     def restart_waits(self, now_s: float) -> None:
         """Count every wait from now on."""
-        for key, entry in self._by_key.items():
-            self._by_key[key] = self._by_attempt[entry.attempt] = replace(entry, queued_s=now_s)
+        for entry in self._by_key.values():
+            entry.queued_s = now_s
 
     def check(self) -> None:
         """Raises AssertionError when lines and counts contradict one another."""

@@ -7,18 +7,17 @@ costs a memcpy rather than an object per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.errors import MalformedMessage
 from cluster.scheduler.events import (
+    NO_ENDINGS,
     Accept,
     AttemptId,
     CancelRequested,
     CloseAttempt,
-    Completion,
+    Endings,
     FinishReason,
     FinishRequested,
     GatewayJoined,
@@ -39,7 +38,8 @@ ID_BYTES_MAX = 256  # of a request's, gateway's or worker's id
 ADDRESS_BYTES_MAX = 1024
 START_BYTES = 2048  # of a start in a plan, beside what its submission holds: ids, address, arrival
 
-FINISH_REASONS = {int(reason): reason for reason in FinishReason}
+SECONDS_MAX = 1e9  # that a request may have, or have waited
+FINISH_REASONS = frozenset(map(int, FinishReason))
 
 
 def decode_incarnation(message: identity_pb2.Incarnation) -> Incarnation:
@@ -75,9 +75,10 @@ def decode_worker(message: step_pb2.WorkerReport, worker: Incarnation) -> Worker
         num_paused=message.num_paused,
         tokens=message.tokens,
         experts_missing=message.experts_missing,
-        prompts_done=tuple(map(_attempt, message.prompts_done)),
+        draining=message.draining,
+        prompts_done=message.prompts_done,
         undelivered=tuple(map(_attempt, message.undelivered)),
-        completions=_completions(message.completions),
+        endings=_endings(message.endings) if message.HasField("endings") else NO_ENDINGS,
         paused=tuple(map(_attempt, message.paused)),
         state=tuple(map(_running, message.state.running)) if message.HasField("state") else None,
         kept=message.kept,
@@ -119,6 +120,7 @@ def _plan(command: SendPlan, term: int, fingerprint: str) -> step_pb2.Plan:
         chunk_tokens_max=plan.chunk_tokens_max,
         inter_token_s=plan.inter_token_s,
         send_state=plan.send_state,
+        draining=plan.draining,
     )
     for start in plan.starts:
         added = message.starts.add(
@@ -129,6 +131,8 @@ def _plan(command: SendPlan, term: int, fingerprint: str) -> step_pb2.Plan:
             spec=start.spec,
             priority=start.priority,
             arrival=start.arrival,
+            score_from=start.score_from,
+            handle=start.handle,
         )
         added.spec.sampling.seed = start.seed
     return message
@@ -173,51 +177,59 @@ def _submission(submit: schedule_pb2.Submit, fingerprint: str, config: Scheduler
     _check_range("submit.siblings length", len(submit.siblings), 1, config.siblings_max)
     if len({sibling.index for sibling in submit.siblings}) < len(submit.siblings):
         raise MalformedMessage("submit.siblings: an index occurs twice, accepted: each once")
+    for name in ("time_left_s", "waited_s"):
+        if not 0 <= getattr(submit, name) <= SECONDS_MAX:
+            raise MalformedMessage(f"submit.{name} is {getattr(submit, name)}, accepted: 0 to {SECONDS_MAX:g}")
     for sibling in submit.siblings:
         _check_range("submit.siblings.attempt", sibling.attempt, 1)
         accepted_max = submit.spec.max_tokens - 1
         _check_range("submit.siblings.accepted length", len(sibling.accepted), 0, accepted_max)
+        _check_range("submit.siblings.score_from", sibling.score_from, 0, len(submit.prompt) - 1)
     return Submission(
         request_id=submit.request_id,
         fingerprint=fingerprint,
         prompt=submit.prompt,
         max_tokens=submit.spec.max_tokens,
         spec=submit.spec,
-        siblings=tuple(Sibling(s.index, s.attempt, s.seed, s.accepted) for s in submit.siblings),
+        siblings=tuple(Sibling(s.index, s.attempt, s.seed, s.accepted, s.score_from) for s in submit.siblings),
         priority=submit.priority,
         resume=submit.resume,
         num_bytes=num_bytes,
         tenant=submit.tenant,
+        time_left_s=submit.time_left_s,
+        waited_s=submit.waited_s,
         cache_salt=submit.spec.cache_salt,
     )
 
 
 def _attempt(message: identity_pb2.Attempt) -> AttemptId:
-    # As AttemptId(...) does, without its Python frame: ten thousand times a round.
-    return tuple.__new__(AttemptId, (message.request_id, message.index, message.number))
+    return AttemptId(message.request_id, message.index, message.number)
 
 
 def encode_attempt(attempt: AttemptId) -> identity_pb2.Attempt:
     return identity_pb2.Attempt(request_id=attempt.request_id, index=attempt.index, number=attempt.number)
 
 
-def _completions(messages: Iterable[step_pb2.Completion]) -> tuple[Completion, ...]:
-    new, known, failed = tuple.__new__, FINISH_REASONS, FinishReason.FAILED
-    decoded = []
-    for message in messages:
-        attempt, number = message.attempt, message.reason
-        reason = known.get(number)
-        if reason is None:
-            raise MalformedMessage(f"completions.reason is {number}, accepted: {list(known)}")
-        key = new(AttemptId, (attempt.request_id, attempt.index, attempt.number))
-        detail = message.detail if reason is failed else ""
-        decoded.append(new(Completion, (key, reason, detail, message.num_tokens)))
-    return tuple(decoded)
+def _endings(message: step_pb2.Endings) -> Endings:
+    """Slices: one call for a column of thousands, where iterating would make one for each."""
+    handles, reasons, num_tokens = message.handles[:], message.reasons[:], message.num_tokens[:]
+    if unknown := set(reasons) - FINISH_REASONS:
+        raise MalformedMessage(f"endings.reasons has {min(unknown)}, accepted: {sorted(FINISH_REASONS)}")
+    for name, column, length in (
+        ("reasons", reasons, len(handles)),
+        ("num_tokens", num_tokens, len(handles)),
+        ("details", message.details, reasons.count(step_pb2.FINISH_REASON_FAILED)),
+    ):
+        _check_range(f"endings.{name} length", len(column), length, length)
+    return Endings(handles, reasons, num_tokens, message.details)
 
 
 def _running(message: step_pb2.RunningSequence) -> Running:
     _check_text("state.running.attempt.request_id", message.attempt.request_id, ID_BYTES_MAX)
-    return Running(_attempt(message.attempt), message.num_tokens, message.prompt_done, message.arrival)
+    _check_range("state.running.handle", message.handle, 1)
+    return Running(
+        _attempt(message.attempt), message.num_tokens, message.prompt_done, message.arrival, message.handle
+    )
 
 
 def _check_range(name: str, value: int, low: int, high: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -22,8 +23,9 @@ from cluster.scheduler.events import (
     WorkerLost,
     WorkerReported,
 )
+from cluster.scheduler.preempting import who_gives_way
 from cluster.scheduler.recovery import Recovery
-from cluster.scheduler.workers import WorkerBook
+from cluster.scheduler.workers import Held, WorkerBook
 
 # How an attempt closes that its worker ended without finishing the sequence.
 CLOSED_BY_WORKER = {
@@ -50,6 +52,8 @@ class WorkerSide:
         self._recovery = recovery
         self._rate = rate
         self._counters = counters
+        self._looked_s = -math.inf  # for who might give way
+        self._draining: frozenset[Incarnation] | None = None  # None: the controller has not said
 
     def joined(self, event: WorkerJoined, now_s: float) -> Iterator[Command]:
         worker = event.worker
@@ -68,8 +72,9 @@ class WorkerSide:
         book = self._books.workers.get(worker) or WorkerBook(
             worker, self._config.chunk_tokens_max, self._config.prefix_hints_max
         )
-        yield from self._endings(book, event.report, now_s)
+        yield from self._endings(book, event.report)
         gone = book.link(event.limits, event.report, self._term)
+        book.is_draining = event.report.draining if self._draining is None else worker in self._draining
         self._books.workers[worker] = book
         yield from self._settle(book, gone, event.report.state or (), now_s)
 
@@ -90,15 +95,19 @@ class WorkerSide:
             book.unlinked_s = now_s
             yield DropLink(event.worker, violation)
             return
-        yield from self._endings(book, event, now_s)
+        yield from self._endings(book, event)
         gone = book.update(event, self._term)
         yield from self._settle(book, gone, event.state or (), now_s)
-        yield from self._move(book, event.paused)
+        # They have lost their blocks already, so nothing more is lost.
+        yield from self._move_off(book, book.named(event.paused), now_s)
 
     def members_expected(self, event: MembersExpected, _now_s: float) -> Iterator[Command]:
         """The controller's word is final: whoever is not expected is lost now, also where its stream has not
         noticed (it hangs, or its node is gone or cut off)."""
         self._recovery.expect(event.workers)
+        self._draining = event.draining
+        for book in self._books.workers.values():
+            book.is_draining = book.worker in event.draining
         for worker in sorted(self._books.workers.keys() - event.workers):
             if self._books.workers[worker].unlinked_s is None:
                 yield DropLink(worker, "the controller has lost it")
@@ -110,6 +119,37 @@ class WorkerSide:
         for book in self._unlinked():
             if book.unlinked_s is not None and now_s - book.unlinked_s >= deadline_s:
                 yield from self._lose(book.worker, f"worker {book.worker} was lost")
+
+    def drain(self, now_s: float) -> Iterator[Command]:
+        """Move what draining workers still run to where there is room: the latest first, which lose least."""
+        self._books.expire_moves(now_s - self._config.gateway_lease_s)
+        if self._config.drain == "move" and self._recovery.over:
+            for _, book in sorted(self._books.workers.items()):
+                if book.is_draining and book.unlinked_s is None:
+                    yield from self._move_off(book, list(reversed(book.held.values())), now_s)
+
+    def preempt(self, now_s: float) -> Iterator[Command]:
+        """Have others give way to the next in turn, if it has waited long enough. Looked at as often as that."""
+        entry = next(iter(self._books.queue), None)
+        if entry is None or entry.goes_on or now_s - entry.queued_s < self._config.preempt_after_s:
+            return
+        books = [book for _, book in sorted(self._books.workers.items())]
+        if now_s - self._looked_s < self._config.preempt_after_s or any(book.has_starts for book in books):
+            return  # what goes with this round's plans cannot be stopped by them
+        self._looked_s = now_s
+        if entry.is_called and any(held.gives_way for book in books for held in book.held.values()):
+            return  # under way
+        asked = who_gives_way(entry, books, self._config)
+        if asked is None:
+            return
+        if not entry.is_called:
+            self._books.queue.call(entry)
+        for held in asked.victims:
+            held.gives_way = True
+            asked.book.stop(held)
+            self._counters["preempted"] += 1
+            detail = f"gives way to priority {entry.submission.priority}"
+            yield from self._close(held.attempt, CloseReason.PREEMPTED, detail)
 
     def restart_deadlines(self, now_s: float) -> None:
         for book in self._unlinked():
@@ -136,17 +176,22 @@ class WorkerSide:
     def _lose(self, worker: Incarnation, detail: str) -> Iterator[Command]:
         self._counters["workers_lost"] += 1
         book = self._books.workers.pop(worker)
-        for attempt, held in sorted(book.held.items()):
+        for held in sorted(book.held.values(), key=lambda held: held.attempt):
             self._books.shares.give_back(held.tenant, held.max_tokens - held.num_accepted)
             if not held.stopping:
-                yield from self._close(attempt, CloseReason.WORKER_LOST, detail)
+                yield from self._close(held.attempt, CloseReason.WORKER_LOST, detail)
 
-    def _endings(self, book: WorkerBook, report: WorkerReported, now_s: float) -> Iterator[Command]:
+    def _endings(self, book: WorkerBook, report: WorkerReported) -> Iterator[Command]:
+        """Ten thousand in a round: what most of them need is looked up before the loop."""
         num_finished = num_stopped = num_ignored = 0
         release, finish = book.release, self._books.finish
+        length, failed = int(FinishReason.LENGTH), int(FinishReason.FAILED)  # reasons beyond length: not finished
         unused: dict[str, int] = {}  # tokens that were charged, by tenant
-        for attempt, reason, detail, num_tokens in report.completions:
-            held = release(attempt)
+        handles, reasons, counts, details = report.endings
+        why = iter(details)
+        for handle, reason, num_tokens in zip(handles, reasons, counts, strict=True):
+            held = release(handle)
+            detail = next(why) if reason == failed else ""
             if held is None:
                 num_ignored += 1
                 continue
@@ -154,51 +199,52 @@ class WorkerSide:
                 unused[held.tenant] = unused.get(held.tenant, 0) + held.max_tokens - num_tokens
             if held.stopping:
                 num_stopped += 1
-            elif reason is FinishReason.CANCELLED or reason is FinishReason.FAILED:
-                yield from self._close(attempt, CLOSED_BY_WORKER[reason], detail)
+            elif reason > length:
+                yield from self._close(held.attempt, CLOSED_BY_WORKER[FinishReason(reason)], detail)
             else:
                 num_finished += 1
-                finish(attempt)
+                finish(held.attempt)
         for tenant, num_unused in unused.items():
             self._books.shares.give_back(tenant, num_unused)
-        if report.completions:
-            self._rate.add(len(report.completions), now_s)
-            counts = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}
-            self._counters.update({name: count for name, count in counts.items() if count})
-        for attempt in report.undelivered:
-            held = book.release(attempt)
-            if held is not None and not held.stopping:
+        if handles:
+            self._rate.add(len(handles))
+            found = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}
+            self._counters.update({name: count for name, count in found.items() if count})
+        for held in book.named(report.undelivered):
+            book.release(held.handle)
+            if not held.stopping:
                 detail = "its worker could not reach its gateway"
-                yield from self._close(attempt, CloseReason.WORKER_LOST, detail)
+                yield from self._close(held.attempt, CloseReason.WORKER_LOST, detail)
 
     def _settle(
-        self, book: WorkerBook, gone: Iterable[AttemptId], state: Iterable[Running], now_s: float
+        self, book: WorkerBook, gone: Iterable[Held], state: Iterable[Running], now_s: float
     ) -> Iterator[Command]:
         """Bring the books to what the worker says it runs."""
-        for attempt in gone:
-            if self._books.runs_at(attempt, book.worker):
-                yield from self._close(attempt, CloseReason.WORKER_LOST, f"{book.worker} does not run it")
+        for held in gone:
+            if self._books.live(held.attempt) is held:
+                yield from self._close(held.attempt, CloseReason.WORKER_LOST, f"{book.worker} does not run it")
         for running in state:
-            if running.attempt not in book.held:
+            if running.handle not in book.held:
                 self._counters["adopted"] += 1
                 self._books.adopt(book, running, now_s)
 
-    def _move(self, book: WorkerBook, paused: Iterable[AttemptId]) -> Iterator[Command]:
-        """What a dry worker paused goes to another that has room for all it can become; it has lost its blocks
-        already, so nothing more is lost. Where there is none it stays, and is recomputed when there is room."""
+    def _move_off(self, book: WorkerBook, sequences: Iterable[Held], now_s: float) -> Iterator[Command]:
+        """To workers that have room for all that each can become. Where there is none it stays; nobody is added to
+        those who wait to go on already."""
+        if self._books.queue.num_resumes:
+            return
         others = [other for _, other in sorted(self._books.workers.items()) if other is not book]
-        for attempt in paused:
-            held = book.held.get(attempt)
-            if held is None or held.stopping or not held.tokens_total:
+        for held in sequences:
+            able = [other for other in others if other.accepts()]
+            if not able:
+                return
+            if held.stopping or not held.tokens_total:
                 continue
-            total = held.tokens_total
-            to = next((other for other in others if other.accepts() and other.has_room_for(total)), None)
+            to = next((other for other in able if other.has_room_for(held.tokens_total)), None)
             if to is not None:
-                others.remove(to)  # one each: its room is promised to none until it is placed
-                book.stop(attempt)
                 self._counters["moved"] += 1
-                detail = f"{book.worker} is out of blocks, {to.worker} has room"
-                yield from self._close(attempt, CloseReason.PREEMPTED, detail)
+                self._counters[f"ended_{CloseReason.PREEMPTED.name.lower()}"] += 1
+                yield from self._books.move(held, book, to, now_s)
 
     def _close(self, attempt: AttemptId, reason: CloseReason, detail: str) -> Iterator[Command]:
         self._counters[f"ended_{reason.name.lower()}"] += 1

@@ -28,12 +28,11 @@ from cluster.sim.member_link import MemberLink
 from cluster.sim.network import Network
 from cluster.sim.process import Bell, Process, Wait, Work
 from model.layer_types import FULL, SLIDING, LayerType
-from router.config import RouterConfig
+from router.config import Replies, RouterConfig
 from router.dispatcher import Dispatcher, Pause, Pending
 from router.errors import ExpertsUnavailable
 from router.membership import Adopted, Health, HealthState, PeerLost
 from router.placement import Member, Placement
-from router.rows import Replies
 from router.transport.base import Peer
 
 Told: TypeAlias = Item | Placement
@@ -79,7 +78,10 @@ class AttentionShell:
         return Register(Role.ATTENTION, self.process.pid, self.process.node, "cpu", "", epoch)
 
     def _health(self) -> Health:
-        return Health(HealthState.READY if self.has_placement else HealthState.LOADING)
+        state = HealthState.READY if self.has_placement else HealthState.LOADING
+        if self.has_placement and self.streams.is_draining:
+            state = HealthState.DRAINING
+        return Health(state, gauges={"sequences_open": self.streams.num_open})
 
     def _obey(self, order: OrderBody) -> None:
         match order:

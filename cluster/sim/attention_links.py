@@ -57,6 +57,17 @@ class Streams:
         if now or replace(result, completions=[]).is_news():
             self._report(wire.news_pb(counts, result, now))
 
+    @property
+    def is_draining(self) -> bool:
+        return self._latest.counts.draining
+
+    @property
+    def num_open(self) -> int:
+        """Those that run, or have ended and whose last tokens may not have arrived."""
+        return len(self._book.sequences) + sum(
+            len(link.deliveries.undelivered()) for link in self._tokens.values()
+        )
+
     # To the scheduler.
 
     def _connect(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from attention_workers.step import AttemptId
 from cluster.controller import Phase
-from cluster.events import Command, Prepare, Publish, Retire, Send
+from cluster.events import Command, Prepare, Publish, Retire, Role, Send
 from cluster.sim.attention import AttentionShell
 from cluster.sim.clients import Clients
 from cluster.sim.cluster import Cluster, Shell
@@ -133,7 +133,10 @@ class Checks:
         if left := [name for name in ("requests", "waiting", "running") if gauges[name]]:
             return f"the scheduler's books are not empty: {', '.join(f'{gauges[name]:g} {name}' for name in left)}"
         attention = [shell for shell in self._cluster.living() if isinstance(shell, AttentionShell)]
-        if gauges["workers"] != self._cluster.shape.attention or len(attention) != gauges["workers"]:
+        roster = controller.controller.roster
+        if leaving := [worker.id for worker in roster.workers.values() if not worker.is_wanted]:
+            return f"{leaving} have not left"
+        if gauges["workers"] != len(roster.wanted(Role.ATTENTION)) or len(attention) != gauges["workers"]:
             return f"{gauges['workers']:g} attention workers are with the scheduler, {len(attention)} live"
         for shell in attention:
             held = {
@@ -149,7 +152,7 @@ class Checks:
         if (
             published is None
             or epochs.preparing is not None
-            or len(published.workers) != self._cluster.shape.experts
+            or len(published.workers) != len(shell.controller.roster.wanted(Role.EXPERT))
         ):
             return f"a placement is being prepared, or not all expert workers are placed: {published}"
         if late := [str(a.process) for a in attention if a.dispatcher.epoch != published.epoch]:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from cluster.controller import ControllerConfig
-from cluster.events import ActorDied, Command, KillWorker, Role, StartWorker, WatchWorker
-from cluster.roster import worker_ids
+from cluster.events import ActorDied, Command, KillWorker, Remember, Role, StartWorker, WatchWorker
 from cluster.scheduler.core import Scheduler
 from cluster.sim import settings
 from cluster.sim.arithmetic import SHAPE
@@ -45,6 +44,7 @@ class Cluster:
         self.on_gateway_end: Callable[[GatewayShell], None] = lambda _gateway: None
         self._newest: dict[str, int] = {}  # the numbers of lives, as the cluster's key-value store has them
         self._pids = 100
+        self._pools: Remember | None = None  # as it was last kept for the next controller
         self._kills: list[Process] = []  # on nodes that cannot be reached now
         self._watched: set[Member] = set()
 
@@ -91,8 +91,9 @@ class Cluster:
         config = ControllerConfig(
             shape.attention, shape.experts, shape.replicas, companion_deadline_s=settings.COMPANION_DEADLINE_S,
             pid=process.pid, node=process.node, patience=settings.PATIENCE,
+            pools=self._pools.pools if self._pools else None,
         )  # fmt: skip
-        incarnations = {name: self._newest.get(name, 0) for name in worker_ids(config.pools)}
+        incarnations = {name: n for name, n in self._newest.items() if name.startswith(("attention-", "expert-"))}
         shell: list[ControllerShell] = []
         made = ControllerShell(
             process, self.network, self, config, process.member.incarnation, incarnations,
@@ -199,6 +200,10 @@ class Cluster:
             shell.process.end("killed by the controller")
         else:
             self._kills.append(shell.process)
+
+    def remember(self, command: Remember) -> None:
+        if self._pools is None or command.version > self._pools.version:
+            self._pools = command
 
     def reached_again(self) -> None:
         """A cut was healed: kills that waited for it are done."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from expertmesh.v1 import schedule_pb2
@@ -13,6 +13,7 @@ from cluster.controller import Controller, ControllerConfig
 from cluster.events import (
     ActorDied,
     Command,
+    Drain,
     Event,
     Exit,
     KillWorker,
@@ -21,13 +22,16 @@ from cluster.events import (
     Order,
     OrderBody,
     Register,
+    Remember,
     Report,
+    Resize,
     Role,
     Send,
     StartWorker,
     Tick,
     WatchWorker,
 )
+from cluster.scaling import Refused
 from cluster.scheduler import events as scheduling
 from cluster.scheduler import wire
 from cluster.scheduler.core import Scheduler
@@ -72,11 +76,10 @@ class SchedulerShell:
 
     def _obey(self, order: OrderBody) -> None:
         match order:
-            case Members(attention, pid):
+            case Members(attention, pid, _, draining):
                 self._heard += 1
                 self._controller_pid = pid
-                workers = frozenset(scheduling.Incarnation(m.id, m.incarnation) for m in attention)
-                self._post(scheduling.MembersExpected(workers))
+                self._post(scheduling.MembersExpected(_incarnations(attention), _incarnations(draining)))
             case Exit(reason):
                 self.process.after(0.05, lambda: self.process.end(f"told to exit: {reason}"))
 
@@ -151,12 +154,17 @@ class SchedulerShell:
                 end.send(wire.encode(command, self.scheduler.term, SHAPE.fingerprint))
 
 
+def _incarnations(members: Iterable[Member]) -> frozenset[scheduling.Incarnation]:
+    return frozenset(scheduling.Incarnation(member.id, member.incarnation) for member in members)
+
+
 class Driver(Protocol):
     """A WorkerDriver, and who hears of what it does."""
 
     def start_worker(self, command: StartWorker) -> None: ...
     def watch(self, command: WatchWorker) -> None: ...
     def kill(self, command: KillWorker) -> None: ...
+    def remember(self, command: Remember) -> None: ...
 
 
 class ControllerShell:
@@ -175,6 +183,13 @@ class ControllerShell:
     def died(self, event: ActorDied) -> None:
         """From the driver."""
         self.process.do(lambda: self._turn(event))
+
+    def ask(self, asked: Resize | Drain) -> Refused | None:
+        """A person's wish. Why it is refused; None: it is followed."""
+        refused = self.controller.refusal(asked)
+        if refused is None:
+            self.process.do(lambda: self._turn(asked))
+        return refused
 
     def _tick(self) -> None:
         self._turn(Tick())
@@ -219,3 +234,5 @@ class ControllerShell:
                     self._driver.watch(command)
                 case KillWorker():
                     self._driver.kill(command)
+                case Remember():
+                    self._driver.remember(command)

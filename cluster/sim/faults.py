@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cluster.events import Drain, Resize
 from cluster.sim.attention import AttentionShell
 from cluster.sim.cluster import DECIDERS, Cluster, Shell
 from cluster.sim.member_link import CONTROLLER
@@ -19,6 +20,7 @@ class Faults:
         does: dict[str, Callable[[Fault], None]] = {
             "kill": self._kill, "freeze": self._freeze, "slow": self._slow, "flap": self._flap, "cut": self._cut,
             "lose": self._lose, "usurp": self._usurp, "drop": self._drop, "twice": self._twice,
+            "resize": self._resize, "drain": self._drain,
         }  # fmt: skip
         for fault in scenario.faults:
             self._world.at(fault.at_s, lambda fault=fault: self._begin(does[fault.verb], fault))  # type: ignore[misc]
@@ -108,6 +110,21 @@ class Faults:
             is_meant = is_late or isinstance(shell, AttentionShell)
             if is_meant and shell.process.member.id not in DECIDERS and self._world.rng.random() < 0.6:
                 self._cluster.network.flap(shell.process, decider)
+
+    def _resize(self, fault: Fault) -> None:
+        pool, _, size = fault.target.partition("=")
+        if pool not in ("attention", "experts") or not size.isdecimal():
+            raise ValueError(f"resize: {fault.target!r}; accepted: attention=N or experts=N")
+        self._ask(Resize(**{pool: int(size)}))
+
+    def _drain(self, fault: Fault) -> None:
+        self._ask(Drain(fault.target))
+
+    def _ask(self, asked: Resize | Drain) -> None:
+        controller = self._cluster.controller
+        refused = controller.ask(asked) if controller is not None else "there is no controller"
+        if refused is not None:
+            self._world.tell(f"   refused: {refused}")
 
     def _drop(self, fault: Fault) -> None:
         self._cluster.network.parcel_loss = fault.amount

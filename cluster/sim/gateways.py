@@ -160,7 +160,7 @@ class GatewayShell:
         identity = wire.Identity(member.id, member.incarnation, SHAPE.fingerprint, f"tokens-of-{process}")
         metrics = GatewayMetrics()
         self.port = Port(process, network, identity)
-        self.ledger = self.port.ledger = Ledger(self.port, GATEWAY, metrics)
+        self.ledger = self.port.ledger = Ledger(self.port, GATEWAY, metrics, process.now_s)
         self._tokens = TokenService(identity, "", self.ledger, GATEWAY, metrics)
         self.member_link = MemberLink(process, network, self._register, self._health, self._obey)
         network.listen(identity.token_address, process, self._accept)

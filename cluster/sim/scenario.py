@@ -63,6 +63,8 @@ VERBS = {
     "cut": "at T cut NODE for S: nothing passes between it and the others",
     "lose": "at T lose NODE: it is gone with all that ran there",
     "usurp": "at T usurp DECIDER: a second scheduler or controller is started beside the first",
+    "resize": "at T resize POOL=N: the attention or the experts pool is to have so many workers",
+    "drain": "at T drain WORKER: it is to leave, and its pool to be one smaller",
     "drop": "at T drop RATE for S: of parcels and replies so many are lost",
     "twice": "at T twice RATE for S: so many come twice",
 }
@@ -166,7 +168,8 @@ def _fault(at_s: float, words: list[str]) -> Fault:
 
 FAULTS_FROM_S, FAULTS_TO_S = 1.5, 7.0
 _WEIGHTS = {
-    "kill": 8, "freeze": 4, "slow": 2, "flap": 4, "cut": 2, "lose": 1, "usurp": 2, "drop": 1, "twice": 2
+    "kill": 8, "freeze": 4, "slow": 2, "flap": 4, "cut": 2, "lose": 1, "usurp": 2, "drop": 1, "twice": 2,
+    "resize": 4, "drain": 2,
 }  # fmt: skip
 
 
@@ -207,6 +210,10 @@ def _drawn_faults(rng: random.Random, shape: Shape, targets: list[str]) -> list[
     elif verb == "usurp":  # beside a worker that is slow to read what both say
         reader = Fault(round(at_s - 0.1, 2), "slow", f"attention-{rng.randrange(shape.attention)}", 4.0, 2.0)
         return [reader, Fault(at_s, verb, rng.choice(["scheduler", "scheduler", "controller"]))]
+    elif verb == "resize":
+        target = rng.choice([f"attention={rng.randint(1, 3)}", f"experts={rng.randint(shape.replicas, 4)}"])
+    elif verb == "drain":
+        target = rng.choice(targets[: shape.attention + shape.experts])
     elif verb in RATES:
         return [Fault(at_s, verb, "", round(rng.uniform(0.02, 0.2), 2), for_s)]
     amount = float(rng.randint(2, 10)) if verb == "slow" else 0.0

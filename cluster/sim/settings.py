@@ -6,8 +6,7 @@ from cluster.roster import Patience
 from cluster.scheduler.config import SchedulerConfig
 from expert_workers.config import ExpertConfig
 from gateway.config import GatewayConfig
-from router.config import RouterConfig
-from router.rows import Replies
+from router.config import Replies, RouterConfig
 
 HEARTBEAT_S = 0.5
 BLOCK_TOKENS = 4

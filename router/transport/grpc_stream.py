@@ -93,8 +93,8 @@ class FrameStream:
         return Incoming(self._reading, 0, len(message))
 
     def _copied(self, message: bytes, limits: frame.FrameLimits) -> frame.Region:
-        """A copy, as what gRPC gives may not be written to, and tensors may only view what may. In a region that was
-        read before, if there is one: it still has its views, which with cold caches take 35 us to make."""
+        """A copy, as what gRPC gives may not be written to, and tensors may only view what may. In a region
+        that was read before, if there is one: it still has its views, which take long to make."""
         if len(message) > self._region_bytes:
             self._region_bytes = 1 << (len(message) - 1).bit_length()
             self._regions.clear()

@@ -13,6 +13,7 @@ import torch
 
 from attention_workers.attention_model import AttentionModel
 from attention_workers.book import Book
+from attention_workers.guides import Guides
 from attention_workers.kv_blocks import KvBlocks
 from attention_workers.step import AttemptId, Plan, Sampling, Start, StepResult
 from attention_workers.worker import AttentionWorker
@@ -30,6 +31,7 @@ from router.transport.local import LocalHub
 from router.transport.select import attention_end, expert_end
 
 EPOCH = EpochId(1, 1)
+UNHURRIED_S = 60.0  # between two tokens: no step is cut short for it
 
 
 def request(name, prompt, *, max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0, num_logprobs=3, arrival=0,
@@ -45,6 +47,7 @@ def request(name, prompt, *, max_tokens=12, temperature=0.0, top_k=0, top_p=1.0,
 class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
+    scores: list = field(default_factory=list)  # of its prompt's tokens
 
 
 class LocalCluster:
@@ -83,6 +86,7 @@ class LocalCluster:
         for thread in self._threads:
             thread.start()
         self._model_len, self._prefix_cache = model_len, prefix_cache
+        self.guides = Guides(checkpoint.path / "tokenizer.json", config.vocab_size, lambda: None)
         pools = {FULL: blocks, SLIDING: sliding_blocks}
         self.workers = [
             self._attention(i, microbatches, pools, numerics, keep[i % len(keep)]) for i in range(attention)
@@ -124,7 +128,7 @@ class LocalCluster:
         sliding = None if window is None else KvBlocks(pools[SLIDING], window)
         book = Book(
             self.checkpoint.fingerprint, 1, KvBlocks(pools[FULL]), TILE, 256, self._model_len, sliding=sliding,
-            prefix_cache=self._prefix_cache,
+            prefix_cache=self._prefix_cache, guide_of=self.guides.open,
         )  # fmt: skip
         member = Member(f"a{index}", 1)
         end = attention_end(self._transport, self._identity(member), self.router, self.hub)
@@ -157,12 +161,23 @@ class LocalCluster:
                 expert.residency.retire(retired)
 
     def order(self, worker, starts=(), stops=(), step_tokens=512, chunk_tokens=256):
-        """Send the worker its next plan."""
+        """Send the worker its next plan. It allows any time between tokens, so that how prompts are cut does not
+        depend on how fast this machine is."""
         self._plans[worker] += 1
         result = StepResult()
         fingerprint = self.checkpoint.fingerprint
         self.workers[worker].book.apply(
-            Plan(1, self._plans[worker], fingerprint, 1, tuple(starts), tuple(stops), step_tokens, chunk_tokens),
+            Plan(
+                1,
+                self._plans[worker],
+                fingerprint,
+                1,
+                tuple(starts),
+                tuple(stops),
+                step_tokens,
+                chunk_tokens,
+                inter_token_s=UNHURRIED_S,
+            ),
             result,
         )
         return result
@@ -182,6 +197,8 @@ class LocalCluster:
                 assert delta.position == len(answer.tokens)
                 answer.tokens += delta.tokens
                 answer.logprobs += delta.logprobs
+                assert not (answer.tokens and delta.prompt_logprobs)
+                answer.scores += delta.prompt_logprobs
         return answers
 
     def run(self, starts, worker=0, **limits):
@@ -197,6 +214,7 @@ class LocalCluster:
         for worker in self.workers:
             assert all(space.num_available == space.total for space in worker.book.spaces.values())
             worker.dispatcher.close()
+        self.guides.close(10)
         for expert in self.experts:
             expert.end.close()
 

@@ -18,10 +18,10 @@ FROZEN_S = 10.0
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(shared_ray, tmp_path_factory):
     path = tmp_path_factory.mktemp("load")
     make_checkpoint("demo", path / "demo", seed=0)
-    with Served(path / "demo", log=path / "log") as served:
+    with Served(path / "demo", *shared_ray, log=path / "log") as served:
         yield served
 
 

@@ -10,37 +10,28 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
+import jsonschema
 import psutil
 import pytest
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from openai import BadRequestError, OpenAI
 
 from attention_workers.trace_records import decode
 from attention_workers.trace_summary import summarise
-from tests.on_ray.served import Served
+from tests.on_ray.served import Served, folders
 
 pytestmark = pytest.mark.ray
 
 README = Path(__file__).parents[2] / "README.md"
 WITHIN_S = 90.0
 GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One attention worker, two expert workers that both hold everything."""
-    with Served(tiny, "--replicas", "2", log=tmp_path_factory.mktemp("serve") / "log") as served:
-        yield served
-
-
-def folders() -> list[str]:
-    """Ray's sockets and logs, of clusters that `serve` hosts in this test run."""
-    return [name for name in os.listdir(os.environ["RAY_TMPDIR"]) if name.startswith("em-")]
 
 
 def listed_sockets() -> dict[str, str]:
@@ -169,21 +160,85 @@ def test_killed_expert_worker_is_replaced_and_tokens_stay_the_same(server: Serve
     assert tokens(server) == expected
 
 
-def test_killed_attention_worker_is_replaced_and_its_stream_goes_on(server: Served) -> None:
-    """Its keys and values are gone, its requests are not: the gateway has them resumed by the next life."""
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "word": {"type": "string", "maxLength": 9},
+        "n": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["word", "n"],
+    "additionalProperties": False,
+}
+
+
+def test_chat_is_held_to_a_schema_behind_its_thought(server: Served) -> None:
+    """By openai's client, which parses it; and over gRPC. A bad schema is refused by name."""
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    asked: dict[str, Any] = {
+        "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 200, "seed": 1,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}},
+    }  # fmt: skip
+    answer = client.chat.completions.create(**asked, extra_body={"thinking_token_budget": 9})
+    (choice,) = answer.choices
+    assert choice.finish_reason == "stop"
+    jsonschema.validate(json.loads(choice.message.content or ""), SCHEMA)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 9
+    options = inference_pb2.GenerateOptions(guided_json=json.dumps(SCHEMA), max_tokens=200, seed=2)
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        ours = stub.Generate(inference_pb2.GenerateRequest(text="x", options=options), timeout=WITHIN_S)
+    jsonschema.validate(json.loads(ours.choices[0].text), SCHEMA)
+    asked["response_format"]["json_schema"]["schema"] = {"type": "nothing"}
+    with pytest.raises(BadRequestError, match=r"response_format\.json_schema\.schema cannot be held to"):
+        client.chat.completions.create(**asked)
+
+
+def test_a_required_tool_is_called(server: Served) -> None:
+    """Streamed, its arguments as they come; a random model would never call one by itself."""
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    tool: Any = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}
+    named: Any = {"type": "function", "function": {"name": "look_up"}}
+    for choice, reason in (("required", "tool_calls"), (named, "stop")):
+        with client.chat.completions.stream(
+            model="tiny", messages=[{"role": "user", "content": "Hi"}], tools=[tool], tool_choice=choice,
+            parallel_tool_calls=False, max_tokens=200, seed=3,
+        ) as stream:  # fmt: skip
+            final = stream.get_final_completion()
+        assert final.choices[0].finish_reason == reason
+        made: Any = final.choices[0].message.tool_calls
+        assert [call.function.name for call in made] == ["look_up"]
+        jsonschema.validate(json.loads(made[0].function.arguments), SCHEMA)
+
+
+def test_killed_attention_worker_is_replaced_and_its_streams_go_on(server: Served) -> None:
+    """Its keys and values are gone, its requests are not: the gateway has them resumed by the next life.
+
+    One of them is held to a grammar, whose state is gone too.
+    """
     long = {"prompt": [5, 6, 7], **GREEDY, "max_tokens": 150, "return_token_ids": True}
-    expected = server.post("/v1/completions", long)["choices"][0]["token_ids"]
-    victim: int | None = workers(server.status())["attention-0"]["pid"]
-    streamed: list[int] = []
-    with server.client.stream("POST", "/v1/completions", json=long | {"stream": True}) as answer:
-        for line in answer.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            streamed += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
-            if victim and len(streamed) >= 5:
-                os.kill(victim, signal.SIGKILL)
-                victim = None
-    assert streamed == expected
+    held = {"prompt": [7, 6], "guided_regex": "([a-z]{1,4} ){60,80}", "seed": 4, "max_tokens": 400}
+    bodies = [long, held | {"return_token_ids": True}]
+    expected = [server.post("/v1/completions", body)["choices"][0] for body in bodies]
+    assert re.fullmatch(held["guided_regex"], expected[1]["text"])  # type: ignore[call-overload]
+    victim = workers(server.status())["attention-0"]["pid"]
+    both_run = threading.Barrier(2, action=lambda: os.kill(victim, signal.SIGKILL))
+
+    def streamed(body: dict[str, Any]) -> list[int]:
+        ids: list[int] = []
+        with server.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    has_begun = len(ids) >= 5
+                    ids += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
+                    if not has_begun and len(ids) >= 5:
+                        both_run.wait(WITHIN_S)
+        return ids
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(streamed, bodies))
+    assert found == [choice["token_ids"] for choice in expected]
     server.wait_for_status(
         lambda document: is_whole(document) and workers(document)["attention-0"]["incarnation"] == 2, WITHIN_S
     )
@@ -244,8 +299,10 @@ def test_ended_cluster_leaves_nothing_behind(server: Served) -> None:
 
 def test_worker_that_cannot_start_ends_serve_with_its_own_reason(tiny: Path, tmp_path: Path) -> None:
     """What only a worker can find out: serve says why, exits 1 and leaves nothing."""
-    served = Served(tiny, "--kv-memory", "1KB", log=tmp_path / "log")
-    with pytest.raises(AssertionError, match=r"attention-0 failed: kv_bytes .* is 1000"), served:
+    config = tmp_path / "config.yaml"
+    config.write_text("cluster: {span: hosts, restarts_max: 1}\n")  # whose memory serve cannot know
+    served = Served(tiny, "--config", str(config), "--kv-memory", "1KB", log=tmp_path / "log")
+    with pytest.raises(AssertionError, match=r"attention-0 failed: attention.kv_bytes .*: 1000"), served:
         pytest.fail("it must not become ready")
     assert served.process.returncode == 1
     assert not folders()

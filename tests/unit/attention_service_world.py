@@ -44,6 +44,8 @@ class Gateway(step_pb2_grpc.TokenServiceServicer):
     def __init__(self):
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.ends: asyncio.Queue = asyncio.Queue()
+        self.takes = asyncio.Event()  # acknowledges
+        self.takes.set()
 
     async def Deliver(self, request_iterator, _context):
         async for batch in request_iterator:
@@ -52,6 +54,7 @@ class Gateway(step_pb2_grpc.TokenServiceServicer):
                 self.tokens.setdefault(name, []).extend(delta.tokens)
                 if delta.finish:
                     self.ends.put_nowait((name, step_pb2.FinishReason.Name(delta.finish)))
+            await self.takes.wait()
             yield step_pb2.TokenAck(number=batch.number)
 
 
@@ -64,6 +67,7 @@ class World:
         self._at = f"unix-abstract:expertmesh-test-service-{id(self)}"
         self._config = AttentionConfig(kv_bytes=1 << 20, **config)
         self._plans = self._epochs = 0
+        self._handles: dict[int, tuple[str, int]] = {}  # request id and attempt of what was started
         self._experts: list[ExpertService] = []
         self.loop = asyncio.get_running_loop()
 
@@ -122,17 +126,22 @@ class World:
         """The last of them is gone, its links with it."""
         await asyncio.to_thread(self._experts.pop().stop, PATIENCE_S)
 
-    def order(self, request_id, number, max_tokens=6):
-        """A plan that starts this attempt."""
+    def plan(self, **said):
+        """The next, which begins nothing yet."""
         self._plans += 1
-        plan = step_pb2.Plan(
+        return step_pb2.Plan(
             term=1, number=self._plans, to=identity_pb2.Incarnation(id="attention-0", number=1),
-            fingerprint=self.checkpoint.fingerprint, step_tokens_max=64, chunk_tokens_max=64,
+            fingerprint=self.checkpoint.fingerprint, step_tokens_max=64, chunk_tokens_max=64, **said,
         )  # fmt: skip
+
+    def order(self, request_id, number, max_tokens=6, **said):
+        """A plan that starts this attempt."""
+        plan = self.plan(**said)
         spec = step_pb2.SequenceSpec(max_tokens=max_tokens)
+        self._handles[self._plans] = (request_id, number)
         plan.starts.add(
-            attempt=identity_pb2.Attempt(request_id=request_id, number=number), prompt=[3, 1, 4, 1, 5], spec=spec,
-            gateway_address=f"{self._at}-gateway",
+            handle=self._plans, attempt=identity_pb2.Attempt(request_id=request_id, number=number),
+            prompt=[3, 1, 4, 1, 5], spec=spec, gateway_address=f"{self._at}-gateway",
         )  # fmt: skip
         self.scheduler.plans.put_nowait(plan)
 
@@ -143,7 +152,7 @@ class World:
         return SimpleNamespace(
             experts_missing=report.experts_missing,
             completions=[
-                (c.attempt.request_id, c.attempt.number, step_pb2.FinishReason.Name(c.reason))
-                for c in report.completions
+                (*self._handles[handle], step_pb2.FinishReason.Name(reason))
+                for handle, reason in zip(report.endings.handles, report.endings.reasons, strict=True)
             ],
         )

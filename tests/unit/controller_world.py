@@ -10,7 +10,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.controller import Controller, ControllerConfig, Phase
 from cluster.epochs import ModelShape
@@ -21,9 +21,12 @@ from cluster.events import (
     Exit,
     KillWorker,
     Left,
+    Members,
+    Pools,
     Prepare,
     Publish,
     Register,
+    Remember,
     Report,
     Retire,
     Role,
@@ -33,8 +36,8 @@ from cluster.events import (
     WatchWorker,
 )
 from cluster.lifecycle import WorkerState
-from router.membership import Adopted, Health, HealthState, PeerLost, Prepared
-from router.placement import EpochId, Member
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Unprepared
+from router.placement import EpochId, Member, Placement
 
 SHAPE = ModelShape("f00d", num_layers=2, num_experts=6)
 HEARTBEAT_S = 1.0
@@ -53,8 +56,12 @@ class Process:
     is_linked: bool = False  # its stream to the present controller is open, and began with Register
     frozen_until_s: float = 0.0
     busy_until_s: float = 0.0
+    heard_s: float = 0.0  # when the last order reaches it
     held: dict[EpochId, frozenset[tuple[int, int]]] = field(default_factory=dict)  # expert: prepared epochs
     epoch: EpochId | None = None  # attention: in use; expert: last prepared
+    slots_max: int = 1 << 30  # expert: what its memory holds
+    empty_at_s: float = 0.0  # attention: until then it has sequences
+    is_draining: bool = False  # attention: so the scheduler says
 
 
 class World:
@@ -70,6 +77,9 @@ class World:
         self._pids = itertools.count(100)
         self._paused_until_s = 0.0
         self.term = 0
+        self.version = 0
+        self.pools: Pools | None = None  # as the last command to remember them said
+        self.placements: dict[EpochId, Placement] = {}  # published
         self.restart_controller()
         for role, name in ((Role.SCHEDULER, "scheduler"), (Role.GATEWAY, "gateway-0")):
             self._spawn(role, Member(name, 1))
@@ -100,7 +110,8 @@ class World:
         last: dict[str, int] = {}
         for member in self.processes:
             last[member.id] = max(last.get(member.id, 0), member.incarnation)
-        self.controller = Controller(self.config, self.term, SHAPE, last, self.now_s)
+        config = replace(self.config, pools=self.pools)
+        self.controller = Controller(config, self.term, SHAPE, last, self.now_s)
         for process in self.processes.values():
             process.is_linked = False
             if process.is_alive and process.is_registered:
@@ -166,9 +177,15 @@ class World:
                 process = self.processes.get(member)
                 assert not pid or (process and process.pid == pid), f"{member} has another pid than {pid}"
                 self.kill(member, reason)
+            case Remember(version, pools):
+                assert version > self.version
+                self.version = version
+                assert Pools.from_json(pools.to_json()) == pools
+                self.pools = pools
             case Send(to, body):
-                process = self.processes.get(to)
-                self._at(self._delay(0.001, 0.01), lambda: process and self._deliver(process, body))
+                if process := self.processes.get(to):  # a stream keeps its order
+                    process.heard_s = max(process.heard_s, self.now_s + self._delay(0.001, 0.01))
+                    self._at_time(process.heard_s, lambda: self._deliver(process, body))
 
     def _deliver(self, process: Process, body: object) -> None:
         if not process.is_alive:
@@ -178,11 +195,18 @@ class World:
             return
         match body:
             case Exit():
+                self._may_exit(process)
                 self.kill(process.member, "told to exit")
+            case Members() if process.role is Role.SCHEDULER:
+                for member in body.draining:
+                    self.processes[member].is_draining = True
+            case Prepare(placement) if _num_slots(placement, process.member) > process.slots_max:
+                self.report(process, Unprepared(placement.epoch, "its memory is full"))
             case Prepare(placement):  # one after the other
                 process.busy_until_s = max(process.busy_until_s, self.now_s) + self._delay(0.1, 3.0)
                 self._at_time(process.busy_until_s, lambda: self._prepared(process, placement))
             case Publish(placement):
+                self.placements[placement.epoch] = placement
                 for placed in placement.workers:
                     holder = self.processes[placed.member]
                     assert holder.held.get(placement.epoch) == frozenset(placed.experts), (
@@ -193,6 +217,21 @@ class World:
                 users = [p.member for p in self.live(Role.ATTENTION) if p.epoch and p.epoch <= epoch]
                 assert not users, f"{epoch} was retired while {users} use it or an older one"
                 process.held = {held: slots for held, slots in process.held.items() if held > epoch}
+
+    def _may_exit(self, process: Process) -> None:
+        """Nobody may need it: unless the cluster ends, or another life has taken its place."""
+        current = self.controller.roster.workers.get(process.member.id)
+        if self.controller.phase in (Phase.DRAINING, Phase.STOPPING, Phase.STOPPED):
+            return
+        if current is None or current.incarnation != process.member.incarnation:
+            return
+        if process.role is Role.ATTENTION:
+            is_empty = self.now_s >= process.empty_at_s or process.epoch is None
+            assert is_empty, f"{process.member} was told to exit with sequences"
+        for user in self.live(Role.ATTENTION):
+            placed = self.placements[user.epoch].workers if user.epoch in self.placements else ()
+            users = [w.member for w in placed]
+            assert process.member not in users, f"{process.member} was told to exit while {user.member} uses it"
 
     def _prepared(self, process: Process, placement: object) -> None:
         (slots,) = [w.experts for w in placement.workers if w.member == process.member]
@@ -228,10 +267,15 @@ class World:
             process.is_registered = True
             self._beat(process)
 
+    def _health(self, process: Process) -> Health:
+        if not process.is_draining:
+            return Health(HealthState.READY)
+        return Health(HealthState.DRAINING, gauges={"sequences_open": float(self.now_s < process.empty_at_s)})
+
     def _beat(self, process: Process) -> None:
         if process.is_alive:
             if self.now_s >= process.frozen_until_s:
-                self.report(process, Health(HealthState.READY))
+                self.report(process, self._health(process))
             self._at(HEARTBEAT_S, lambda: self._beat(process))
 
     def _tick(self) -> None:
@@ -247,6 +291,10 @@ class World:
 
     def _at_time(self, at_s: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._heap, (at_s, next(self._order), action))
+
+
+def _num_slots(placement: Placement, member: Member) -> int:
+    return sum(len(w.experts) for w in placement.workers if w.member == member)
 
 
 def ready(config: ControllerConfig = TWO_BY_THREE) -> World:

@@ -25,7 +25,7 @@ from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.model_card import ModelCard, read_model_card
 from gateway.port import CloseReason, Sibling, Submission
-from gateway.request import FinishReason, TokenDelta
+from gateway.request import FinishReason, PromptLogprob, TokenDelta
 from gateway.server import create_app
 from gateway.state import GatewayState
 
@@ -82,6 +82,11 @@ def said(prompt: tuple[int, ...], temperature: float, seed: int, position: int, 
     return prompt[int.from_bytes(draw, "little") % len(prompt)]
 
 
+def scored(token: int, position: int, count: int) -> PromptLogprob:
+    """What is made of a token of the prompt: always the third likeliest."""
+    return PromptLogprob(-0.5 * position, 3, tuple((token + 2 - i, -0.1 * i) for i in range(count)))
+
+
 class EchoEngine:
     """Implements SchedulerPort in the caller's loop: one task per placed sequence, one token a turn."""
 
@@ -100,6 +105,8 @@ class EchoEngine:
         self.cancelled: list[str] = []
         self.finished: list[tuple[str, int, int, int]] = []
         self.num_refused = 0  # late tokens of lost workers that the ledger did not want
+        self.score_deaths: set[int] = set()  # prompt tokens before whose logprobs a worker is lost, once
+        self.scores = True  # False: it says nothing of prompts
         self.cached: dict[int, int] = {}  # by sibling: tokens of the prompt that it says were cached
         self.says: tuple[int, ...] | None = None  # instead of the prompt, then eos
         self.ledger: Ledger | None = None
@@ -133,6 +140,16 @@ class EchoEngine:
     async def _run(self, submission: Submission, sibling: Sibling) -> None:
         ledger, key = self.ledger, (submission.request_id, sibling.index, sibling.attempt)
         assert ledger is not None
+        wanted = range(sibling.score_from or len(submission.prompt), len(submission.prompt))
+        for position in wanted if self.scores else ():
+            await asyncio.sleep(0)
+            if position in self.score_deaths:
+                self.score_deaths.remove(position)
+                ledger.close_attempt(*key, CloseReason.WORKER_LOST, "killed")
+                return
+            count = submission.num_prompt_logprobs
+            score = scored(submission.prompt[position], position, count)
+            ledger.deliver(TokenDelta(*key, 0, (), prompt_position=position, prompt_logprobs=(score,)))
         for position in range(len(sibling.accepted), submission.max_tokens):
             await asyncio.sleep(0)
             if self.hold_at is not None and position >= self.hold_at:
@@ -175,7 +192,10 @@ def state_of(card: ModelCard, **limits: Any) -> tuple[GatewayState, EchoEngine]:
     async def trace(seconds: float) -> control_pb2.TraceReply:
         return control_pb2.TraceReply(traces=[f"{seconds:g} s".encode()], silent=["attention-1"])
 
-    return GatewayState(config, card, engine, ledger, metrics, status, trace, "0.1.0"), engine
+    async def resize(asked: control_pb2.ResizeRequest) -> control_pb2.ResizeReply:
+        raise AssertionError(f"no controller is here to be asked for {asked}")
+
+    return GatewayState(config, card, engine, ledger, metrics, status, trace, resize, "0.1.0"), engine
 
 
 async def settled() -> None:

@@ -6,8 +6,11 @@ the next attempt when one is closed.
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cluster.scheduler.events import (
     Accept,
@@ -16,7 +19,7 @@ from cluster.scheduler.events import (
     CloseAttempt,
     CloseReason,
     Command,
-    Completion,
+    Endings,
     Event,
     FinishReason,
     Incarnation,
@@ -38,6 +41,21 @@ NOTHING = Blocks(0, 0)
 CHUNK_TOKENS = 64  # at most, of a worker's step here
 
 
+class Completion(NamedTuple):
+    """One sequence that a worker has ended."""
+
+    handle: int
+    reason: FinishReason
+    detail: str = ""
+    num_tokens: int = 0
+
+
+def endings(completions: Iterable[Completion]) -> Endings:
+    handles, reasons, details, num_tokens = tuple(zip(*completions, strict=True)) or ((),) * 4
+    failed = [why for reason, why in zip(reasons, details, strict=True) if reason is FinishReason.FAILED]
+    return Endings(handles, reasons, num_tokens, failed)
+
+
 def token_at(request_id: str, index: int, position: int) -> int:
     """What every worker samples here: a function of the sequence and the position only."""
     return zlib.crc32(f"{request_id}/{index}/{position}".encode()) % 1000
@@ -52,6 +70,8 @@ def submission(
     resume: bool = False,
     fingerprint: str = MODEL,
     tenant: str = "",
+    time_left_s: float = 0.0,
+    waited_s: float = 0.0,
 ) -> Submission:
     siblings = siblings or (Sibling(0, 1, 7, ()),)
     tokens = num_prompt + sum(len(sibling.accepted) for sibling in siblings)
@@ -66,6 +86,8 @@ def submission(
         resume=resume,
         num_bytes=4 * tokens + 100,
         tenant=tenant,
+        time_left_s=time_left_s,
+        waited_s=waited_s,
     )
 
 
@@ -104,12 +126,14 @@ class SimWorker:
 
     def state(self) -> tuple[Running, ...]:
         return tuple(
-            Running(attempt, s.num_tokens, s.prompt_told, s.start.arrival) for attempt, s in self.sequences.items()
+            Running(attempt, s.num_tokens, s.prompt_told, s.start.arrival, s.start.handle)
+            for attempt, s in self.sequences.items()
         )
 
     def report(self, state: tuple[Running, ...] | None = None) -> WorkerReported:
         """What is new, with the counts."""
         news, self.news = self.news, {}
+        ended = endings(news.pop("completions", []))  # type: ignore[arg-type]
         return WorkerReported(
             worker=self.incarnation,
             term=self.term,
@@ -120,6 +144,7 @@ class SimWorker:
             num_paused=sum(s.is_paused for s in self.sequences.values()),
             tokens=self.tokens,
             state=state,
+            endings=ended,
             **{name: tuple(said) for name, said in news.items()},
         )
 
@@ -141,9 +166,9 @@ class SimWorker:
 
     def end(self, attempt: AttemptId, reason: FinishReason) -> None:
         if attempt in self.sequences:
-            num_tokens = len(self.sequences[attempt].tokens)
+            sequence = self.sequences[attempt]
             self.drop(attempt)
-            self.tell("completions", Completion(attempt, reason, "", num_tokens))
+            self.tell("completions", Completion(sequence.start.handle, reason, "", len(sequence.tokens)))
 
     def drop(self, attempt: AttemptId) -> None:
         self._hold(self.sequences.pop(attempt), NOTHING)
@@ -164,7 +189,7 @@ class SimWorker:
             self._hold(sequence, self._needed(sequence, 0))
             if sequence.computed >= len(sequence.start.prompt) and not sequence.prompt_told:
                 sequence.prompt_told = True
-                self.tell("prompts_done", sequence.start.attempt)
+                self.tell("prompts_done", sequence.start.handle)
             if sequence.computed == sequence.num_tokens:
                 sampling.append(sequence)
         return [s for s in sampling if not s.is_paused]
@@ -217,6 +242,7 @@ class SimRequest:
     attempts: dict[int, int]
     accepted: dict[int, list[int]]
     is_admitted: bool = False
+    deadline_s: float = math.inf
     ends: dict[int, str] = field(default_factory=dict)
 
     def end(self, index: int, how: str) -> None:
@@ -228,8 +254,8 @@ class SimRequest:
 
 
 class SimGateway:
-    def __init__(self, incarnation: Incarnation) -> None:
-        self.incarnation = incarnation
+    def __init__(self, incarnation: Incarnation, clock: Callable[[], float]) -> None:
+        self.incarnation, self.clock = incarnation, clock
         self.requests: dict[str, SimRequest] = {}
         self.is_welcome = False
 
@@ -250,8 +276,12 @@ class SimGateway:
                 request.priority,
                 resume,
                 tenant=request.tenant,
+                time_left_s=self._time_left_s(request),
             ),
         )
+
+    def _time_left_s(self, request: SimRequest) -> float:
+        return 0.0 if request.deadline_s == math.inf else max(request.deadline_s - self.clock(), 0.001)
 
     def open_sequences(self) -> list[tuple[str, int]]:
         return [(name, i) for name, request in self.requests.items() for i in request.open_indices()]
@@ -281,6 +311,10 @@ class SimGateway:
         request_id, index, number = order.attempt
         request = self.requests[request_id]
         if index in request.ends or request.attempts[index] != number:
+            return []
+        if order.reason is CloseReason.DEADLINE:
+            assert self.clock() >= request.deadline_s
+            request.end(index, "DEADLINE")
             return []
         if order.reason is CloseReason.FAILED:
             assert "a sequence may have at most" in order.detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from cluster.scheduler.events import (
     CloseAttempt,
     CloseReason,
     Command,
-    Completion,
+    Endings,
     Event,
     FinishReason,
     GatewayJoined,
@@ -28,11 +29,12 @@ from cluster.scheduler.events import (
     WorkerLimits,
     WorkerReported,
 )
-from tests.unit.scheduler_peers import MODEL, submission
+from tests.unit.scheduler_peers import MODEL, Completion, endings, submission
 
 G = Incarnation("gateway-0", 1)
 W0 = Incarnation("attention-0", 1)
 W1 = Incarnation("attention-1", 1)
+STRANGE = 1  # a handle of nothing that was started
 LIMITS = WorkerLimits(block_tokens=16, blocks_total=64, sequences_max=8, model_len_max=512)
 
 
@@ -51,6 +53,7 @@ class Story:
         self.limits = limits
         self.now_s = 100.0
         self.plans: dict[Incarnation, Plan] = {}  # the last to each worker
+        self.handles: dict[AttemptId, int] = {}  # of what was started
         self.free: dict[Incarnation, int] = {}
         self.free_sliding: dict[Incarnation, int] = {}
         self.tell(MembersExpected(frozenset(workers) if expected is None else expected))
@@ -72,7 +75,9 @@ class Story:
         """Deadlines are judged, plans go out."""
         commands = self.tell(Tick(), after_s) + self.scheduler.round(self.now_s)
         self.scheduler.check()
-        self.plans |= {command.to: command.plan for command in commands if isinstance(command, SendPlan)}
+        plans = {command.to: command.plan for command in commands if isinstance(command, SendPlan)}
+        self.plans |= plans
+        self.handles |= {start.attempt: start.handle for plan in plans.values() for start in plan.starts}
         return commands
 
     def join(
@@ -99,7 +104,19 @@ class Story:
             num_paused=0,
             tokens=0,
         )
+        for name, translate in (("completions", self._endings), ("prompts_done", self._handles)):
+            if name in said:
+                said["endings" if name == "completions" else name] = translate(said.pop(name))
+        if said.get("state"):
+            known = self.handles
+            said["state"] = tuple(r._replace(handle=known.get(r.attempt, r.handle)) for r in said["state"])
         return replace(base, **said)
+
+    def _endings(self, completions: Iterable[tuple[Any, ...]]) -> Endings:
+        return endings(Completion(self.handles.get(c[0], STRANGE), *c[1:]) for c in completions)
+
+    def _handles(self, attempts: Iterable[AttemptId]) -> list[int]:
+        return [self.handles[attempt] for attempt in attempts]
 
     def submit(self, request_id: str, **said: Any) -> list[Command]:
         return self.tell(Submitted(G, submission(request_id, **said)))
@@ -109,8 +126,7 @@ class Story:
         return self.submit(request_id, siblings=siblings, resume=True, **said)
 
     def complete(self, worker: Incarnation, *attempts: AttemptId) -> list[Command]:
-        done = tuple(Completion(attempt, FinishReason.STOP, "") for attempt in attempts)
-        return self.report(worker, completions=done)
+        return self.report(worker, completions=[(attempt, FinishReason.STOP) for attempt in attempts])
 
     def started(self, commands: list[Command]) -> dict[Incarnation, list[str]]:
         """Which requests these plans start where, in order."""
@@ -136,7 +152,9 @@ def closed(commands: list[Command]) -> list[tuple[str, CloseReason]]:
 def running(request_id: str, number: int = 1) -> Running:
     """Started in an older term; each request has an arrival of its own."""
     arrival = int.from_bytes(request_id.encode()[:4])
-    return Running(attempt(request_id, number), num_tokens=40, prompt_done=True, arrival=arrival)
+    return Running(
+        attempt(request_id, number), num_tokens=40, prompt_done=True, arrival=arrival, handle=8 * arrival + number
+    )
 
 
 def two_running() -> Story:

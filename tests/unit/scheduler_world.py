@@ -6,6 +6,7 @@ Links lose what is in flight when they break. The world asserts at every move wh
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import deque
 
@@ -28,6 +29,7 @@ from cluster.scheduler.events import (
     WorkerLimits,
     WorkerLost,
 )
+from tests.unit.scheduler_model import Model
 from tests.unit.scheduler_peers import MODEL, SimGateway, SimRequest, SimSequence, SimWorker, token_at
 
 
@@ -40,6 +42,9 @@ class World:
         self.now_s = 0.0
         self.term = 1
         self.scheduler = Scheduler(config, 1, MODEL)
+        self.model = Model(config, 1)
+        self.draining: set[str] = set()
+        self.said: deque[Event] = deque(maxlen=12)  # what may be said again
         self.inbox: list[Event] = []
         self.orders: dict[Incarnation, deque[Command]] = {}  # to linked peers
         self.workers: dict[str, SimWorker] = {}
@@ -66,10 +71,12 @@ class World:
             self.unlink(self.gateways[name].incarnation)
             self.past.append(self.gateways[name])
             number += self.gateways[name].incarnation.number
-        self.gateways[name] = SimGateway(Incarnation(name, number))
+        self.gateways[name] = SimGateway(Incarnation(name, number), lambda: self.now_s)
 
     def tell_members(self) -> None:
-        self.inbox.append(MembersExpected(frozenset(w.incarnation for w in self.workers.values())))
+        here = {w.incarnation for w in self.workers.values()}
+        draining = frozenset(worker for worker in here if worker.id in self.draining)
+        self.inbox.append(MembersExpected(frozenset(here), draining))
 
     def link(self, peer: SimWorker | SimGateway) -> None:
         if peer.incarnation in self.orders:
@@ -97,17 +104,22 @@ class World:
         self.inbox.clear()
         self.term += 1
         self.scheduler = Scheduler(self.config, self.term, MODEL)
+        self.model = Model(self.config, self.term)
         self.tell_members()
 
     # --- moves -----------------------------------------------------------------------------------
 
-    def submit(self, n: int, num_prompt: int, max_tokens: int, priority: int, tenant: str = "") -> None:
+    def submit(
+        self, n: int, num_prompt: int, max_tokens: int, priority: int, tenant: str = "", time_s: float = 0.0
+    ) -> None:
+        """`time_s`: until its deadline; 0: it has none."""
         gateway = self.rng.choice(sorted(self.gateways.values(), key=lambda g: g.incarnation))
         request_id = f"{gateway.incarnation}-{next(self._names)}"
         attempts = dict.fromkeys(range(n), 1)
         gateway.requests[request_id] = SimRequest(
-            num_prompt, max_tokens, priority, tenant, attempts, {index: [] for index in attempts}
-        )
+            num_prompt, max_tokens, priority, tenant, attempts, {index: [] for index in attempts},
+            deadline_s=self.now_s + time_s if time_s else math.inf,
+        )  # fmt: skip
         if gateway.is_welcome and gateway.incarnation in self.orders:
             self.inbox.append(gateway.submission(request_id, list(attempts), resume=False))
 
@@ -131,7 +143,8 @@ class World:
         for sequence in worker.step(chunk_tokens=self.rng.choice([1, 7, 64])):
             self._sample(worker, sequence)
         if worker.incarnation in self.orders:
-            self.inbox.append(worker.report())
+            self.said.append(worker.report())
+            self.inbox.append(self.said[-1])
 
     def _sample(self, worker: SimWorker, sequence: SimSequence) -> None:
         attempt, position = sequence.start.attempt, len(sequence.tokens)
@@ -170,10 +183,14 @@ class World:
         self.now_s += elapsed_s
         events, self.inbox = self.inbox, []
         for event in [*events, Tick()]:
-            self._send(self.scheduler.step(event, self.now_s))
-            self.scheduler.check()
-        self._send(self.scheduler.round(self.now_s))
+            commands = self.scheduler.step(event, self.now_s)
+            self.model.heard(event, commands, self.now_s)
+            self._send(commands)
+        commands = self.scheduler.round(self.now_s)
+        self.model.ordered(commands, self.now_s)
+        self._send(commands)
         self.scheduler.check()
+        self.model.agrees(self.scheduler.snapshot())
 
     def _send(self, commands: list[Command]) -> None:
         self.log.extend(commands)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import queue
 import secrets
+from concurrent.futures import Future
 
 from cluster.controller import Controller, ControllerConfig
 from cluster.controller_server import ControllerServer
 from cluster.epochs import ModelShape
-from cluster.events import ActorDied, KillWorker, StartWorker, WatchWorker
+from cluster.events import ActorDied, KillWorker, Remember, StartWorker, WatchWorker
 from cluster.loop_thread import LoopThread
 from router.placement import Member
 
@@ -22,6 +23,9 @@ class ListedStarts:
     def __init__(self) -> None:
         self.started: queue.Queue[Member] = queue.Queue()
         self.killed: queue.Queue[Member] = queue.Queue()
+        self.remembered: list[Remember] = []
+        self.num_kept = 0
+        self.why_not_kept = ""
         self.reasons: dict[Member, str] = {}  # of those killed
         self.are_gone = True  # what an earlier controller started
 
@@ -34,6 +38,16 @@ class ListedStarts:
     def watch(self, command: WatchWorker) -> None:
         if self.are_gone:
             self.on_died(ActorDied(command.member, "it is gone"))
+
+    def remember(self, command: Remember) -> Future[None]:
+        self.remembered.append(command)
+        kept: Future[None] = Future()
+        if self.why_not_kept:
+            kept.set_exception(OSError(self.why_not_kept))
+        else:
+            self.num_kept += 1
+            kept.set_result(None)
+        return kept
 
     def kill(self, command: KillWorker) -> None:
         self.reasons[command.member] = command.reason

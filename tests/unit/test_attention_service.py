@@ -1,4 +1,4 @@
-"""Promises of an attention worker's process: what it does when nobody holds an expert."""
+"""Promises of an attention worker's process: what it does when nobody holds an expert, and when it is emptied."""
 
 import asyncio
 
@@ -6,6 +6,7 @@ import pytest
 
 from model.checkpoint import Checkpoint
 from model.synthetic import make_checkpoint
+from router.membership import HealthState
 from tests.unit.attention_service_world import PATIENCE_S, World
 
 
@@ -24,11 +25,11 @@ async def test_sequences_are_given_back_when_experts_stay_away_and_run_unchanged
         assert await world.gateway.ends.get() == (("r", 1), "FINISH_REASON_LENGTH")
         await world.lose_experts()
         world.order("r", 2)
-        given_back = await world.report(lambda r: r.completions and r.completions[0].attempt.number == 2)
+        given_back = await world.report(lambda r: r.endings.handles and r.endings.handles[0] == 2)
         assert given_back.completions == [("r", 2, "FINISH_REASON_CANCELLED")]
         assert given_back.experts_missing
         world.order("r", 3)  # was under way already: it is given back at once
-        given_back = await world.report(lambda r: r.completions)
+        given_back = await world.report(lambda r: r.endings.handles)
         assert given_back.completions == [("r", 3, "FINISH_REASON_CANCELLED")]
         assert given_back.experts_missing
         assert "waiting for experts" in world.attention.health().detail
@@ -54,3 +55,25 @@ async def test_a_step_waits_for_experts_and_goes_on_where_it_was(checkpoint):
         await world.new_experts()
         assert await world.gateway.ends.get() == (("s", 1), "FINISH_REASON_LENGTH")
         assert world.gateway.tokens["s", 1] == world.gateway.tokens["r", 1]
+
+
+async def test_a_draining_worker_is_drained_once_its_last_token_has_arrived(checkpoint):
+    """Not before its scheduler has said that nothing more comes, and not while a gateway may lack a token."""
+    async with asyncio.timeout(PATIENCE_S), World(checkpoint) as world:
+        await world.new_experts()
+        world.order("r", 1)
+        assert await world.gateway.ends.get() == (("r", 1), "FINISH_REASON_LENGTH")
+        await world.report(lambda r: r.endings.handles)
+        assert world.attention.health().state is HealthState.READY
+        world.gateway.takes.clear()
+        world.order("s", 1, max_tokens=1, draining=True)
+        assert await world.gateway.ends.get() == (("s", 1), "FINISH_REASON_LENGTH")
+        health = world.attention.health()
+        assert (health.state, health.gauges["sequences_open"]) == (HealthState.DRAINING, 1)
+        assert not health.is_drained
+        world.gateway.takes.set()
+        await world.report(lambda r: r.endings.handles)
+        assert world.attention.health().is_drained
+        world.scheduler.plans.put_nowait(world.plan())
+        await world.report(lambda r: r.plan_number == 3)
+        assert world.attention.health().state is HealthState.READY

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from router.transport.watch import RUNG, Watch
 
 MOMENT_S = 1e-3

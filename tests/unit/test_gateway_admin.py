@@ -12,7 +12,7 @@ from expertmesh.v1 import control_pb2, identity_pb2
 from cluster.controller import Controller, ControllerConfig, Phase
 from cluster.events import Register, Report, Role, StartWorker, Tick
 from cluster.lifecycle import WorkerState
-from cluster.overview import overview
+from cluster.overview import DRAINING, overview
 from cluster.wire import encode_placement
 from gateway.admin_service import PHASES, STATES, placement_page
 from gateway.errors import BadRequest, NotReady
@@ -74,7 +74,7 @@ async def test_status_is_the_document_typed(card: ModelCard) -> None:
 
 
 def test_every_word_of_the_document_has_a_name() -> None:
-    assert set(STATES) == {state.value for state in WorkerState} | {"unspecified"}
+    assert set(STATES) == {state.value for state in WorkerState} | {DRAINING, "unspecified"}
     assert set(PHASES) == {phase.value for phase in Phase} | {"unspecified"}
 
 

@@ -31,7 +31,7 @@ from cluster.events import (
     SendTrace,
 )
 from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status
-from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced
+from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced, Unprepared
 from router.placement import EpochId, Member, spread
 from tests.unit.served_controller import SHAPE, WAIT_S, Cluster, ListedStarts
 
@@ -204,6 +204,7 @@ registers = st.builds(
     Register, st.sampled_from(Role), st.integers(0, 2**31), names, names, names, st.none() | epochs,
 )  # fmt: skip
 said = st.builds(Prepared, epochs) | st.builds(Adopted, epochs) | st.builds(PeerLost, members)
+said |= st.builds(Unprepared, epochs, names)
 said |= st.builds(Traced, st.integers(0, 2**60), st.binary(max_size=9))
 bodies = registers | healths | said
 

@@ -1,5 +1,7 @@
 """Promises of the sampler: a function of logits, parameters, tokens, seed and position, and of nothing else."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,48 @@ def test_without_bias_or_penalty_logits_stay_as_they_are():
     assert sampler.shaped(row, Sampling(), (), counts_of([1], [2])) is row
 
 
+CUTS = [Sampling(seed=4), Sampling(temperature=0.0), Sampling(top_k=900, top_p=0.999), Sampling(min_p=1e-9)]
+
+
+@pytest.mark.parametrize("params", CUTS)
+def test_nothing_but_what_is_allowed_is_sampled_and_its_odds_stay(params):
+    """As if the vocabulary had no other token."""
+    row, allowed = logits(), (5, 17, 400, 999)
+    shaped = sampler.shaped(row, replace(params, allowed_token_ids=allowed), (), TokenCounts())
+    narrow = row[list(allowed)].double()
+    for position in range(100):
+        expected = allowed[sampler.sample(narrow, position, params)]
+        drawn = sampler.sample(shaped, position, params)
+        assert drawn in allowed
+        if params.temperature == 0.0 or not (params.top_k or params.min_p):
+            assert drawn == expected
+
+
+def test_rules_apply_together_and_what_would_complete_a_bad_word_gives_way_last():
+    row, bad_words = logits(), ((5,), (1, 17))
+    params = Sampling(0.0, allowed_token_ids=(5, 17, 400), bad_words=bad_words, logit_bias=((400, -100.0),))
+    left = [(), (400,), (5, 17), (5, 17, 400)]
+    taken = [sampler.sample(sampler.shaped(row, params, (), TokenCounts(), bad), 0, params) for bad in left]
+    best = 5 if row[5] >= row[17] else 17
+    assert taken == [best, best, 400, best]
+    ruled = sampler.shaped(row, params, [5], TokenCounts(), (17, 400))
+    assert sampler.sample(ruled, 0, params) == 17
+    assert torch.isneginf(ruled).sum() == 998
+
+
+def test_a_prompts_scores_are_logprobs_ranks_and_the_likeliest():
+    rows = torch.stack([logits(333, s) for s in range(5)])
+    tokens = [0, 5, int(rows[2].argmax()), 7, 332]
+    found = sampler.prompt_logprobs(rows, tokens, 3)
+    for row, token, score, sampled in zip(
+        rows, tokens, found, sampler.logprobs(rows, tokens, [3] * 5), strict=True
+    ):
+        assert (score.logprob, score.top) == (sampled.sampled, sampled.top)
+        assert score.rank == row.argsort(descending=True).tolist().index(token) + 1
+    assert found[2].rank == 1
+    assert sampler.prompt_logprobs(rows[3:4], [7], 0)[0][:2] == found[3][:2]
+
+
 @pytest.mark.parametrize("params", [Sampling(seed=4), Sampling(temperature=0.0), Sampling(top_k=900, top_p=0.999)])
 def test_a_token_ruled_out_is_never_sampled_and_a_bias_of_100_decides(params):
     row = logits()
@@ -155,3 +199,27 @@ def test_a_token_ruled_out_is_never_sampled_and_a_bias_of_100_decides(params):
     shaped = sampler.shaped(row, biased, (), TokenCounts())
     assert {sampler.sample(shaped, p, params) for p in range(100)} == {17}
     assert shaped[3] == row[3].double() + 50.0
+
+
+@pytest.mark.parametrize("count", [1, 3, 500, 999])
+def test_a_grammar_rules_out_the_rest_and_changes_no_odds(count):
+    """The same token as where what is ruled out was weighed too, and gave nothing."""
+    row, allowed = logits(), np.zeros(1000, np.bool_)
+    allowed[np.random.default_rng(count).permutation(1000)[:count]] = True
+    for params in (Sampling(seed=3), Sampling(temperature=0.0), Sampling(top_k=40, top_p=0.9, seed=3)):
+        shaped = sampler.shaped(row, params, (), TokenCounts(), by_grammar=allowed)
+        low = torch.where(torch.from_numpy(allowed), row, -3e38)  # float32: weighed, to nothing
+        for position in range(30):
+            taken = sampler.sample(shaped, position, params)
+            assert allowed[taken]
+            if params.top_k == 0:
+                assert taken == sampler.sample(low, position, params)
+
+
+def test_where_other_rules_leave_nothing_of_a_grammar_it_alone_holds():
+    row, allowed = logits(), np.zeros(1000, np.bool_)
+    allowed[[4, 9]] = True
+    params = Sampling(allowed_token_ids=(4, 5))
+    assert sampler.sample(sampler.shaped(row, params, (), TokenCounts(), by_grammar=allowed), 0, params) == 4
+    shaped = sampler.shaped(row, params, [4], TokenCounts(), by_grammar=allowed)
+    assert np.flatnonzero(np.isfinite(shaped.numpy())).tolist() == [4, 9]

@@ -10,7 +10,6 @@ from cluster.scheduler.events import (
     CancelRequested,
     CloseAttempt,
     CloseReason,
-    Completion,
     DropLink,
     FinishReason,
     FinishRequested,
@@ -58,8 +57,8 @@ def test_how_a_worker_ends_an_attempt_decides_what_its_gateway_is_told() -> None
     commands = story.report(
         W0,
         completions=(
-            Completion(attempt("failed"), FinishReason.FAILED, "no experts"),
-            Completion(attempt("dropped"), FinishReason.CANCELLED, ""),
+            (attempt("failed"), FinishReason.FAILED, "no experts"),
+            (attempt("dropped"), FinishReason.CANCELLED, ""),
         ),
         undelivered=(attempt("unreached"),),
     )
@@ -164,7 +163,7 @@ def test_completions_said_with_the_hello_count_before_its_state() -> None:
     """What ended while the link was down has ended, not been lost."""
     story = two_running()
     story.tell(WorkerLost(W0))
-    done = (Completion(attempt("a"), FinishReason.STOP, ""),)
+    done = ((attempt("a"), FinishReason.STOP, ""),)
     assert story.join(W0, completions=done) == []
 
 
@@ -270,7 +269,7 @@ def test_an_attempt_that_was_forgotten_while_it_stops_starts_again_only_after_it
     story.tell(GatewayJoined(G, "unix:g0"))
     story.resume("a", attempt=1)
     assert story.started(story.round()) == {}
-    story.report(W0, completions=(Completion(attempt("a"), FinishReason.CANCELLED, ""),))
+    story.report(W0, completions=((attempt("a"), FinishReason.CANCELLED, ""),))
     assert story.started(story.round()) == {W0: ["a"]}
 
 

@@ -11,7 +11,7 @@ from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import FinishRequested, Running, Submitted
 from cluster.scheduler.prefixes import Prefixes, hints_of
 from tests.unit.scheduler_peers import MODEL, submission
-from tests.unit.scheduler_story import LIMITS, W0, W1, G, Story, attempt
+from tests.unit.scheduler_story import LIMITS, W0, W1, G, Story, attempt, siblings
 
 ROOMY = replace(LIMITS, prefix_cache=True, blocks_total=1024, model_len_max=4096)
 
@@ -46,6 +46,32 @@ def test_a_request_goes_where_most_of_its_prompt_is_cached() -> None:
     done(told, W1, "a")
     ask(told, "b", 330)
     assert told.started(told.round()) == {W1: ["b"]}
+
+
+def test_siblings_go_where_the_first_computes_their_prompt() -> None:
+    """Together, to one of two workers that are both free; a short prompt is not worth the company."""
+    told = story()
+    told.submit("long", num_prompt=800, siblings=siblings(4))
+    assert [len(names) for names in told.started(told.round()).values()] == [4]
+    told = story()
+    told.submit("short", num_prompt=5, siblings=siblings(4))
+    assert sorted(len(names) for names in told.started(told.round()).values()) == [2, 2]
+
+
+def test_a_prompt_that_is_scored_is_not_expected_to_skip_what_is_cached() -> None:
+    """It computes all of it wherever it is: so it goes where the wait is shorter."""
+    for score_from, expected in ((0, W1), (1, W0)):
+        told = story()
+        told.report(W1, kept=hints(320))
+        told.report(W0, kept=())
+        ask(told, "before", 16, first=5000)
+        told.report(W0, num_paused=1)
+        assert told.started(told.round()) == {W1: ["before"]}
+        told.report(W0, num_paused=0)
+        asked = replace(submission("a", 330), prompt=tuple(range(330)))
+        (sibling,) = asked.siblings
+        told.tell(Submitted(G, replace(asked, siblings=(replace(sibling, score_from=score_from),))))
+        assert told.started(told.round()) == {expected: ["a"]}
 
 
 def test_a_request_does_not_wait_longer_than_its_prefix_saves() -> None:
@@ -117,7 +143,7 @@ def test_a_new_scheduler_learns_what_its_workers_have() -> None:
     told.report(W1, kept=hints(320), state=())
     ask(told, "a", 330)
     assert told.started(told.round()) == {W1: ["a"]}
-    told.report(W1, kept=hints(64), state=(Running(attempt("a"), 330, True, 0),))
+    told.report(W1, kept=hints(64), state=(Running(attempt("a"), 330, True, 0, 1),))
     assert told.scheduler.snapshot()["worker/attention-1/prefix_hints"] == 4
 
 

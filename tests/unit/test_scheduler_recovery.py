@@ -7,7 +7,6 @@ from cluster.scheduler.events import (
     Accept,
     CloseAttempt,
     CloseReason,
-    Completion,
     FinishReason,
     GatewayJoined,
     GatewayLost,
@@ -61,14 +60,14 @@ def test_newcomers_of_a_new_term_do_not_outrank_what_runs() -> None:
     ran = {start.attempt.request_id: start.arrival for start in story.plans[W0].starts[-2:]}
     story = reborn(W0)
     story.resume("a", attempt=1)  # claimed before its worker is heard
-    state = tuple(Running(attempt(name), 40, True, arrival) for name, arrival in ran.items())
+    state = tuple(Running(attempt(name), 40, True, arrival, arrival) for name, arrival in ran.items())
     story.join(W0, state=state)
     story.round()
     story.report(W0, state=state)
     story.resume("b", attempt=1)  # and after
     story.submit("new")
     for name in "ab":  # both are given back, and resumed
-        story.report(W0, completions=(Completion(attempt(name), FinishReason.CANCELLED, ""),))
+        story.report(W0, completions=((attempt(name), FinishReason.CANCELLED, ""),))
         story.resume(name, attempt=2)
     story.round()
     starts = {start.attempt.request_id: start.arrival for start in story.plans[W0].starts}

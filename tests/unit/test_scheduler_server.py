@@ -10,11 +10,10 @@ import pytest
 from expertmesh.v1 import identity_pb2, schedule_pb2, step_pb2
 
 from cluster.auth import TokenInterceptor, auth_metadata
-from cluster.scheduler import wire
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.core import Scheduler
 from cluster.scheduler.errors import AddressUnusable
-from cluster.scheduler.events import CloseReason, FinishReason, Incarnation, RejectCode
+from cluster.scheduler.events import CloseReason, FinishReason, Incarnation, MembersExpected, RejectCode
 from cluster.scheduler.server import Link, SchedulerServer
 from tests.unit.scheduler_streams import (
     MODEL,
@@ -50,8 +49,9 @@ def test_a_request_goes_from_gateway_to_worker_and_its_end_frees_it() -> None:
             spec.sampling.seed = 77
             assert start.spec == spec
             assert (start.priority, start.gateway_address) == (-2, "unix:tokens")
-            done = step_pb2.Completion(attempt=start.attempt, reason=step_pb2.FINISH_REASON_STOP)
-            await worker.say(plan_number=2, blocks_free=64, completions=[done])
+            stop = step_pb2.FINISH_REASON_STOP
+            done = step_pb2.Endings(handles=[start.handle], reasons=[stop], num_tokens=[3])
+            await worker.say(plan_number=2, blocks_free=64, endings=done)
             await until(lambda: server.snapshot()["ended_finished_total"] == 1)
             assert server.snapshot()["running"] == 0
 
@@ -73,6 +73,18 @@ def test_a_worker_that_dies_is_noticed_and_its_attempt_closed() -> None:
             assert closed.reason == schedule_pb2.CLOSE_REASON_WORKER_LOST
             assert closed.attempt.request_id == "r1"
             assert "attention-0#1" in closed.detail
+
+    run(story)
+
+
+def test_the_controllers_word_that_a_worker_drains_reaches_it() -> None:
+    async def story() -> None:
+        async with cluster() as (server, client):
+            worker = await joined_worker(client)
+            member = Incarnation(W0.id, W0.number)
+            server.post(MembersExpected(frozenset({member}), frozenset({member})))
+            plan = await worker.hear()
+            assert (plan.number, plan.draining) == (2, True)
 
     run(story)
 
@@ -305,4 +317,3 @@ def test_an_address_in_use_is_an_error() -> None:
 def test_enumerations_have_the_wires_names_and_values(ours: Any, theirs: Any, prefix: str) -> None:
     known = {f"{prefix}{one.name}": one.value for one in ours}
     assert known | {f"{prefix}UNSPECIFIED": 0} == dict(theirs.items())
-    assert wire.FINISH_REASONS[1] is FinishReason.STOP

@@ -13,7 +13,6 @@ from cluster.scheduler.events import (
     Accept,
     AttemptId,
     CloseReason,
-    Completion,
     FinishReason,
     Reject,
     RejectCode,
@@ -29,7 +28,9 @@ ONE = replace(LIMITS, sequences_max=1)
 
 def waiting(name: str, arrival: int, now_s: float = 0.0, **said: object) -> Waiting:
     asked = submission(name, **said)  # type: ignore[arg-type]
-    return Waiting(G, asked, asked.siblings[0], arrival, now_s, due(asked, now_s, 10.0, 300.0))
+    entry = Waiting(G, asked, asked.siblings[0], arrival, now_s)
+    entry.due_s = due(entry, 10.0, 300.0)
+    return entry
 
 
 def serve_next(queue: WaitingQueue, shares: Shares) -> Waiting:
@@ -107,7 +108,7 @@ def test_what_an_answer_did_not_take_is_given_back() -> None:
         story.submit(f"short{n}", max_tokens=40, tenant="short")
     order, done = [], "runs"
     for _ in range(10):
-        ended = Completion(attempt(done), FinishReason.STOP, "", 40 if done != "runs" else 10)
+        ended = (attempt(done), FinishReason.STOP, "", 40 if done != "runs" else 10)
         story.report(W0, completions=(ended,))
         (done,) = story.started(story.round())[W0]
         order.append(done[:-1])

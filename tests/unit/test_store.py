@@ -27,6 +27,22 @@ def test_a_number_is_claimed_once() -> None:
     assert draw(store, "expert-0") == 8
 
 
+def test_every_counter_is_known_by_its_last_number() -> None:
+    store = MemoryStore()
+    for name in ("expert-0", "expert-0", "controller"):
+        draw(store, name)
+    assert store.lasts() == {"expert-0": 2, "controller": 1}
+
+
+def test_a_record_is_its_highest_version_in_whatever_order_they_are_written() -> None:
+    """A controller that was frozen writes late: its term is older."""
+    store = MemoryStore()
+    assert store.read("pools") is None
+    store.write("pools", 7, "new")
+    store.write("pools", 3, "old")
+    assert store.read("pools") == "new"
+
+
 def test_numbers_drawn_at_the_same_time_differ() -> None:
     store = MemoryStore()
     with ThreadPoolExecutor(8) as pool:

@@ -25,37 +25,45 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import identity_pb2 as expertmesh_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xpertmesh/v1/admin.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\"\xb6\x02\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04node\x18\x04 \x01(\t\x12)\n\x05state\x18\x05 \x01(\x0e\x32\x1a.expertmesh.v1.WorkerState\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\x14\n\x0c\x62ytes_loaded\x18\x08 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\t \x01(\x04\x12\r\n\x05slots\x18\n \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12#\n\x05\x65poch\x18\x0c \x01(\x0b\x32\x14.expertmesh.v1.Epoch\x12\x12\n\nbytes_kept\x18\r \x01(\x04\x12\x0f\n\x07kept_as\x18\x0e \x01(\t\"}\n\x04Pool\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12\x16\n\x0eworkers_wanted\x18\x02 \x01(\r\x12\x15\n\rworkers_ready\x18\x03 \x01(\r\x12\r\n\x05slots\x18\x04 \x01(\r\x12\x14\n\x0c\x62ytes_loaded\x18\x05 \x01(\x04\"\x12\n\x10GetStatusRequest\"\xf4\x01\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x1b.expertmesh.v1.ClusterPhase\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12#\n\x05\x65poch\x18\x05 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12&\n\x07workers\x18\x07 \x03(\x0b\x32\x15.expertmesh.v1.Worker\x12\"\n\x05pools\x18\x08 \x03(\x0b\x32\x13.expertmesh.v1.Pool\"\x12\n\x10ListPoolsRequest\"7\n\x11ListPoolsResponse\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.expertmesh.v1.Pool\"<\n\x13GetPlacementRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"/\n\x0cLayerHolding\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"N\n\x0eLayerPlacement\x12\r\n\x05layer\x18\x01 \x01(\r\x12-\n\x08holdings\x18\x02 \x03(\x0b\x32\x1b.expertmesh.v1.LayerHolding\"\xd9\x01\n\x14GetPlacementResponse\x12#\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12+\n\x07workers\x18\x04 \x03(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12-\n\x06layers\x18\x05 \x03(\x0b\x32\x1d.expertmesh.v1.LayerPlacement\x12\x17\n\x0fnext_page_token\x18\x06 \x01(\t*\xeb\x01\n\x0c\x43lusterPhase\x12\x1d\n\x19\x43LUSTER_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43LUSTER_PHASE_STARTING\x10\x01\x12\x17\n\x13\x43LUSTER_PHASE_READY\x10\x02\x12\x1a\n\x16\x43LUSTER_PHASE_DEGRADED\x10\x03\x12\x18\n\x14\x43LUSTER_PHASE_FAILED\x10\x04\x12\x1a\n\x16\x43LUSTER_PHASE_DRAINING\x10\x05\x12\x1a\n\x16\x43LUSTER_PHASE_STOPPING\x10\x06\x12\x19\n\x15\x43LUSTER_PHASE_STOPPED\x10\x07*\xc5\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_WAITING\x10\x01\x12\x19\n\x15WORKER_STATE_STARTING\x10\x02\x12\x18\n\x14WORKER_STATE_LOADING\x10\x03\x12\x16\n\x12WORKER_STATE_READY\x10\x04\x12\x17\n\x13WORKER_STATE_FAILED\x10\x05\x12\x18\n\x14WORKER_STATE_STOPPED\x10\x06\x32\x87\x02\n\x0c\x41\x64minService\x12N\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a .expertmesh.v1.GetStatusResponse\x12N\n\tListPools\x12\x1f.expertmesh.v1.ListPoolsRequest\x1a .expertmesh.v1.ListPoolsResponse\x12W\n\x0cGetPlacement\x12\".expertmesh.v1.GetPlacementRequest\x1a#.expertmesh.v1.GetPlacementResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65xpertmesh/v1/admin.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\"\xb6\x02\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04node\x18\x04 \x01(\t\x12)\n\x05state\x18\x05 \x01(\x0e\x32\x1a.expertmesh.v1.WorkerState\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\x14\n\x0c\x62ytes_loaded\x18\x08 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\t \x01(\x04\x12\r\n\x05slots\x18\n \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12#\n\x05\x65poch\x18\x0c \x01(\x0b\x32\x14.expertmesh.v1.Epoch\x12\x12\n\nbytes_kept\x18\r \x01(\x04\x12\x0f\n\x07kept_as\x18\x0e \x01(\t\"\x96\x01\n\x04Pool\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.expertmesh.v1.Role\x12\x16\n\x0eworkers_wanted\x18\x02 \x01(\r\x12\x15\n\rworkers_ready\x18\x03 \x01(\r\x12\r\n\x05slots\x18\x04 \x01(\r\x12\x14\n\x0c\x62ytes_loaded\x18\x05 \x01(\x04\x12\x17\n\x0fworkers_leaving\x18\x06 \x01(\r\"\x12\n\x10GetStatusRequest\"\x8c\x02\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x1b.expertmesh.v1.ClusterPhase\x12\x0c\n\x04term\x18\x04 \x01(\x04\x12#\n\x05\x65poch\x18\x05 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12&\n\x07workers\x18\x07 \x03(\x0b\x32\x15.expertmesh.v1.Worker\x12\"\n\x05pools\x18\x08 \x03(\x0b\x32\x13.expertmesh.v1.Pool\x12\x16\n\x0escaling_failed\x18\t \x01(\t\"V\n\x0cScaleRequest\x12\x16\n\tattention\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x07\x65xperts\x18\x02 \x01(\x03H\x01\x88\x01\x01\x42\x0c\n\n_attentionB\n\n\x08_experts\"3\n\rScaleResponse\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.expertmesh.v1.Pool\"\x1e\n\x0c\x44rainRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"3\n\rDrainResponse\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.expertmesh.v1.Pool\"\x12\n\x10ListPoolsRequest\"7\n\x11ListPoolsResponse\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.expertmesh.v1.Pool\"<\n\x13GetPlacementRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"/\n\x0cLayerHolding\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"N\n\x0eLayerPlacement\x12\r\n\x05layer\x18\x01 \x01(\r\x12-\n\x08holdings\x18\x02 \x03(\x0b\x32\x1b.expertmesh.v1.LayerHolding\"\xd9\x01\n\x14GetPlacementResponse\x12#\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x14.expertmesh.v1.Epoch\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12+\n\x07workers\x18\x04 \x03(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12-\n\x06layers\x18\x05 \x03(\x0b\x32\x1d.expertmesh.v1.LayerPlacement\x12\x17\n\x0fnext_page_token\x18\x06 \x01(\t*\xeb\x01\n\x0c\x43lusterPhase\x12\x1d\n\x19\x43LUSTER_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43LUSTER_PHASE_STARTING\x10\x01\x12\x17\n\x13\x43LUSTER_PHASE_READY\x10\x02\x12\x1a\n\x16\x43LUSTER_PHASE_DEGRADED\x10\x03\x12\x18\n\x14\x43LUSTER_PHASE_FAILED\x10\x04\x12\x1a\n\x16\x43LUSTER_PHASE_DRAINING\x10\x05\x12\x1a\n\x16\x43LUSTER_PHASE_STOPPING\x10\x06\x12\x19\n\x15\x43LUSTER_PHASE_STOPPED\x10\x07*\xfa\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_WAITING\x10\x01\x12\x19\n\x15WORKER_STATE_STARTING\x10\x02\x12\x18\n\x14WORKER_STATE_LOADING\x10\x03\x12\x16\n\x12WORKER_STATE_READY\x10\x04\x12\x17\n\x13WORKER_STATE_FAILED\x10\x05\x12\x18\n\x14WORKER_STATE_STOPPED\x10\x06\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x07\x12\x18\n\x14WORKER_STATE_LEAVING\x10\x08\x32\x8f\x03\n\x0c\x41\x64minService\x12N\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a .expertmesh.v1.GetStatusResponse\x12N\n\tListPools\x12\x1f.expertmesh.v1.ListPoolsRequest\x1a .expertmesh.v1.ListPoolsResponse\x12W\n\x0cGetPlacement\x12\".expertmesh.v1.GetPlacementRequest\x1a#.expertmesh.v1.GetPlacementResponse\x12\x42\n\x05Scale\x12\x1b.expertmesh.v1.ScaleRequest\x1a\x1c.expertmesh.v1.ScaleResponse\x12\x42\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x1c.expertmesh.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLUSTERPHASE']._serialized_start=1270
-  _globals['_CLUSTERPHASE']._serialized_end=1505
-  _globals['_WORKERSTATE']._serialized_start=1508
-  _globals['_WORKERSTATE']._serialized_end=1705
+  _globals['_CLUSTERPHASE']._serialized_start=1546
+  _globals['_CLUSTERPHASE']._serialized_end=1781
+  _globals['_WORKERSTATE']._serialized_start=1784
+  _globals['_WORKERSTATE']._serialized_end=2034
   _globals['_WORKER']._serialized_start=75
   _globals['_WORKER']._serialized_end=385
-  _globals['_POOL']._serialized_start=387
-  _globals['_POOL']._serialized_end=512
-  _globals['_GETSTATUSREQUEST']._serialized_start=514
-  _globals['_GETSTATUSREQUEST']._serialized_end=532
-  _globals['_GETSTATUSRESPONSE']._serialized_start=535
-  _globals['_GETSTATUSRESPONSE']._serialized_end=779
-  _globals['_LISTPOOLSREQUEST']._serialized_start=781
-  _globals['_LISTPOOLSREQUEST']._serialized_end=799
-  _globals['_LISTPOOLSRESPONSE']._serialized_start=801
-  _globals['_LISTPOOLSRESPONSE']._serialized_end=856
-  _globals['_GETPLACEMENTREQUEST']._serialized_start=858
-  _globals['_GETPLACEMENTREQUEST']._serialized_end=918
-  _globals['_LAYERHOLDING']._serialized_start=920
-  _globals['_LAYERHOLDING']._serialized_end=967
-  _globals['_LAYERPLACEMENT']._serialized_start=969
-  _globals['_LAYERPLACEMENT']._serialized_end=1047
-  _globals['_GETPLACEMENTRESPONSE']._serialized_start=1050
-  _globals['_GETPLACEMENTRESPONSE']._serialized_end=1267
-  _globals['_ADMINSERVICE']._serialized_start=1708
-  _globals['_ADMINSERVICE']._serialized_end=1971
+  _globals['_POOL']._serialized_start=388
+  _globals['_POOL']._serialized_end=538
+  _globals['_GETSTATUSREQUEST']._serialized_start=540
+  _globals['_GETSTATUSREQUEST']._serialized_end=558
+  _globals['_GETSTATUSRESPONSE']._serialized_start=561
+  _globals['_GETSTATUSRESPONSE']._serialized_end=829
+  _globals['_SCALEREQUEST']._serialized_start=831
+  _globals['_SCALEREQUEST']._serialized_end=917
+  _globals['_SCALERESPONSE']._serialized_start=919
+  _globals['_SCALERESPONSE']._serialized_end=970
+  _globals['_DRAINREQUEST']._serialized_start=972
+  _globals['_DRAINREQUEST']._serialized_end=1002
+  _globals['_DRAINRESPONSE']._serialized_start=1004
+  _globals['_DRAINRESPONSE']._serialized_end=1055
+  _globals['_LISTPOOLSREQUEST']._serialized_start=1057
+  _globals['_LISTPOOLSREQUEST']._serialized_end=1075
+  _globals['_LISTPOOLSRESPONSE']._serialized_start=1077
+  _globals['_LISTPOOLSRESPONSE']._serialized_end=1132
+  _globals['_GETPLACEMENTREQUEST']._serialized_start=1134
+  _globals['_GETPLACEMENTREQUEST']._serialized_end=1194
+  _globals['_LAYERHOLDING']._serialized_start=1196
+  _globals['_LAYERHOLDING']._serialized_end=1243
+  _globals['_LAYERPLACEMENT']._serialized_start=1245
+  _globals['_LAYERPLACEMENT']._serialized_end=1323
+  _globals['_GETPLACEMENTRESPONSE']._serialized_start=1326
+  _globals['_GETPLACEMENTRESPONSE']._serialized_end=1543
+  _globals['_ADMINSERVICE']._serialized_start=2037
+  _globals['_ADMINSERVICE']._serialized_end=2436
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,8 @@ class WorkerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_STATE_READY: _ClassVar[WorkerState]
     WORKER_STATE_FAILED: _ClassVar[WorkerState]
     WORKER_STATE_STOPPED: _ClassVar[WorkerState]
+    WORKER_STATE_DRAINING: _ClassVar[WorkerState]
+    WORKER_STATE_LEAVING: _ClassVar[WorkerState]
 CLUSTER_PHASE_UNSPECIFIED: ClusterPhase
 CLUSTER_PHASE_STARTING: ClusterPhase
 CLUSTER_PHASE_READY: ClusterPhase
@@ -43,6 +45,8 @@ WORKER_STATE_LOADING: WorkerState
 WORKER_STATE_READY: WorkerState
 WORKER_STATE_FAILED: WorkerState
 WORKER_STATE_STOPPED: WorkerState
+WORKER_STATE_DRAINING: WorkerState
+WORKER_STATE_LEAVING: WorkerState
 
 class Worker(_message.Message):
     __slots__ = ("id", "role", "pid", "node", "state", "device", "incarnation", "bytes_loaded", "bytes_total", "slots", "detail", "epoch", "bytes_kept", "kept_as")
@@ -77,25 +81,27 @@ class Worker(_message.Message):
     def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[_identity_pb2.Role, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., device: _Optional[str] = ..., incarnation: _Optional[int] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., slots: _Optional[int] = ..., detail: _Optional[str] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., bytes_kept: _Optional[int] = ..., kept_as: _Optional[str] = ...) -> None: ...
 
 class Pool(_message.Message):
-    __slots__ = ("role", "workers_wanted", "workers_ready", "slots", "bytes_loaded")
+    __slots__ = ("role", "workers_wanted", "workers_ready", "slots", "bytes_loaded", "workers_leaving")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     WORKERS_WANTED_FIELD_NUMBER: _ClassVar[int]
     WORKERS_READY_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     BYTES_LOADED_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_LEAVING_FIELD_NUMBER: _ClassVar[int]
     role: _identity_pb2.Role
     workers_wanted: int
     workers_ready: int
     slots: int
     bytes_loaded: int
-    def __init__(self, role: _Optional[_Union[_identity_pb2.Role, str]] = ..., workers_wanted: _Optional[int] = ..., workers_ready: _Optional[int] = ..., slots: _Optional[int] = ..., bytes_loaded: _Optional[int] = ...) -> None: ...
+    workers_leaving: int
+    def __init__(self, role: _Optional[_Union[_identity_pb2.Role, str]] = ..., workers_wanted: _Optional[int] = ..., workers_ready: _Optional[int] = ..., slots: _Optional[int] = ..., bytes_loaded: _Optional[int] = ..., workers_leaving: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "fingerprint", "phase", "term", "epoch", "uptime_s", "workers", "pools")
+    __slots__ = ("model", "fingerprint", "phase", "term", "epoch", "uptime_s", "workers", "pools", "scaling_failed")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +110,7 @@ class GetStatusResponse(_message.Message):
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     POOLS_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FAILED_FIELD_NUMBER: _ClassVar[int]
     model: str
     fingerprint: str
     phase: ClusterPhase
@@ -112,7 +119,34 @@ class GetStatusResponse(_message.Message):
     uptime_s: float
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     pools: _containers.RepeatedCompositeFieldContainer[Pool]
-    def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., phase: _Optional[_Union[ClusterPhase, str]] = ..., term: _Optional[int] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., uptime_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ...) -> None: ...
+    scaling_failed: str
+    def __init__(self, model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., phase: _Optional[_Union[ClusterPhase, str]] = ..., term: _Optional[int] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., uptime_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., scaling_failed: _Optional[str] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("attention", "experts")
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    attention: int
+    experts: int
+    def __init__(self, attention: _Optional[int] = ..., experts: _Optional[int] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("pools",)
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[Pool]
+    def __init__(self, pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("worker",)
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    def __init__(self, worker: _Optional[str] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("pools",)
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[Pool]
+    def __init__(self, pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ...) -> None: ...
 
 class ListPoolsRequest(_message.Message):
     __slots__ = ()

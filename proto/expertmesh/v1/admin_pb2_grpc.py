@@ -49,6 +49,16 @@ class AdminServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.GetPlacementRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetPlacementResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/expertmesh.v1.AdminService/Scale',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertmesh.v1.AdminService/Drain',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -75,6 +85,21 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Wants pools of so many workers. Returns at once; ListPools says how far it is. What cannot be is
+        INVALID_ARGUMENT, and changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Has one worker leave once nothing depends on it, and its pool be one smaller.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +117,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetPlacement,
                     request_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetPlacementRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_admin__pb2.GetPlacementResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.ScaleResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +210,60 @@ class AdminService:
             '/expertmesh.v1.AdminService/GetPlacement',
             expertmesh_dot_v1_dot_admin__pb2.GetPlacementRequest.SerializeToString,
             expertmesh_dot_v1_dot_admin__pb2.GetPlacementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/Scale',
+            expertmesh_dot_v1_dot_admin__pb2.ScaleRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/Drain',
+            expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

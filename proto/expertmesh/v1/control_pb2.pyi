@@ -79,6 +79,14 @@ class EpochReport(_message.Message):
     epoch: _identity_pb2.Epoch
     def __init__(self, epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ...) -> None: ...
 
+class Unprepared(_message.Message):
+    __slots__ = ("epoch", "why")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    epoch: _identity_pb2.Epoch
+    why: str
+    def __init__(self, epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., why: _Optional[str] = ...) -> None: ...
+
 class TraceReport(_message.Message):
     __slots__ = ("number", "trace")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -88,7 +96,7 @@ class TraceReport(_message.Message):
     def __init__(self, number: _Optional[int] = ..., trace: _Optional[bytes] = ...) -> None: ...
 
 class MemberReport(_message.Message):
-    __slots__ = ("sender", "fingerprint", "term", "register", "heartbeat", "prepared", "adopted", "peer_lost", "trace")
+    __slots__ = ("sender", "fingerprint", "term", "register", "heartbeat", "prepared", "adopted", "peer_lost", "unprepared", "trace")
     SENDER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +105,7 @@ class MemberReport(_message.Message):
     PREPARED_FIELD_NUMBER: _ClassVar[int]
     ADOPTED_FIELD_NUMBER: _ClassVar[int]
     PEER_LOST_FIELD_NUMBER: _ClassVar[int]
+    UNPREPARED_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
     sender: _identity_pb2.Incarnation
     fingerprint: str
@@ -106,8 +115,9 @@ class MemberReport(_message.Message):
     prepared: EpochReport
     adopted: EpochReport
     peer_lost: _identity_pb2.Incarnation
+    unprepared: Unprepared
     trace: TraceReport
-    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., prepared: _Optional[_Union[EpochReport, _Mapping]] = ..., adopted: _Optional[_Union[EpochReport, _Mapping]] = ..., peer_lost: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., trace: _Optional[_Union[TraceReport, _Mapping]] = ...) -> None: ...
+    def __init__(self, sender: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., fingerprint: _Optional[str] = ..., term: _Optional[int] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., prepared: _Optional[_Union[EpochReport, _Mapping]] = ..., adopted: _Optional[_Union[EpochReport, _Mapping]] = ..., peer_lost: _Optional[_Union[_identity_pb2.Incarnation, _Mapping]] = ..., unprepared: _Optional[_Union[Unprepared, _Mapping]] = ..., trace: _Optional[_Union[TraceReport, _Mapping]] = ...) -> None: ...
 
 class PlacedWorker(_message.Message):
     __slots__ = ("worker", "address", "experts")
@@ -134,14 +144,16 @@ class PlacementTable(_message.Message):
     def __init__(self, epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[PlacedWorker, _Mapping]]] = ...) -> None: ...
 
 class Members(_message.Message):
-    __slots__ = ("attention", "pid", "node")
+    __slots__ = ("attention", "pid", "node", "draining")
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     attention: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Incarnation]
     pid: int
     node: str
-    def __init__(self, attention: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
+    draining: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Incarnation]
+    def __init__(self, attention: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., draining: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ...) -> None: ...
 
 class SendTrace(_message.Message):
     __slots__ = ("number", "seconds", "bytes_max")
@@ -212,3 +224,33 @@ class TraceReply(_message.Message):
     traces: _containers.RepeatedScalarFieldContainer[bytes]
     silent: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, traces: _Optional[_Iterable[bytes]] = ..., silent: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ResizeRequest(_message.Message):
+    __slots__ = ("attention", "experts", "drain")
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    attention: int
+    experts: int
+    drain: str
+    def __init__(self, attention: _Optional[int] = ..., experts: _Optional[int] = ..., drain: _Optional[str] = ...) -> None: ...
+
+class ResizeRefused(_message.Message):
+    __slots__ = ("field", "value", "accepted")
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    field: str
+    value: str
+    accepted: str
+    def __init__(self, field: _Optional[str] = ..., value: _Optional[str] = ..., accepted: _Optional[str] = ...) -> None: ...
+
+class ResizeReply(_message.Message):
+    __slots__ = ("refused", "json", "not_kept")
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    NOT_KEPT_FIELD_NUMBER: _ClassVar[int]
+    refused: ResizeRefused
+    json: str
+    not_kept: str
+    def __init__(self, refused: _Optional[_Union[ResizeRefused, _Mapping]] = ..., json: _Optional[str] = ..., not_kept: _Optional[str] = ...) -> None: ...

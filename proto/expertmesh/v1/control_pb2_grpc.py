@@ -54,6 +54,11 @@ class ControllerServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceReply.FromString,
                 _registered_method=True)
+        self.Resize = channel.unary_unary(
+                '/expertmesh.v1.ControllerService/Resize',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.ResizeRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.ResizeReply.FromString,
+                _registered_method=True)
 
 
 class ControllerServiceServicer:
@@ -83,6 +88,12 @@ class ControllerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -105,6 +116,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.Trace,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.TraceReply.SerializeToString,
+            ),
+            'Resize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resize,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.ResizeRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.ResizeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -215,6 +231,33 @@ class ControllerService:
             '/expertmesh.v1.ControllerService/Trace',
             expertmesh_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.TraceReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControllerService/Resize',
+            expertmesh_dot_v1_dot_control__pb2.ResizeRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.ResizeReply.FromString,
             options,
             channel_credentials,
             insecure,

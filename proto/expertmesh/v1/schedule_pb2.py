@@ -26,39 +26,39 @@ from expertmesh.v1 import identity_pb2 as expertmesh_dot_v1_dot_identity__pb2
 from expertmesh.v1 import step_pb2 as expertmesh_dot_v1_dot_step__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpertmesh/v1/schedule.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\x1a\x18\x65xpertmesh/v1/step.proto\"%\n\x0cGatewayHello\x12\x15\n\rtoken_address\x18\x01 \x01(\t\"I\n\x07Sibling\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\r\"\xb3\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12)\n\x04spec\x18\x03 \x01(\x0b\x32\x1b.expertmesh.v1.SequenceSpec\x12(\n\x08siblings\x18\x04 \x03(\x0b\x32\x16.expertmesh.v1.Sibling\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06resume\x18\x06 \x01(\x08\x12\x0e\n\x06tenant\x18\x07 \x01(\t\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"C\n\x06\x46inish\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x10\n\x08position\x18\x02 \x01(\r\"\x90\x02\n\x0eGatewayMessage\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12,\n\x05hello\x18\x04 \x01(\x0b\x32\x1b.expertmesh.v1.GatewayHelloH\x00\x12\'\n\x06submit\x18\x05 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12\'\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x15.expertmesh.v1.CancelH\x00\x12\'\n\x06\x66inish\x18\x07 \x01(\x0b\x32\x15.expertmesh.v1.FinishH\x00\x42\x06\n\x04\x62ody\"5\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rqueued_before\x18\x02 \x01(\r\"o\n\x08Rejected\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x19.expertmesh.v1.RejectCode\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"t\n\rAttemptClosed\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.expertmesh.v1.CloseReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\" \n\x07Welcome\x12\x15\n\rmodel_len_max\x18\x01 \x01(\r\"\xee\x01\n\x0cGatewayOrder\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12)\n\x07welcome\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.WelcomeH\x00\x12+\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.AcceptedH\x00\x12+\n\x08rejected\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.RejectedH\x00\x12.\n\x06\x63losed\x18\x06 \x01(\x0b\x32\x1c.expertmesh.v1.AttemptClosedH\x00\x42\x06\n\x04\x62ody*\x98\x01\n\nRejectCode\x12\x1b\n\x17REJECT_CODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REJECT_CODE_OVERLOADED\x10\x01\x12\x19\n\x15REJECT_CODE_NOT_READY\x10\x02\x12\x19\n\x15REJECT_CODE_TOO_LARGE\x10\x03\x12\x1b\n\x17REJECT_CODE_WRONG_MODEL\x10\x04*~\n\x0b\x43loseReason\x12\x1c\n\x18\x43LOSE_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43LOSE_REASON_WORKER_LOST\x10\x01\x12\x1a\n\x16\x43LOSE_REASON_PREEMPTED\x10\x02\x12\x17\n\x13\x43LOSE_REASON_FAILED\x10\x03\x32\x9d\x01\n\x10SchedulerService\x12I\n\x07Gateway\x12\x1d.expertmesh.v1.GatewayMessage\x1a\x1b.expertmesh.v1.GatewayOrder(\x01\x30\x01\x12>\n\x06Worker\x12\x1b.expertmesh.v1.WorkerReport\x1a\x13.expertmesh.v1.Plan(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xpertmesh/v1/schedule.proto\x12\rexpertmesh.v1\x1a\x1c\x65xpertmesh/v1/identity.proto\x1a\x18\x65xpertmesh/v1/step.proto\"%\n\x0cGatewayHello\x12\x15\n\rtoken_address\x18\x01 \x01(\t\"]\n\x07Sibling\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x04 \x03(\r\x12\x12\n\nscore_from\x18\x05 \x01(\r\"\xda\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12)\n\x04spec\x18\x03 \x01(\x0b\x32\x1b.expertmesh.v1.SequenceSpec\x12(\n\x08siblings\x18\x04 \x03(\x0b\x32\x16.expertmesh.v1.Sibling\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06resume\x18\x06 \x01(\x08\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x13\n\x0btime_left_s\x18\x08 \x01(\x01\x12\x10\n\x08waited_s\x18\t \x01(\x01\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"C\n\x06\x46inish\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12\x10\n\x08position\x18\x02 \x01(\r\"\x90\x02\n\x0eGatewayMessage\x12*\n\x06sender\x18\x01 \x01(\x0b\x32\x1a.expertmesh.v1.Incarnation\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12,\n\x05hello\x18\x04 \x01(\x0b\x32\x1b.expertmesh.v1.GatewayHelloH\x00\x12\'\n\x06submit\x18\x05 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12\'\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x15.expertmesh.v1.CancelH\x00\x12\'\n\x06\x66inish\x18\x07 \x01(\x0b\x32\x15.expertmesh.v1.FinishH\x00\x42\x06\n\x04\x62ody\"5\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rqueued_before\x18\x02 \x01(\r\"o\n\x08Rejected\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x19.expertmesh.v1.RejectCode\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"t\n\rAttemptClosed\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Attempt\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.expertmesh.v1.CloseReason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\" \n\x07Welcome\x12\x15\n\rmodel_len_max\x18\x01 \x01(\r\"\xee\x01\n\x0cGatewayOrder\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12)\n\x07welcome\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.WelcomeH\x00\x12+\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.AcceptedH\x00\x12+\n\x08rejected\x18\x05 \x01(\x0b\x32\x17.expertmesh.v1.RejectedH\x00\x12.\n\x06\x63losed\x18\x06 \x01(\x0b\x32\x1c.expertmesh.v1.AttemptClosedH\x00\x42\x06\n\x04\x62ody*\x98\x01\n\nRejectCode\x12\x1b\n\x17REJECT_CODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16REJECT_CODE_OVERLOADED\x10\x01\x12\x19\n\x15REJECT_CODE_NOT_READY\x10\x02\x12\x19\n\x15REJECT_CODE_TOO_LARGE\x10\x03\x12\x1b\n\x17REJECT_CODE_WRONG_MODEL\x10\x04*\x99\x01\n\x0b\x43loseReason\x12\x1c\n\x18\x43LOSE_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43LOSE_REASON_WORKER_LOST\x10\x01\x12\x1a\n\x16\x43LOSE_REASON_PREEMPTED\x10\x02\x12\x17\n\x13\x43LOSE_REASON_FAILED\x10\x03\x12\x19\n\x15\x43LOSE_REASON_DEADLINE\x10\x04\x32\x9d\x01\n\x10SchedulerService\x12I\n\x07Gateway\x12\x1d.expertmesh.v1.GatewayMessage\x1a\x1b.expertmesh.v1.GatewayOrder(\x01\x30\x01\x12>\n\x06Worker\x12\x1b.expertmesh.v1.WorkerReport\x1a\x13.expertmesh.v1.Plan(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.schedule_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REJECTCODE']._serialized_start=1335
-  _globals['_REJECTCODE']._serialized_end=1487
-  _globals['_CLOSEREASON']._serialized_start=1489
-  _globals['_CLOSEREASON']._serialized_end=1615
+  _globals['_REJECTCODE']._serialized_start=1394
+  _globals['_REJECTCODE']._serialized_end=1546
+  _globals['_CLOSEREASON']._serialized_start=1549
+  _globals['_CLOSEREASON']._serialized_end=1702
   _globals['_GATEWAYHELLO']._serialized_start=103
   _globals['_GATEWAYHELLO']._serialized_end=140
   _globals['_SIBLING']._serialized_start=142
-  _globals['_SIBLING']._serialized_end=215
-  _globals['_SUBMIT']._serialized_start=218
-  _globals['_SUBMIT']._serialized_end=397
-  _globals['_CANCEL']._serialized_start=399
-  _globals['_CANCEL']._serialized_end=427
-  _globals['_FINISH']._serialized_start=429
-  _globals['_FINISH']._serialized_end=496
-  _globals['_GATEWAYMESSAGE']._serialized_start=499
-  _globals['_GATEWAYMESSAGE']._serialized_end=771
-  _globals['_ACCEPTED']._serialized_start=773
-  _globals['_ACCEPTED']._serialized_end=826
-  _globals['_REJECTED']._serialized_start=828
-  _globals['_REJECTED']._serialized_end=939
-  _globals['_ATTEMPTCLOSED']._serialized_start=941
-  _globals['_ATTEMPTCLOSED']._serialized_end=1057
-  _globals['_WELCOME']._serialized_start=1059
-  _globals['_WELCOME']._serialized_end=1091
-  _globals['_GATEWAYORDER']._serialized_start=1094
-  _globals['_GATEWAYORDER']._serialized_end=1332
-  _globals['_SCHEDULERSERVICE']._serialized_start=1618
-  _globals['_SCHEDULERSERVICE']._serialized_end=1775
+  _globals['_SIBLING']._serialized_end=235
+  _globals['_SUBMIT']._serialized_start=238
+  _globals['_SUBMIT']._serialized_end=456
+  _globals['_CANCEL']._serialized_start=458
+  _globals['_CANCEL']._serialized_end=486
+  _globals['_FINISH']._serialized_start=488
+  _globals['_FINISH']._serialized_end=555
+  _globals['_GATEWAYMESSAGE']._serialized_start=558
+  _globals['_GATEWAYMESSAGE']._serialized_end=830
+  _globals['_ACCEPTED']._serialized_start=832
+  _globals['_ACCEPTED']._serialized_end=885
+  _globals['_REJECTED']._serialized_start=887
+  _globals['_REJECTED']._serialized_end=998
+  _globals['_ATTEMPTCLOSED']._serialized_start=1000
+  _globals['_ATTEMPTCLOSED']._serialized_end=1116
+  _globals['_WELCOME']._serialized_start=1118
+  _globals['_WELCOME']._serialized_end=1150
+  _globals['_GATEWAYORDER']._serialized_start=1153
+  _globals['_GATEWAYORDER']._serialized_end=1391
+  _globals['_SCHEDULERSERVICE']._serialized_start=1705
+  _globals['_SCHEDULERSERVICE']._serialized_end=1862
 # @@protoc_insertion_point(module_scope)

@@ -23,6 +23,7 @@ class CloseReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CLOSE_REASON_WORKER_LOST: _ClassVar[CloseReason]
     CLOSE_REASON_PREEMPTED: _ClassVar[CloseReason]
     CLOSE_REASON_FAILED: _ClassVar[CloseReason]
+    CLOSE_REASON_DEADLINE: _ClassVar[CloseReason]
 REJECT_CODE_UNSPECIFIED: RejectCode
 REJECT_CODE_OVERLOADED: RejectCode
 REJECT_CODE_NOT_READY: RejectCode
@@ -32,6 +33,7 @@ CLOSE_REASON_UNSPECIFIED: CloseReason
 CLOSE_REASON_WORKER_LOST: CloseReason
 CLOSE_REASON_PREEMPTED: CloseReason
 CLOSE_REASON_FAILED: CloseReason
+CLOSE_REASON_DEADLINE: CloseReason
 
 class GatewayHello(_message.Message):
     __slots__ = ("token_address",)
@@ -40,19 +42,21 @@ class GatewayHello(_message.Message):
     def __init__(self, token_address: _Optional[str] = ...) -> None: ...
 
 class Sibling(_message.Message):
-    __slots__ = ("index", "attempt", "seed", "accepted")
+    __slots__ = ("index", "attempt", "seed", "accepted", "score_from")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FROM_FIELD_NUMBER: _ClassVar[int]
     index: int
     attempt: int
     seed: int
     accepted: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, index: _Optional[int] = ..., attempt: _Optional[int] = ..., seed: _Optional[int] = ..., accepted: _Optional[_Iterable[int]] = ...) -> None: ...
+    score_from: int
+    def __init__(self, index: _Optional[int] = ..., attempt: _Optional[int] = ..., seed: _Optional[int] = ..., accepted: _Optional[_Iterable[int]] = ..., score_from: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt", "spec", "siblings", "priority", "resume", "tenant")
+    __slots__ = ("request_id", "prompt", "spec", "siblings", "priority", "resume", "tenant", "time_left_s", "waited_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +64,8 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    TIME_LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     spec: _step_pb2.SequenceSpec
@@ -67,7 +73,9 @@ class Submit(_message.Message):
     priority: int
     resume: bool
     tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., spec: _Optional[_Union[_step_pb2.SequenceSpec, _Mapping]] = ..., siblings: _Optional[_Iterable[_Union[Sibling, _Mapping]]] = ..., priority: _Optional[int] = ..., resume: _Optional[bool] = ..., tenant: _Optional[str] = ...) -> None: ...
+    time_left_s: float
+    waited_s: float
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., spec: _Optional[_Union[_step_pb2.SequenceSpec, _Mapping]] = ..., siblings: _Optional[_Iterable[_Union[Sibling, _Mapping]]] = ..., priority: _Optional[int] = ..., resume: _Optional[bool] = ..., tenant: _Optional[str] = ..., time_left_s: _Optional[float] = ..., waited_s: _Optional[float] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)
