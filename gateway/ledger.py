@@ -14,7 +14,7 @@ import asyncio
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.config import GatewayConfig
@@ -108,6 +108,17 @@ class Generation:
     def age_s(self) -> float:
         return self._clock() - self.began_s
 
+    async def in_time(self, work: Awaitable[object]) -> None:
+        """Raises DeadlinePassed when its time is up first."""
+        if math.isinf(self._time_s):
+            await work
+            return
+        try:
+            async with asyncio.timeout(self.time_left_s):
+                await work
+        except TimeoutError:
+            raise self.is_late() from None
+
     def is_late(self) -> DeadlinePassed:
         return DeadlinePassed(f"the request was not done within its {self._time_s:g} s")
 
@@ -162,9 +173,9 @@ class Ledger:
                 self._add(_Sequence(request, index, len(generation.sequences), generation))
         try:
             for request in requests:
-                if generation.time_left_s <= 0:
-                    raise generation.is_late()
-                await self._port.submit(_submission(request, _of(generation, request), resume=False))
+                await generation.in_time(
+                    self._port.submit(_submission(request, _of(generation, request), resume=False))
+                )
                 self._metrics.prompt_tokens.inc(len(request.prompt))
         except BaseException:  # a refusal, or the client hung up meanwhile: nothing may stay behind
             generation.close()

@@ -349,7 +349,7 @@ class WorkerBook:
     def _prompts_done(self, handles: Iterable[int]) -> None:
         """Summed up first: ten thousand in a round."""
         get, none = self.held.get, NONE
-        full = sliding = rows = 0
+        full = sliding = rows = num_done = 0
         for handle in handles:
             held = get(handle)
             if held is not None:
@@ -357,9 +357,11 @@ class WorkerBook:
                 full += blocks[0]
                 sliding += blocks[1]
                 rows += held.rows_ahead
+                num_done += blocks is not none
                 held.blocks_promised, held.rows_ahead = none, 0
         self._promised = self._promised.minus(Blocks(full, sliding))
         self.rows_ahead -= rows
+        self.num_starting -= num_done
 
     def _absent(self, state: Iterable[Running], known: Iterable[int]) -> list[Held]:
         present = {running.handle for running in state}
