@@ -6,6 +6,7 @@ It goes on with its standing orders whatever happens to the scheduler.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -25,7 +26,7 @@ from attention_workers.kv_blocks import KvBlocks
 from attention_workers.kv_memory import KvMemory, kv_memory, model_len
 from attention_workers.preparing import Preparing
 from attention_workers.step import Plan, StepResult
-from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
+from attention_workers.streams import AttemptsRefused, GatewayGone, Item, Snapshot, Streams, still_said
 from attention_workers.trace_records import BYTES_MAX
 from attention_workers.worker import AttentionWorker
 from model.attention import TILE
@@ -60,7 +61,7 @@ class GrammarBegun:
     """A sequence that waited for its grammar can be computed."""
 
 
-_Item = Plan | PlacementPrepared | GrammarBegun | GatewayGone | AttemptsRefused | None
+_Item = Item | PlacementPrepared | GrammarBegun | None
 
 
 class AttentionService:
@@ -262,6 +263,9 @@ class AttentionService:
             is_waiting = self._missing_since_s is not None and worker.book.sequences
             wait_s = _RETRY_WAIT_S if is_waiting else 0.0 if is_busy else _IDLE_WAIT_S
             self._drain_inbox(worker, result, wait_s)
+            if self._has_new_orders:
+                self._hand_over(worker, result)  # before a step: a stream that begins meanwhile tells of them
+                result = StepResult()
             is_busy = self._state is HealthState.READY and self._step(worker, result)
             self._hand_over(worker, result)
 
@@ -288,13 +292,13 @@ class AttentionService:
         return has_computed
 
     def _drain_inbox(self, worker: AttentionWorker, result: StepResult, wait_s: float) -> None:
-        try:
-            item = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
-            while True:
-                self._take(worker, item, result)
-                item = self._inbox.get_nowait()
-        except queue.Empty:
-            return
+        items: list[_Item] = []
+        with contextlib.suppress(queue.Empty):
+            items.append(self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait())
+            while len(items) < _INBOX_MAX:
+                items.append(self._inbox.get_nowait())
+        for item in still_said(items):
+            self._take(worker, item, result)
 
     def _take(self, worker: AttentionWorker, item: object, result: StepResult) -> None:
         if isinstance(item, Plan):
@@ -321,6 +325,7 @@ class AttentionService:
 
     def _hand_over(self, worker: AttentionWorker, result: StepResult) -> None:
         book = worker.book
+        book.restate(result)
         counts = wire.report_pb(
             self.member, book, worker.steps, worker.tokens, experts_missing=self._missing_since_s is not None
         )

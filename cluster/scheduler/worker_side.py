@@ -102,14 +102,16 @@ class WorkerSide:
         yield from self._move_off(book, book.named(event.paused), now_s)
 
     def members_expected(self, event: MembersExpected, _now_s: float) -> Iterator[Command]:
-        """The controller's word is final: whoever is gone and not expected is lost now."""
+        """The controller's word is final: whoever is not expected is lost now, also where its stream has not
+        noticed (it hangs, or its node is gone or cut off)."""
         self._recovery.expect(event.workers)
         self._draining = event.draining
         for book in self._books.workers.values():
             book.is_draining = book.worker in event.draining
-        for book in self._unlinked():
-            if book.worker not in event.workers:
-                yield from self._lose(book.worker, f"worker {book.worker} was lost")
+        for worker in sorted(self._books.workers.keys() - event.workers):
+            if self._books.workers[worker].unlinked_s is None:
+                yield DropLink(worker, "the controller has lost it")
+            yield from self._lose(worker, f"worker {worker} was lost")
 
     def judge(self, now_s: float) -> Iterator[Command]:
         """Give back the sequences of workers whose links have been gone for too long."""
