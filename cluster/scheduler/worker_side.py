@@ -68,7 +68,7 @@ class WorkerSide:
         book = self._books.workers.get(worker) or WorkerBook(
             worker, self._config.chunk_tokens_max, self._config.prefix_hints_max
         )
-        yield from self._endings(book, event.report, now_s)
+        yield from self._endings(book, event.report)
         gone = book.link(event.limits, event.report, self._term)
         self._books.workers[worker] = book
         yield from self._settle(book, gone, event.report.state or (), now_s)
