@@ -25,12 +25,15 @@ serve: setup $(CHECKPOINT)/config.json
 test: setup
 	$(BIN)/python -m pytest
 
-# Longer than `make test`: ten times as many topologies, 10,000 histories of the scheduler, 2,000 answers cut in all
-# ways, 500 schemas kept to, and pools that grow and shrink 50 times under streams.
+# Longer than `make test`: ten times as many topologies, 2,000 histories of a worker's blocks, 10,000 of the scheduler,
+# 1,000 of whole clusters, 2,000 answers cut in all ways, 500 schemas kept to, and pools that grow and shrink 50 times
+# under streams.
 soak: setup
 	$(BIN)/python -m pytest tests/equivalence/test_grand.py --topologies 500
 	$(BIN)/python -m pytest tests/equivalence/test_grammars.py --schemas 500 -s
+	$(BIN)/python -m pytest tests/unit/test_prefix_property.py tests/unit/test_kv_spaces.py --hypothesis-profile soak
 	$(BIN)/python -m tests.unit.scheduler_soak
+	$(BIN)/expertmesh simulate --seeds 0-999
 	$(BIN)/python -m tests.on_ray.scaling_soak
 	$(BIN)/python -m tests.unit.parser_soak
 

@@ -144,11 +144,6 @@ class AttentionModel:
         self.bytes_kept = self.embedding.nbytes + sum(product.nbytes for product in products)
         self.kept_as = " and ".join(sorted({product.kept_as for product in projections}))
 
-    def kv_bytes_per_block(self, kind: LayerType) -> int:
-        """Keys and values of TILE tokens in all layers of this type; 0 where there is none."""
-        c = self.config
-        return 2 * len(c.layers_of(kind)) * c.num_kv_heads * TILE * c.head_dim * self.dtype.itemsize
-
     def make_kv(self, num_blocks: dict[LayerType, int]) -> None:
         """One pool for each layer type: [its layers, B, N, TILE, D]."""
         c = self.config

@@ -104,6 +104,12 @@ class Book:
         result.state, result.kept = self.state(), self.prefixes.all()
         result.evicted = []
 
+    def restate(self, result: StepResult) -> None:
+        """Before `result` is told: all that runs is said as it is now, after everything else in it. What was said
+        to run and has ended since would be heard of the other way round, and thought to run for ever."""
+        if result.state is not None:
+            result.state = self.state()
+
     def _refuse_unless_next(self, plan: Plan, result: StepResult) -> None:
         wrong = ""
         if (plan.fingerprint, plan.incarnation) != (self.fingerprint, self.incarnation):
@@ -123,6 +129,11 @@ class Book:
             return
         for attempt in [a for a in self.sequences if _same_sequence(a, start.attempt)]:
             self._end(self.sequences[attempt], FinishReason.CANCELLED, result)
+        if len(self.sequences) >= self.sequences_max:
+            # No fault of the request: a plan of an earlier stream came through after this one's sender was told
+            # what runs. Given back, it is placed again.
+            result.completions.append(Completion(start.attempt, FinishReason.CANCELLED, len(start.accepted)))
+            return
         tables = {kind: BlockTable() for kind in self.spaces}
         root = prefix_names.root(self.fingerprint, start.cache_salt)
         sequence = Sequence(start, [*start.prompt, *start.accepted], tables, root)
@@ -143,8 +154,6 @@ class Book:
         room = min(self.model_len_max, self.spaces[FULL].total * self.block_tokens)
         if len(sequence.tokens) > room:
             return f"sequence has {len(sequence.tokens)} tokens, this worker holds at most {room}"
-        if len(self.sequences) > self.sequences_max:
-            return f"worker runs {self.sequences_max} sequences already (sequences_max)"
         if not sequence.start.prompt:
             return "prompt is empty"
         return ""
@@ -161,9 +170,10 @@ class Book:
             if self._make_room(sequence, 1, result):
                 spans[sequence.start.attempt] = Span(sequence, sequence.computed, 1)
                 budget -= 1
-        budget = self.pace.prompt_rows(len(spans), budget)
+        waiting = [s for s in running if s.pending > 1 or not s.computed]
+        budget = self.pace.prompt_rows(len(spans), budget, len(waiting))
         under_way: set[bytes] = set()  # blocks that this step works at
-        prompts = in_turn([s for s in running if s.pending > 1 or not s.computed])
+        prompts = in_turn(waiting)
         for number, sequence in enumerate(prompts):
             if budget <= 0:
                 break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from attention_workers.microbatch_choice import MICROBATCHES_MAX
 
@@ -26,8 +26,15 @@ class AttentionConfig(BaseModel):
     """Compute threads. One per worker and more workers beats more threads on small machines."""
 
     kv_bytes: int = Field(0, ge=0)
-    """Memory for keys and values; 0: of what is free when the weights are loaded a quarter, 4 GiB at most; of a
-    GPU's, four fifths."""
+    """Memory for keys and values; 0: kv_share of what is free."""
+
+    kv_share: float = Field(0.0, ge=0, le=1)
+    """Their share of kv_free_bytes, where kv_bytes is 0. 0: a quarter, 4 GiB at most; of a GPU's, four fifths."""
+
+    kv_free_bytes: int = Field(0, ge=0)
+    """What counts as free for them, of one worker. 0: on one host without GPUs its memory without all weights and
+    processes, divided among the attention workers before any starts; elsewhere what a worker finds when its
+    weights are loaded."""
 
     kv_sequence_tokens: int = Field(1024, ge=1)
     """Hybrids: the length of sequence for which the memory is divided between full and sliding layers."""
@@ -59,3 +66,12 @@ class AttentionConfig(BaseModel):
         if number == "auto" or (type(number) is int and 1 <= number <= MICROBATCHES_MAX):
             return number
         raise ValueError(f"accepted: auto, or 1 to {MICROBATCHES_MAX}")
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> AttentionConfig:
+        if self.kv_bytes and self.kv_share:
+            raise ValueError(
+                f"kv_bytes {self.kv_bytes} and kv_share {self.kv_share:g} are two amounts: one of them must be 0, "
+                "as --kv-memory sees to"
+            )
+        return self

@@ -57,6 +57,6 @@ def size_spaces(
 def _require(kv_bytes: int, needed: int, block_tokens: int) -> None:
     if kv_bytes < needed:
         raise NotEnoughMemory(
-            f"kv_bytes (--kv-memory) is {kv_bytes}; accepted: at least {needed}, which one sequence of"
+            f"attention.kv_bytes (--kv-memory): {kv_bytes}; accepted: at least {needed}, which one sequence of"
             f" {block_tokens} tokens takes, with its window where layers slide"
         )

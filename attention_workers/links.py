@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -16,7 +15,8 @@ import grpc.aio
 from expertmesh.v1 import schedule_pb2_grpc, step_pb2, step_pb2_grpc
 
 from attention_workers import wire
-from attention_workers.step import AttemptId, Completion, Plan, TokenDelta
+from attention_workers.deliveries import Batch, Deliveries
+from attention_workers.step import AttemptId, Completion, Plan
 from router.placement import Member
 
 log = logging.getLogger(__name__)
@@ -100,23 +100,20 @@ class SchedulerLink:
 
 
 class TokenLink:
-    """One stream to one gateway. Completions are held until the batch that carried their last token is taken."""
+    """One stream to one gateway."""
 
     def __init__(self, address: str, links: TokenLinks) -> None:
         self.address = address
         self._links = links
         self._batches: asyncio.Queue[step_pb2.TokenBatch] = asyncio.Queue(links.backlog_max)
-        self._unacknowledged: deque[tuple[int, list[Completion]]] = deque()
-        self._number = 0
+        self._deliveries = Deliveries(links.backlog_max)
 
-    def send(self, deltas: list[TokenDelta], completions: list[Completion]) -> bool:
+    def send(self, batch: Batch) -> bool:
         """False when the gateway has fallen too far behind."""
-        self._unacknowledged.append((self._number + 1, completions))
-        if self._batches.full() or len(self._unacknowledged) > self._links.backlog_max:
+        if not self._deliveries.send(batch.completions) or self._batches.full():
             return False
-        self._number += 1
-        batch = wire.batch_pb(self._links.sender, self._links.fingerprint, deltas, self._number)
-        self._batches.put_nowait(batch)
+        number = self._deliveries.number
+        self._batches.put_nowait(wire.batch_pb(self._links.sender, self._links.fingerprint, batch.deltas, number))
         return True
 
     async def run(self) -> None:
@@ -132,16 +129,14 @@ class TokenLink:
             self._links.broken(self)
 
     def _acknowledge(self, ack: step_pb2.TokenAck) -> None:
-        while self._unacknowledged and self._unacknowledged[0][0] <= ack.number:
-            completions = self._unacknowledged.popleft()[1]
-            if completions:
-                self._links.on_completed(completions)
+        if completions := self._deliveries.acknowledge(ack.number):
+            self._links.on_completed(completions)
         if ack.refused:
             self._links.on_refused([wire.attempt(a) for a in ack.refused])
 
     def undelivered(self) -> list[AttemptId]:
         """Sequences that ended here, but whose last tokens may not have arrived."""
-        return [c.attempt for _, completions in self._unacknowledged for c in completions]
+        return self._deliveries.undelivered()
 
     async def _outgoing(self) -> AsyncIterator[step_pb2.TokenBatch]:
         while True:
@@ -168,12 +163,12 @@ class TokenLinks:
         self.on_completed, self.on_refused, self._on_broken = on_completed, on_refused, on_broken
         self._links: dict[str, tuple[TokenLink, asyncio.Task[None]]] = {}
 
-    def send(self, address: str, deltas: list[TokenDelta], completions: list[Completion]) -> None:
+    def send(self, address: str, batch: Batch) -> None:
         if address not in self._links:
             link = TokenLink(address, self)
             self._links[address] = (link, asyncio.get_running_loop().create_task(link.run()))
         link, task = self._links[address]
-        if not link.send(deltas, completions):
+        if not link.send(batch):
             task.cancel()
             self.broken(link)
 

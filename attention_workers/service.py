@@ -6,6 +6,7 @@ It goes on with its standing orders whatever happens to the scheduler.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -22,10 +23,10 @@ from attention_workers.book import Book, OrderRefused
 from attention_workers.config import AttentionConfig
 from attention_workers.guides import Guides
 from attention_workers.kv_blocks import KvBlocks
-from attention_workers.kv_sizes import size_spaces
+from attention_workers.kv_memory import KvMemory, kv_memory, model_len
 from attention_workers.preparing import Preparing
 from attention_workers.step import Plan, StepResult
-from attention_workers.streams import AttemptsRefused, GatewayGone, Snapshot, Streams
+from attention_workers.streams import AttemptsRefused, GatewayGone, Item, Snapshot, Streams, still_said
 from attention_workers.trace_records import BYTES_MAX
 from attention_workers.worker import AttentionWorker
 from model.attention import TILE
@@ -47,7 +48,6 @@ from router.transport.select import attention_end
 log = logging.getLogger(__name__)
 
 _INBOX_MAX = 4096
-_KV_BYTES_DEFAULT_MAX = 4 << 30
 _IDLE_WAIT_S = 1.0
 _RETRY_WAIT_S = 0.02
 PERMANENT = (ModelError, NumericsError, RouterError)
@@ -61,7 +61,7 @@ class GrammarBegun:
     """A sequence that waited for its grammar can be computed."""
 
 
-_Item = Plan | PlacementPrepared | GrammarBegun | GatewayGone | AttemptsRefused | None
+_Item = Item | PlacementPrepared | GrammarBegun | None
 
 
 class AttentionService:
@@ -89,6 +89,7 @@ class AttentionService:
         self._state, self._detail = HealthState.STARTING, ""
         self._bytes_loaded = self._bytes_total = 0
         self._worker: AttentionWorker | None = None
+        self._kv: KvMemory | None = None
         self._has_new_orders = False
         self._commit_s_max = 0.0  # longest pause between two steps to use a new placement
         self._turns = 0
@@ -116,9 +117,8 @@ class AttentionService:
                 "kv_blocks_total": worker.book.spaces[FULL].total,
                 "kv_blocks_free": counts.blocks_free - counts.blocks_cached,
                 "kv_blocks_cached": counts.blocks_cached,
-                "kv_block_tokens": TILE,
-                "kv_block_bytes": worker.model.kv_bytes_per_block(FULL),
                 **_sliding_gauges(worker, counts),
+                **(self._kv.gauges() if self._kv is not None else {}),
                 **_prefix_gauges(worker.book),
                 "sequences": counts.num_running,
                 "sequences_open": self._streams.num_open,
@@ -196,20 +196,16 @@ class AttentionService:
         keep = choose(config.weights, bytes_in_memory(checkpoint, names, dtype, "dequantised", device), device)
         needed = bytes_in_memory(checkpoint, names, dtype, keep, device)
         require(needed, "attention weights", "accepted: a smaller checkpoint, or more memory", device)
-        model_len = min(
-            config.model_len_max or checkpoint.config.max_position_embeddings,
-            checkpoint.config.max_position_embeddings,
-        )
         model = AttentionModel(
             checkpoint,
             device=device,
             dtype=dtype,
             keep=keep,
             numerics=config.numerics,
-            positions_max=model_len,
+            positions_max=model_len(config, checkpoint.config),
             progress=self._progress,
         )
-        blocks, sliding = self._make_kv(model, model_len)
+        kv = self._kv = self._make_kv(model)
         shape = checkpoint.config
         router = self._router.fitted(shape.experts_per_token, shape.hidden_size, dtype.itemsize)
         sequences_max = min(config.sequences_max, router.rows_max)  # each may be a row of one step
@@ -219,12 +215,12 @@ class AttentionService:
         book = Book(
             checkpoint.fingerprint,
             self.member.incarnation,
-            blocks,
+            KvBlocks(kv.blocks[FULL]),
             TILE,
             sequences_max,
-            model_len,
+            kv.model_len,
             router.rows_max,
-            sliding,
+            None if kv.window is None else KvBlocks(kv.blocks[SLIDING], kv.window),
             config.prefix_cache,
             self._guides.open,
         )
@@ -249,26 +245,15 @@ class AttentionService:
     def _progress(self, done: int, total: int) -> None:
         self._bytes_loaded, self._bytes_total = done, total
 
-    def _make_kv(self, model: AttentionModel, model_len: int) -> tuple[KvBlocks, KvBlocks | None]:
-        """The block spaces of full and of sliding layers."""
-        config, window = self._config, model.config.sliding_window
-        wanted = config.kv_bytes or _kv_bytes_default(model.device)
+    def _make_kv(self, model: AttentionModel) -> KvMemory:
+        """Reserve the block spaces of full and of sliding layers."""
+        config, device = self._config, model.device
         if config.kv_bytes:
-            require(wanted, "keys and values (kv_bytes)", "accepted: a smaller --kv-memory", model.device)
-        if window is not None:
-            window = min(window, model_len)  # a longer one sees no more
-        blocks = size_spaces(
-            wanted,
-            {kind: model.kv_bytes_per_block(kind) for kind in (FULL, SLIDING)},
-            window=window,
-            block_tokens=TILE,
-            sequences_max=config.sequences_max,
-            sequence_tokens=config.kv_sequence_tokens,
-            model_len_max=model_len,
-            prefix_cache=config.prefix_cache,
-        )
-        model.make_kv(blocks)
-        return KvBlocks(blocks[FULL]), None if window is None else KvBlocks(blocks[SLIDING], window)
+            require(config.kv_bytes, "keys and values (kv_bytes)", "accepted: a smaller --kv-memory", device)
+        free_bytes = config.kv_free_bytes or available_bytes(device)
+        found = kv_memory(config, model.config, model.dtype, free_bytes, device.type != "cpu")
+        model.make_kv(found.blocks)
+        return found
 
     def _serve(self, worker: AttentionWorker) -> None:
         is_busy = False
@@ -278,6 +263,9 @@ class AttentionService:
             is_waiting = self._missing_since_s is not None and worker.book.sequences
             wait_s = _RETRY_WAIT_S if is_waiting else 0.0 if is_busy else _IDLE_WAIT_S
             self._drain_inbox(worker, result, wait_s)
+            if self._has_new_orders:
+                self._hand_over(worker, result)  # before a step: a stream that begins meanwhile tells of them
+                result = StepResult()
             is_busy = self._state is HealthState.READY and self._step(worker, result)
             self._hand_over(worker, result)
 
@@ -304,13 +292,13 @@ class AttentionService:
         return has_computed
 
     def _drain_inbox(self, worker: AttentionWorker, result: StepResult, wait_s: float) -> None:
-        try:
-            item = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
-            while True:
-                self._take(worker, item, result)
-                item = self._inbox.get_nowait()
-        except queue.Empty:
-            return
+        items: list[_Item] = []
+        with contextlib.suppress(queue.Empty):
+            items.append(self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait())
+            while len(items) < _INBOX_MAX:
+                items.append(self._inbox.get_nowait())
+        for item in still_said(items):
+            self._take(worker, item, result)
 
     def _take(self, worker: AttentionWorker, item: object, result: StepResult) -> None:
         if isinstance(item, Plan):
@@ -337,6 +325,7 @@ class AttentionService:
 
     def _hand_over(self, worker: AttentionWorker, result: StepResult) -> None:
         book = worker.book
+        book.restate(result)
         counts = wire.report_pb(
             self.member, book, worker.steps, worker.tokens, experts_missing=self._missing_since_s is not None
         )
@@ -358,12 +347,6 @@ class AttentionService:
             self._fail(f"inbox: {_INBOX_MAX} messages unread; the compute thread hangs")
 
 
-def _kv_bytes_default(device: torch.device) -> int:
-    """Others live on the host; on a GPU the rest is for what a step computes."""
-    free = available_bytes(device)
-    return min(free // 4, _KV_BYTES_DEFAULT_MAX) if device.type == "cpu" else free // 5 * 4
-
-
 def _prefix_gauges(book: Book) -> dict[str, float]:
     """From another thread than the one that counts: each number is of one moment, all of them nearly so."""
     cache = book.prefixes
@@ -383,6 +366,4 @@ def _sliding_gauges(worker: AttentionWorker, counts: step_pb2.WorkerReport) -> d
         "kv_sliding_blocks_total": space.total,
         "kv_sliding_blocks_free": counts.sliding_blocks_free - counts.sliding_blocks_cached,
         "kv_sliding_blocks_cached": counts.sliding_blocks_cached,
-        "kv_sliding_block_bytes": worker.model.kv_bytes_per_block(SLIDING),
-        "kv_sliding_window": space.window or 0,
     }

@@ -6,13 +6,15 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
 
 from expertmesh.v1 import step_pb2
 
 from attention_workers import wire
 from attention_workers.book import Book
+from attention_workers.deliveries import parted
 from attention_workers.links import SchedulerLink, TokenLinks
-from attention_workers.step import AttemptId, Completion, FinishReason, Plan, StepResult
+from attention_workers.step import AttemptId, Completion, Plan, StepResult
 from router.placement import Member
 
 _REPORTS_MAX = 4096
@@ -42,6 +44,24 @@ class AttemptsRefused:
     attempts: list[AttemptId]
 
 
+@dataclass(frozen=True)
+class Greeted:
+    """A new stream to the scheduler has begun, with all that ran. Plans of the one before that still wait were not
+    in it: the scheduler takes them for lost, and gives again what they said under their numbers."""
+
+
+Item: TypeAlias = Plan | GatewayGone | AttemptsRefused | Greeted
+"""What streams tell the compute thread."""
+
+T = TypeVar("T")
+
+
+def still_said(items: list[T]) -> list[T]:
+    """Of what was told, in order: all but the plans of streams that had ended before they were looked at."""
+    greeted = max((i for i, item in enumerate(items) if isinstance(item, Greeted)), default=0)
+    return [item for i, item in enumerate(items) if i >= greeted or not isinstance(item, Plan)]
+
+
 class Streams:
     """`open` once the worker can run sequences; `hand_over` from the compute thread; `close` at the end."""
 
@@ -51,7 +71,7 @@ class Streams:
         token: str,
         scheduler_address: str,
         backlog_max: int,
-        tell: Callable[[Plan | GatewayGone | AttemptsRefused | None], None],
+        tell: Callable[[Item], None],
         on_failure: Callable[[str], None],
     ) -> None:
         """`tell` must not wait. `on_failure`: a stream's task ended that should not have, and why."""
@@ -133,6 +153,7 @@ class Streams:
 
     def _greet(self) -> step_pb2.WorkerReport:
         """The first report of a stream: capacity, and everything that runs."""
+        self._tell(Greeted())
         latest = self.latest
         report = step_pb2.WorkerReport()
         report.CopyFrom(latest.counts)
@@ -151,16 +172,10 @@ class Streams:
 
     def _send(self, result: StepResult, counts: step_pb2.WorkerReport) -> None:
         assert self._tokens is not None
-        held = set()
-        for address, deltas in result.deltas.items():
-            ended = {d.attempt for d in deltas if d.finish is not None}
-            completions = [
-                c for c in result.completions if c.attempt in ended and c.reason != FinishReason.CANCELLED
-            ]
-            held |= {c.attempt for c in completions}
-            self._num_unarrived += len(completions)
-            self._tokens.send(address, deltas, completions)
-        now = [c for c in result.completions if c.attempt not in held]
+        batches, now = parted(result)
+        for address, batch in batches.items():
+            self._num_unarrived += len(batch.completions)
+            self._tokens.send(address, batch)
         if now or replace(result, completions=[]).is_news():
             self._scheduler.report(wire.news_pb(counts, result, now))
 

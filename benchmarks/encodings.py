@@ -24,10 +24,10 @@ import torch
 from benchmarks.errors import BenchmarkError
 from benchmarks.spawned import spawned
 from model.gate import Routes
-from router.config import RouterConfig
+from router.config import Replies, RouterConfig, RowsSent
 from router.dispatcher import Dispatcher
 from router.placement import EpochId, Member, spread
-from router.rows import Replies, RowsSent, sums, unpack
+from router.rows import sums, unpack
 from router.transport import frame
 from router.transport.base import ExpertEnd, LinkIdentity
 from router.transport.select import attention_end, expert_end

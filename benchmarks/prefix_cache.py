@@ -46,15 +46,18 @@ def read(path: Path, requests_max: int | None = None) -> list[Request]:
     return [Request(row["input_length"], tuple(row["hash_ids"])) for row in rows]
 
 
-def ideal(requests: Iterable[Request], block_tokens: int = BLOCK_TOKENS) -> int:
-    """Prompt tokens that a cache without bounds has: in whole blocks, and never the last of a prompt."""
+def ideal(requests: Iterable[Request], block_tokens: int = BLOCK_TOKENS, trace_tokens: int = TRACE_TOKENS) -> int:
+    """Prompt tokens that a cache without bounds has: in whole blocks, and never the last of a prompt.
+
+    `trace_tokens`: of a block of the trace.
+    """
     seen: set[int] = set()
     total = 0
     for request in requests:
         num_known = 0
         while num_known < len(request.blocks) and request.blocks[num_known] in seen:
             num_known += 1
-        known = min(num_known * TRACE_TOKENS, request.num_tokens - 1)
+        known = min(num_known * trace_tokens, request.num_tokens - 1)
         total += known // block_tokens * block_tokens
         seen.update(request.blocks)
     return total

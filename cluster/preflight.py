@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from attention_workers.config import AttentionConfig
+from attention_workers.kv_memory import kv_memory
 from cluster.config import Config
 from cluster.spec import CheckpointFacts
 from expert_workers.config import ExpertConfig
@@ -56,7 +57,7 @@ def check(config: Config) -> tuple[Config, CheckpointFacts]:
             context=facts.context,
         )  # fmt: skip
         fitted = _fit(config, checkpoint)
-        fitted = fit_weights(fitted, checkpoint, available_bytes(device.HOST))
+        fitted = fit_memory(fitted, checkpoint, available_bytes(device.HOST))
         for port in filter(None, (config.port, config.grpc_port)):
             bind(config.host, port).close()
     except (ModelError, GatewayError) as error:
@@ -108,8 +109,9 @@ def _dtype(config: Config, checkpoint: Checkpoint) -> torch.dtype:
     return dtype
 
 
-def fit_weights(config: Config, checkpoint: Checkpoint, available: int) -> Config:
-    """Has FP8 weights kept as they are where `auto` allows it and memory asks for it: of experts first.
+def fit_memory(config: Config, checkpoint: Checkpoint, available: int) -> Config:
+    """Has FP8 weights kept as they are where `auto` allows it and memory asks for it, of experts first; and says
+    what is then free for keys and values.
 
     Elsewhere `auto` stays, and each worker sees for itself. Raises PreflightError where nothing helps.
     """
@@ -123,14 +125,22 @@ def fit_weights(config: Config, checkpoint: Checkpoint, available: int) -> Confi
     if config.device == "cuda":  # weights lie on the GPUs, and each worker sees what is free on its own
         check_memory(config, RoleBytes(0, 0), available)
         return config
+    dtype = _dtype(config, checkpoint)
     for attention, experts in itertools.product(_ways(config.attention), _ways(config.expert)):
-        weights = role_bytes(checkpoint, _dtype(config, checkpoint), attention, experts)
+        weights = role_bytes(checkpoint, dtype, attention, experts)
         if sum(memory_needed(config, weights)) <= available:
             break
     check_memory(config, weights, available)
+    free_bytes = config.attention.kv_free_bytes or free_for_kv(config, weights, available)
+    fitted = config.attention.model_copy(update={"kv_free_bytes": free_bytes})
+    kv_memory(fitted, checkpoint.config, dtype, free_bytes, on_gpu=False)
     kept = {role: "fp8" for role, keep in (("attention", attention), ("expert", experts)) if keep == "fp8"}
+    roles = {"attention": fitted, "expert": config.expert}
     return config.model_copy(
-        update={role: getattr(config, role).model_copy(update={"weights": keep}) for role, keep in kept.items()}
+        update={
+            name: role.model_copy(update={"weights": kept[name]} if name in kept else {})
+            for name, role in roles.items()
+        }
     )
 
 
@@ -156,10 +166,16 @@ def role_bytes(checkpoint: Checkpoint, dtype: torch.dtype, attention: Keep, expe
 def memory_needed(config: Config, weights: RoleBytes) -> tuple[int, int, int]:
     """Bytes on this host, where all workers are, of attention workers, experts and the processes themselves."""
     pools = config.pools
-    kv_bytes = config.attention.kv_bytes if config.device == "cpu" else 0
+    kv_bytes = config.attention.kv_bytes if config.device == "cpu" else 0  # a share takes what is left
     attention = pools.attention_workers * (weights.attention + kv_bytes)
     processes = (pools.attention_workers + pools.expert_workers + _OTHER_PROCESSES) * _PROCESS_BYTES
     return attention, pools.replicas * weights.experts, processes
+
+
+def free_for_kv(config: Config, weights: RoleBytes, available: int) -> int:
+    """Bytes of this host's memory for the keys and values of one attention worker: all but the rest."""
+    without = config.model_copy(update={"attention": config.attention.model_copy(update={"kv_bytes": 0})})
+    return max(0, available - sum(memory_needed(without, weights))) // config.pools.attention_workers
 
 
 def check_memory(config: Config, weights: RoleBytes, available: int) -> None:
@@ -172,8 +188,14 @@ def check_memory(config: Config, weights: RoleBytes, available: int) -> None:
             f"memory: {_gib(available)} available, {_gib(needed)} needed: {pools.attention_workers} attention "
             f"worker(s) with weights and keys and values {_gib(attention)}, experts {pools.replicas} time(s) "
             f"{_gib(experts)}, processes {_gib(processes)}; accepted: a smaller checkpoint, fewer "
-            f"--attention-workers or --replicas, a smaller --kv-memory, or more memory"
+            f"--attention-workers or --replicas, {_smaller(config, weights, available)}more memory"
         )
+
+
+def _smaller(config: Config, weights: RoleBytes, available: int) -> str:
+    """Which --kv-memory would fit, if one was given and a smaller one does."""
+    fits = free_for_kv(config, weights, available) >> 20
+    return f"a --kv-memory of at most {fits}MiB, or " if config.attention.kv_bytes and fits else "or "
 
 
 def _gib(size: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Set
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from expert_workers.residency import Residency
 from expert_workers.staging import Staging
 from expert_workers.tally import Tally
 from model.experts import Expert, grouped
-from router.rows import RowsSent, sums, unpack
+from router.config import RowsSent
+from router.placement import EpochId, Member
+from router.rows import sums, unpack
 from router.transport.base import ExpertEnd, Parcel, RefusalReason, Spent
 
 
@@ -95,21 +98,28 @@ class ExpertWorker:
         self.end.pulse()
 
     def _may_answer(self, parcel: Parcel, held: dict[int, Expert]) -> bool:
-        """Refuse a parcel that is not for this life, this epoch or these experts."""
-        missing = sorted(set(parcel.route_experts.tolist()) - held.keys())
-        if parcel.to != self.residency.member:
-            self._refuse(parcel, RefusalReason.WRONG_INCARNATION, f"this is {self.residency.member}")
-        elif parcel.epoch < self.residency.oldest_epoch:
-            self._refuse(parcel, RefusalReason.STALE_EPOCH, f"oldest is {self.residency.oldest_epoch}")
-        elif missing:
-            self._refuse(parcel, RefusalReason.NOT_RESIDENT, f"layer {parcel.layer}, experts {missing[:8]}")
-        else:
-            return True
-        return False
+        why = why_refused(parcel, self.residency.member, self.residency.oldest_epoch, held.keys())
+        if why is not None:
+            self._refuse(parcel, *why)
+        return why is None
 
     def _refuse(self, parcel: Parcel, reason: RefusalReason, detail: str) -> None:
         self.refused += 1
         self.end.refuse(parcel, reason, detail)
+
+
+def why_refused(
+    parcel: Parcel, member: Member, oldest: EpochId, held: Set[int]
+) -> tuple[RefusalReason, str] | None:
+    """Why a parcel gets no rows here: it is not for this life, this epoch or the experts held of its layer."""
+    missing = sorted(set(parcel.route_experts.tolist()) - held)
+    if parcel.to != member:
+        return RefusalReason.WRONG_INCARNATION, f"this is {member}"
+    if parcel.epoch < oldest:
+        return RefusalReason.STALE_EPOCH, f"oldest is {oldest}"
+    if missing:
+        return RefusalReason.NOT_RESIDENT, f"layer {parcel.layer}, experts {missing[:8]}"
+    return None
 
 
 def _answer(parcel: Parcel, rows: Tensor) -> Tensor:

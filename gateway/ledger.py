@@ -14,7 +14,7 @@ import asyncio
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.config import GatewayConfig
@@ -56,12 +56,13 @@ class Generation:
     Iterating raises the Refusal that ended a sequence early. `close` cancels what is still open.
     """
 
-    def __init__(self, ledger: Ledger, silence_s_max: float, time_s: float) -> None:
+    def __init__(self, ledger: Ledger, silence_s_max: float, time_s: float, clock: Callable[[], float]) -> None:
         """`time_s`: from now to its deadline; may be infinite."""
         self._ledger = ledger
         self._silence_s_max = silence_s_max
         self._time_s = time_s
-        self.began_s = asyncio.get_running_loop().time()
+        self._clock = clock
+        self.began_s = clock()
         self._ready: deque[tuple[int, TokenDelta]] = deque()
         self._wake = asyncio.Event()
         self._error: Refusal | None = None
@@ -75,12 +76,9 @@ class Generation:
         while True:
             if self.sequences and self.time_left_s <= 0:
                 raise self.is_late()
-            while self._ready:
-                choice, delta = self._ready.popleft()
-                if choice not in self._cut:
-                    return choice, delta
-            if self._error is not None:
-                raise self._error
+            ready = self.take()
+            if ready is not None:
+                return ready
             if not self.sequences:
                 raise StopAsyncIteration
             self._wake.clear()
@@ -92,9 +90,34 @@ class Generation:
                     raise self.is_late() from None
                 raise NotReady(f"no token came for {self._silence_s_max:g} s", code="timeout") from None
 
+    def take(self) -> tuple[int, TokenDelta] | None:
+        """The next of what has come, without waiting. Raises the Refusal that ended a sequence early."""
+        while self._ready:
+            choice, delta = self._ready.popleft()
+            if choice not in self._cut:
+                return choice, delta
+        if self._error is not None:
+            raise self._error
+        return None
+
     @property
     def time_left_s(self) -> float:
-        return self.began_s + self._time_s - asyncio.get_running_loop().time()
+        return self.began_s + self._time_s - self._clock()
+
+    @property
+    def age_s(self) -> float:
+        return self._clock() - self.began_s
+
+    async def in_time(self, work: Awaitable[object]) -> None:
+        """Raises DeadlinePassed when its time is up first."""
+        if math.isinf(self._time_s):
+            await work
+            return
+        try:
+            async with asyncio.timeout(self.time_left_s):
+                await work
+        except TimeoutError:
+            raise self.is_late() from None
 
     def is_late(self) -> DeadlinePassed:
         return DeadlinePassed(f"the request was not done within its {self._time_s:g} s")
@@ -119,7 +142,14 @@ class Generation:
 
 
 class Ledger:
-    def __init__(self, port: SchedulerPort, config: GatewayConfig, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self,
+        port: SchedulerPort,
+        config: GatewayConfig,
+        metrics: GatewayMetrics,
+        clock: Callable[[], float] = lambda: asyncio.get_running_loop().time(),
+    ) -> None:
+        self._clock = clock
         self._port = port
         self._config = config
         self._metrics = metrics
@@ -136,15 +166,16 @@ class Ledger:
         `in_flight_max`.
         """
         self.check_room(sum(request.n for request in requests))
-        generation = Generation(self, self._config.silence_s_max, min(request.time_s for request in requests))
+        time_s = min(request.time_s for request in requests)
+        generation = Generation(self, self._config.silence_s_max, time_s, self._clock)
         for request in requests:
             for index in range(request.n):
                 self._add(_Sequence(request, index, len(generation.sequences), generation))
         try:
             for request in requests:
-                if generation.time_left_s <= 0:
-                    raise generation.is_late()
-                await self._port.submit(_submission(request, _of(generation, request), resume=False))
+                await generation.in_time(
+                    self._port.submit(_submission(request, _of(generation, request), resume=False))
+                )
                 self._metrics.prompt_tokens.inc(len(request.prompt))
         except BaseException:  # a refusal, or the client hung up meanwhile: nothing may stay behind
             generation.close()
@@ -311,6 +342,6 @@ def _submission(request: GenerateRequest, sequences: Sequence[_Sequence], *, res
         request.num_prompt_logprobs or 0,
         # A thousandth of a second stands for none at all: 0 would be no deadline.
         0.0 if math.isinf(request.time_s) else max(generation.time_left_s, 0.001),
-        asyncio.get_running_loop().time() - generation.began_s,
+        generation.age_s,
         request.grammar,
     )

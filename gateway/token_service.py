@@ -74,13 +74,13 @@ class TokenService(step_pb2_grpc.TokenServiceServicer):
         if not wire.is_bearer(context.invocation_metadata() or (), self._token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "authorization: Bearer with the link token")
         async for batch in request_iterator:
-            yield step_pb2.TokenAck(
-                refused=self._take(batch),
-                number=batch.number,
-            )
+            yield self.take(batch)
 
-    def _take(self, batch: step_pb2.TokenBatch) -> list[identity_pb2.Attempt]:
-        """Deliver what can be; returns the attempts that are not wanted."""
+    def take(self, batch: step_pb2.TokenBatch) -> step_pb2.TokenAck:
+        """Deliver what can be; answers with the attempts that are not wanted."""
+        return step_pb2.TokenAck(refused=self._refused(batch), number=batch.number)
+
+    def _refused(self, batch: step_pb2.TokenBatch) -> list[identity_pb2.Attempt]:
         if batch.fingerprint != self._identity.fingerprint:
             self._metrics.deltas_refused.labels("fingerprint").inc(len(batch.deltas))
             return [delta.attempt for delta in batch.deltas]

@@ -1,4 +1,7 @@
-"""What bounds the exchange of parcels: every wait, queue and retry has its name here."""
+"""What bounds the exchange of parcels: every wait, queue and retry has its name here.
+
+Every process of a cluster reads it, also those that hold no tensors: nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from router.rows import Replies, RowsSent
+RowsSent = Literal["plain", "fp8"]
+Replies = Literal["rows", "sums"]
+"""What travels each way between the pools (router.rows)."""
 
 FRAME_OVERHEAD_BYTES = 256  # a frame's header, padding and alignment never cost more
 PAGE_BYTES = 4096

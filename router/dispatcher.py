@@ -4,6 +4,9 @@ A loss is a routing change: the rows of a lost or refusing worker are planned ag
 same layer of the same step, and the sum has the same bits whoever computed it. A worker once lost stays lost
 until an epoch omits that incarnation. When nobody holds an expert, ExpertsUnavailable: how long to wait for a
 better placement is the caller's decision, not made here. One thread at a time; another may `prepare`.
+
+What is decided between two waits is one generator (`combining`), which says what to wait for and is told
+what came: `combine` waits in this thread, the simulator in virtual time.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,12 +22,12 @@ import torch
 from torch import Tensor
 
 from model.gate import Routes
-from router.config import RouterConfig
+from router.config import Replies, RouterConfig, RowsSent
 from router.errors import ExpertsUnavailable, ParcelMalformed, PlacementError
 from router.merge import add, empty_ranks, empty_sums, merge, place
 from router.placement import EpochId, Member, Placement
 from router.plan import DispatchPlan, plan
-from router.rows import Replies, RowsSent, pack
+from router.rows import pack
 from router.transport.base import (
     AttentionEnd,
     Parcel,
@@ -52,6 +55,17 @@ class Heard(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Pause:
+    """To wait before going on."""
+
+    seconds: float
+
+
+Combining = Generator[Ticket | Pause, list[Reply | Refusal], Tensor]
+"""Yields a ticket, to be sent its outcomes, or a pause; returns the sum."""
+
+
+@dataclass(frozen=True)
 class Pending:
     """One dispatch, until combined or abandoned. It keeps what planning again needs."""
 
@@ -74,7 +88,8 @@ class Dispatcher:
         rows: RowsSent = "plain",
         replies: Replies = "rows",
     ) -> None:
-        """`on_lost` is called once for each expert worker found lost, within any method below.
+        """`on_lost` is called for each expert worker found lost, within any method below: once, and again whenever
+        a placement is adopted that still has it, for who was told may have gone and told nobody.
         `rows`, `replies`: as the end's links carry them."""
         self._end = end
         self._sender = sender
@@ -151,6 +166,8 @@ class Dispatcher:
             failed = self._end.adopt(links)
         self._lost &= {worker.member for worker in placement.workers}
         self._placement = placement
+        for member in sorted(self._lost):
+            self._on_lost(member)
         self._lose(failed)
         return placement.epoch
 
@@ -173,6 +190,20 @@ class Dispatcher:
         `combine_timeout_s`, `combine_total_s` at most. Raises
         ExpertsUnavailable or ParcelMalformed; then nothing of the pending is in flight.
         """
+        combining, outcomes = self.combining(pending), list[Reply | Refusal]()
+        try:
+            wanted = next(combining)
+            while True:
+                if isinstance(wanted, Pause):
+                    time.sleep(wanted.seconds)
+                else:
+                    outcomes = self._end.combine(wanted, self._config.combine_timeout_s)
+                wanted = combining.send(outcomes)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    def combining(self, pending: Pending) -> Combining:
+        """What `combine` does, waiting left to the caller: each outcome once, at the end of its ticket."""
         self.waited_ns, self.heard = 0, []
         weights = pending.routes.weights.to(pending.rows.device)  # [T, K]
         num_tokens, num_ranks = weights.shape
@@ -182,11 +213,11 @@ class Dispatcher:
             empty_sums(num_tokens, hidden, device) if sums else empty_ranks(num_tokens, num_ranks, hidden, device)
         )
         for attempt in range(self._config.replans_max + 1):
-            failed = self._gather(pending, into)
+            failed = yield from self._gather(pending, into)
             if not failed:
                 return into if sums else merge(into, weights)
             if attempt < self._config.replans_max:
-                pending = self._send_again(pending, failed, attempt)
+                pending = yield from self._send_again(pending, failed, attempt)
         experts = frozenset(torch.cat([parcel.route_experts for parcel, _, _ in failed]).tolist())
         refusal = failed[0][2]
         raise ExpertsUnavailable(pending.layer, experts, f"{refusal.reason.name}, {refusal.detail}, after "
@@ -243,13 +274,15 @@ class Dispatcher:
         ticket = self._end.dispatch(parcels) if parcels else None
         return Pending(layer, rows, routes, planned, ticket, avoided, sent_ns)
 
-    def _gather(self, pending: Pending, into: Tensor) -> list[_Failure]:
+    def _gather(
+        self, pending: Pending, into: Tensor
+    ) -> Generator[Ticket | Pause, list[Reply | Refusal], list[_Failure]]:
         """Place the replies of one ticket, release it, and say what must be planned again."""
         if pending.ticket is None:
             return []
         failed: list[_Failure] = []
         began_ns = time.perf_counter_ns()
-        outcomes = self._end.combine(pending.ticket, self._config.combine_timeout_s)
+        outcomes = yield pending.ticket
         self.waited_ns += time.perf_counter_ns() - began_ns
         self.waits += 1
         for parcel, planned, outcome in zip(pending.ticket.parcels, pending.plan.parcels, outcomes, strict=True):
@@ -269,11 +302,13 @@ class Dispatcher:
                 raise ParcelMalformed(f"layer {pending.layer}: {parcel.to} says: {refusal.detail}")
         return failed
 
-    def _send_again(self, pending: Pending, failed: list[_Failure], attempt: int) -> Pending:
+    def _send_again(
+        self, pending: Pending, failed: list[_Failure], attempt: int
+    ) -> Generator[Ticket | Pause, list[Reply | Refusal], Pending]:
         """Plan the failed routes on workers that neither are lost nor refused them, where there are any."""
         avoided = pending.avoided.union(parcel.to for parcel, _, refusal in failed if refusal.reason in _NOT_HERE)
         if any(refusal.reason is RefusalReason.OVERLOADED for _, _, refusal in failed):
-            time.sleep(self._config.overload_pause_s * 2**attempt)
+            yield Pause(self._config.overload_pause_s * 2**attempt)
         self._counts["replans"] += 1
         positions = torch.cat([positions for _, positions, _ in failed])
         planned = self._replan(pending, positions, avoided)
@@ -292,7 +327,7 @@ class Dispatcher:
         return DispatchPlan(planned.parcels + rest.parcels, rest.missing)
 
     def _lose(self, members: Iterable[Member]) -> None:
-        for member in members:
+        for member in sorted(members):  # sets have no order that two runs share
             if member not in self._lost:
                 self._lost |= {member}
                 self._counts["lost"] += 1

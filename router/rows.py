@@ -10,14 +10,11 @@ packed row.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RowsSent = Literal["plain", "fp8"]
-Replies = Literal["rows", "sums"]
+from router.config import RowsSent
 
 GROUP = 128
 _CODE_MAX = 448.0  # the largest finite float8_e4m3fn

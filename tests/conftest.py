@@ -1,5 +1,6 @@
 """What holds for every test of the project."""
 
+import gc
 import inspect
 import os
 
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The same examples on every run and machine, however slow: what fails here fails there.
 settings.register_profile("project", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("soak", derandomize=True, deadline=None, max_examples=2000)
 settings.load_profile("project")
 
 
@@ -21,6 +23,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--schemas", type=int, default=0, help="for the demo model to keep to; 0: a few for a tiny one"
     )
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: looking through it for garbage took a third of a second, and tests that count
+    what is left of links do that several times each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,12 +5,25 @@ raised inside the next test.
 """
 
 import asyncio
+import atexit
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _runner = asyncio.Runner()
+atexit.register(_runner.close)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    return _runner.run(work)
+    """What it leaves running ends with it, so that nothing of one test is met by the next."""
+    return _runner.run(_whole(work))
+
+
+async def _whole(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await work
+    finally:
+        if left := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shlex
-import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+from cluster.commands import bench_serving
+from cluster.commands.bench_faces import chosen, console, counts, failed, print_json, show_machine, teller
 from cluster.config import ConfigError
 
 if TYPE_CHECKING:
@@ -31,9 +28,10 @@ _COUNT_MAX = 1 << 20
 def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure exchange, decoding and the scheduler on this machine",
-        description="Measures on this machine, without Ray and without a running cluster. Results go to standard\n"
-        "output, progress to standard error. Figures and how they came about: docs/benchmarks.md.",
+        help="measure exchange, decoding, the scheduler and serving on this machine",
+        description="Measures on this machine, without Ray and without a running cluster; `serving` starts one.\n"
+        "Results go to standard output, progress to standard error. Figures and how they came about:\n"
+        "docs/benchmarks.md.",
         epilog="Example:  expertmesh bench transport --kinds shm,grpc\n"
         "          expertmesh bench decode --model checkpoints/bench --batches 8,32 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,6 +40,7 @@ def add_to(commands: Any) -> None:
     _add_transport(benchmarks)
     _add_decode(benchmarks)
     _add_scheduler(benchmarks)
+    bench_serving.add_to(benchmarks)
 
 
 def _add_transport(benchmarks: Any) -> None:
@@ -133,30 +132,30 @@ def _transport(arguments: argparse.Namespace) -> int:
     from benchmarks.transport import DTYPES, Effort, Shape, measure
     from router.transport.select import KINDS
 
-    kinds = _chosen("--kinds", arguments.kinds, [kind for kind in KINDS if kind != "auto"])
-    [dtype] = _chosen("--dtype", arguments.dtype, list(DTYPES), most=1)
-    hidden = _counts("--hidden", arguments.hidden, 8, 1 << 16)
-    rows = _counts("--rows", arguments.rows, 1, 1 << 12)
-    [round_trips] = _counts("--round-trips", arguments.round_trips, 10, _COUNT_MAX, most=1)
-    [in_flight] = _counts("--in-flight", arguments.in_flight, 1, 16, most=1)
+    kinds = chosen("--kinds", arguments.kinds, [kind for kind in KINDS if kind != "auto"])
+    [dtype] = chosen("--dtype", arguments.dtype, list(DTYPES), most=1)
+    hidden = counts("--hidden", arguments.hidden, 8, 1 << 16)
+    rows = counts("--rows", arguments.rows, 1, 1 << 12)
+    [round_trips] = counts("--round-trips", arguments.round_trips, 10, _COUNT_MAX, most=1)
+    [in_flight] = counts("--in-flight", arguments.in_flight, 1, 16, most=1)
     shapes = [Shape(n, h, dtype) for h in hidden for n in rows]
     try:
-        crossings, bandwidths = measure(kinds, shapes, Effort(round_trips, in_flight), _teller())
+        crossings, bandwidths = measure(kinds, shapes, Effort(round_trips, in_flight), teller())
     except BenchmarkError as error:
-        return _failed("transport", error)
+        return failed("transport", error)
     if arguments.json:
-        _print_json(
+        print_json(
             "transport",
             crossings=[dataclasses.asdict(crossing) for crossing in crossings],
             bandwidths=[dataclasses.asdict(found) | {"of_memcpy": found.of_memcpy} for found in bandwidths],
         )
     else:
-        _show_transport(crossings, bandwidths, _console())
+        _show_transport(crossings, bandwidths, console())
     return 0
 
 
 def _show_transport(crossings: list[Crossing], bandwidths: list[Bandwidth], console: Console) -> None:
-    _show_machine(console)
+    show_machine(console)
     table = Table("link", "parcel", "there and back: p50", "p99", "least", "in flight", "parcels/s", box=None)
     for found in crossings:
         parcel = f"{found.shape.rows} x {found.shape.hidden} {found.shape.dtype}"
@@ -181,26 +180,26 @@ def _decode(arguments: argparse.Namespace) -> int:
     from benchmarks.errors import BenchmarkError
     from model.errors import ModelError
 
-    batches = _counts("--batches", arguments.batches, 1, 256)
-    [context] = _counts("--context", arguments.context, 1, _COUNT_MAX, most=1)
-    [steps] = _counts("--steps", arguments.steps, 1, 1000, most=1)
-    [rounds] = _counts("--rounds", arguments.rounds, 1, 1000, most=1)
+    batches = counts("--batches", arguments.batches, 1, 256)
+    [context] = counts("--context", arguments.context, 1, _COUNT_MAX, most=1)
+    [steps] = counts("--steps", arguments.steps, 1, 1000, most=1)
+    [rounds] = counts("--rounds", arguments.rounds, 1, 1000, most=1)
     task = Task(
         arguments.model,
-        tuple(_chosen("--numerics", arguments.numerics, ["exact", "fast"])),  # type: ignore[arg-type]
+        tuple(chosen("--numerics", arguments.numerics, ["exact", "fast"])),  # type: ignore[arg-type]
         tuple(batches),
-        tuple(_counts("--microbatches", arguments.microbatches, 1, 4)),
-        tuple(_chosen("--transports", arguments.transports, ["shm", "grpc"])),
+        tuple(counts("--microbatches", arguments.microbatches, 1, 4)),
+        tuple(chosen("--transports", arguments.transports, ["shm", "grpc"])),
         tuple(_topologies(arguments.topologies)),
-        tuple(_counts("--threads", arguments.threads, 1, 256)),
+        tuple(counts("--threads", arguments.threads, 1, 256)),
         context, steps, rounds,
     )  # fmt: skip
     try:
-        outcome = measure(task, _teller())
+        outcome = measure(task, teller())
     except (BenchmarkError, ModelError) as error:
-        return _failed("decode", error)
+        return failed("decode", error)
     if arguments.json:
-        _print_json(
+        print_json(
             "decode",
             context=context,
             steps=steps,
@@ -221,7 +220,7 @@ def _decode(arguments: argparse.Namespace) -> int:
             exact_tokens_equal=outcome.tokens_compared,
         )  # fmt: skip
     else:
-        _show_decode(outcome, f"prompts of {context} tokens, {rounds} rounds of {steps} steps", _console())
+        _show_decode(outcome, f"prompts of {context} tokens, {rounds} rounds of {steps} steps", console())
     return 0
 
 
@@ -242,7 +241,7 @@ def _topologies(text: str) -> list[Topology]:
 
 
 def _show_decode(outcome: Outcome, how: str, console: Console) -> None:
-    _show_machine(console)
+    show_machine(console)
     console.print(how, highlight=False)
     table = Table("batch", "way", "tokens/s: median", "least", "most", "step: least", box=None)
     for found in outcome.measured:
@@ -267,30 +266,30 @@ def _show_decode(outcome: Outcome, how: str, console: Console) -> None:
 def _scheduler(arguments: argparse.Namespace) -> int:
     from benchmarks.scheduler import TARGET_MS, TARGET_SEQUENCES, measure
 
-    [workers] = _counts("--workers", arguments.workers, 1, 1000, most=1)
-    sequences = _counts("--sequences", arguments.sequences, 1, 100_000)
-    [repeats] = _counts("--repeats", arguments.repeats, 1, 1000, most=1)
-    tell, points = _teller(), []
+    [workers] = counts("--workers", arguments.workers, 1, 1000, most=1)
+    sequences = counts("--sequences", arguments.sequences, 1, 100_000)
+    [repeats] = counts("--repeats", arguments.repeats, 1, 1000, most=1)
+    tell, points = teller(), []
     for count in sequences:
         tell(f"{count} sequences at {workers} workers")
         points.append(measure(count, workers, repeats))
     is_constant = len({found.undisturbed_bytes for found in points}) == 1
     if arguments.json:
-        _print_json(
+        print_json(
             "scheduler",
             target={"ms": TARGET_MS, "sequences": TARGET_SEQUENCES, "workers": 64},
             undisturbed_bytes_constant=is_constant,
             points=[dataclasses.asdict(found) for found in points],
         )
     else:
-        _show_scheduler(points, is_constant, _console())
+        _show_scheduler(points, is_constant, console())
     return 0
 
 
 def _show_scheduler(points: list[Point], is_constant: bool, console: Console) -> None:
     from benchmarks.scheduler import TARGET_MS, TARGET_SEQUENCES
 
-    _show_machine(console)
+    show_machine(console)
     table = Table("sequences", "all end", "all prompts end", "undisturbed", "its bytes", box=None)
     for found in points:
         times = (f"{ms:.2f} ms" for ms in (found.ending_ms, found.prompts_ms, found.undisturbed_ms))
@@ -302,71 +301,3 @@ def _show_scheduler(points: list[Point], is_constant: bool, console: Console) ->
         if (found.sequences, found.workers) == (TARGET_SEQUENCES, 64):
             verdict = "met" if found.worst_ms <= TARGET_MS else "MISSED"
             console.print(f"target, at most {TARGET_MS:g} ms: {found.worst_ms:g} ms, {verdict}", highlight=False)
-
-
-# --- shared ----------------------------------------------------------------------------------------
-
-
-def _counts(flag: str, text: str, least: int, most_each: int, most: int = 32) -> list[int]:
-    """Comma-separated whole numbers, at most `most` of them. Raises ConfigError."""
-    values = []
-    for part in text.split(","):
-        if not part.strip().isdecimal() or not least <= int(part) <= most_each:
-            raise ConfigError(f"{flag}: {part!r}; accepted: whole numbers from {least} to {most_each}")
-        values.append(int(part))
-    _refuse_many(flag, values, most)
-    return values
-
-
-def _chosen(flag: str, text: str, accepted: Sequence[str], most: int = 32) -> list[str]:
-    names = [part.strip() for part in text.split(",")]
-    for name in names:
-        if name not in accepted:
-            raise ConfigError(f"{flag}: {name!r}; accepted: {', '.join(accepted)}")
-    _refuse_many(flag, names, most)
-    return names
-
-
-def _refuse_many(flag: str, values: Sequence[T], most: int) -> None:
-    if len(values) > most or len(set(values)) < len(values):
-        raise ConfigError(f"{flag}: {len(values)} values; accepted: at most {most}, none twice")
-
-
-def _teller() -> Callable[[str], None]:
-    """A line of progress on standard error, with the seconds since it was made."""
-    began_s = time.monotonic()
-    return lambda text: print(f"{time.monotonic() - began_s:6.1f} s  {text}", file=sys.stderr, flush=True)
-
-
-def _console() -> Console:
-    """Lines of a file are not broken."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
-def _failed(benchmark: str, error: Exception) -> int:
-    print(f"expertmesh bench {benchmark}: {error}", file=sys.stderr)
-    return 1
-
-
-def _print_json(benchmark: str, **result: Any) -> None:
-    from benchmarks import machine
-
-    print(json.dumps({"benchmark": benchmark, "command": _command(), "machine": machine.describe(), **result}))
-
-
-def _show_machine(console: Console) -> None:
-    from benchmarks import machine
-
-    found = machine.describe()
-    load = " ".join(map(str, found["load_average"]))
-    console.print(f"$ {_command()}", highlight=False)
-    console.print(
-        f"{found['date']}, {found['cpu']}, {found['cores']} cores ({' '.join(found['flags'])}), "
-        f"torch {found['torch']}, load average {load}",
-        highlight=False,
-    )
-
-
-def _command() -> str:
-    return shlex.join(["expertmesh", *sys.argv[1:]])

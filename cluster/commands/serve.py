@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.commands.sizes import parse_size
+from cluster.commands.sizes import parse_size_or_share
 from cluster.commands.status import API_KEY_VARIABLE
 from cluster.config import ConfigError, load_config
 
@@ -32,7 +32,10 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "--threads": (("attention.threads", "expert.threads"), "N", "compute threads of each worker; default 1"),
     "--microbatches": (("attention.microbatches",), "N", "slices of a step in flight: auto (default) or 1 to 4"),
     "--max-model-len": (("attention.model_len_max",), "TOKENS", "prompt and answer together"),
-    "--kv-memory": (("attention.kv_bytes",), "SIZE", "of each attention worker, as 2GiB or 512MB"),
+    "--kv-memory": (
+        ("attention.kv_bytes", "attention.kv_share"), "SIZE",
+        "for keys and values of each attention worker, as 2GiB, or a share of what is free for it, as 0.5 or 50%%",
+    ),
     "--host": (("host",), "HOST", "default 127.0.0.1"),
     "--port": (("port",), "PORT", "REST; default 8000"),
     "--grpc-port": (("grpc_port",), "PORT", "gRPC; default 9000, 0 for none"),
@@ -93,8 +96,9 @@ def _overrides(given: dict[str, Any]) -> dict[str, Any]:
             continue
         if flag == "--kv-memory":
             try:
-                value = parse_size(value)
+                overrides |= dict(zip(names, parse_size_or_share(value), strict=True))
             except ValueError as error:
                 raise ConfigError(f"--kv-memory: {error}") from None
+            continue
         overrides |= dict.fromkeys(names, value)
     return overrides

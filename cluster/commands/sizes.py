@@ -18,6 +18,19 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def parse_size_or_share(text: str) -> tuple[int, float]:
+    """(bytes, 0) of a size, (0, share) of `0.5` or `50%`. Raises ValueError naming what is accepted."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%|(\d*\.\d+)", text.strip())
+    if match is None:
+        return parse_size(text), 0.0
+    share = float(match[1]) / 100 if match[1] else float(match[2])
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"{text!r}; accepted: a share of what is free above 0 and up to 1.0 or 100%, or a size as 2GiB"
+        )
+    return 0, share
+
+
 def show_size(size: float) -> str:
     """`1.5 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -125,6 +125,7 @@ def show(document: dict[str, Any], console: Console) -> None:
     for worker in document["workers"]:
         if "kv_blocks_total" in worker["gauges"]:
             console.print(f"{worker['id']}: keys and values {_kv(worker['gauges'])}", highlight=False)
+            console.print(f"{worker['id']}: {_kv_memory(worker['gauges'])}", highlight=False)
         if links := worker.get("links"):
             told = ", ".join(f"{peer} {kind}" for peer, kind in sorted(links.items()))
             console.print(f"{worker['id']}: links {told}", highlight=False)
@@ -156,6 +157,20 @@ def _kv(gauges: dict[str, float]) -> str:
         f"{gauges[f'kv_{space}blocks_cached']:g} cached, "
         f"{show_size(gauges[f'kv_{space}block_bytes'])} each"
         for space, words in spaces.items()
+    )
+
+
+def _kv_memory(gauges: dict[str, float]) -> str:
+    """How the spaces came to their sizes, and what they hold."""
+    spaces = {"": "", "sliding_": " in windows"} if "kv_sliding_blocks_total" in gauges else {"": ""}
+    blocks = " + ".join(
+        f"{gauges[f'kv_{space}blocks_total']:g}{words} x {show_size(gauges[f'kv_{space}block_bytes'])}"
+        for space, words in spaces.items()
+    )
+    return (
+        f"of {show_size(gauges['kv_free_bytes'])} free {100 * gauges['kv_share']:.1f} % taken, "
+        f"{show_size(gauges['kv_bytes'])} = {blocks}: {gauges['kv_tokens']:,.0f} tokens fit, "
+        f"{gauges['kv_model_len_sequences']:g} sequences of {gauges['kv_model_len']:,.0f}"
     )
 
 

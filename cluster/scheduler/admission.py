@@ -19,27 +19,47 @@ class Refusal:
 
 
 class CompletionRate:
-    """Sequences ended per second, averaged with weights that fade over `window_s`."""
+    """Sequences ended per second in which any waited for its first token, averaged with weights that fade over
+    `window_s`. Time in which none waits says nothing of what could be served, and is not counted."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._level = 0.0  # of the weighted count, as of `_at_s`
-        self._began_s: float | None = None
-        self._at_s = 0.0
+        self._level = 0.0  # of the weighted count
+        self._age_s: float | None = None  # since the first ended; None: none has
 
-    def add(self, num_sequences: int, now_s: float) -> None:
-        if self._began_s is None:
-            self._began_s = self._at_s = now_s
-        self._level = self._level * math.exp((self._at_s - now_s) / self._window_s) + num_sequences
-        self._at_s = now_s
+    def wait(self, elapsed_s: float) -> None:
+        """So long some waited."""
+        if self._age_s is not None:
+            self._age_s += elapsed_s
+            self._level *= math.exp(-elapsed_s / self._window_s)
 
-    def per_second(self, now_s: float) -> float:
+    def add(self, num_sequences: int) -> None:
+        if self._age_s is None:
+            self._age_s = 0.0
+        self._level += num_sequences
+
+    def per_second(self) -> float:
         """0 until something has ended. A young window is not taken for a slow one."""
-        if self._began_s is None:
+        if self._age_s is None:
             return 0.0
-        level = self._level * math.exp((self._at_s - now_s) / self._window_s)
-        age_s = max(now_s - self._began_s, 1.0)
-        return level / (self._window_s * -math.expm1(-age_s / self._window_s))
+        age_s = max(self._age_s, 1.0)
+        return self._level / (self._window_s * -math.expm1(-age_s / self._window_s))
+
+
+class Appointments:
+    """When those that were refused were told to come again: one after the other, as room comes free, so that they
+    do not all return for the same place."""
+
+    def __init__(self) -> None:
+        self._last_s = -math.inf
+
+    def after(self, retry_after_s: float, per_second: float, now_s: float, config: SchedulerConfig) -> float:
+        """How long the next of them should wait, at least `retry_after_s`."""
+        if per_second <= 0:
+            return retry_after_s
+        soonest_s = max(now_s + retry_after_s, self._last_s + 1 / per_second)
+        self._last_s = min(soonest_s, now_s + config.retry_after_s_max)
+        return self._last_s - now_s
 
 
 def retry_after_s(queue: WaitingQueue, per_second: float, config: SchedulerConfig) -> float:
@@ -61,17 +81,19 @@ def refusal(
     entry: Waiting,
     queue: WaitingQueue,
     workers: Iterable[WorkerLimits],
+    num_starting: int,
     per_second: float,
     config: SchedulerConfig,
 ) -> Refusal | None:
-    """None: it may enter. `workers` may be empty while they are expected: then size is not judged."""
+    """None: it may enter. `workers` may be empty while they are expected: then size is not judged.
+    `num_starting`: sequences that were placed and have no token yet."""
     submission = entry.submission
     num_prompt, total = len(submission.prompt), entry.tokens_total
     tokens_max = max((limits.tokens_max for limits in workers), default=total)
     if total > tokens_max:
         return Refusal(RejectCode.TOO_LARGE, too_large(submission, tokens_max))
     if not len(queue):
-        return None
+        return _too_late(num_starting, submission.time_left_s, per_second, config)
     num_requests = queue.num_requests + 1
     waiting_after = num_prompt * len(submission.siblings) + queue.num_tokens
     for name, value, bound in (
@@ -85,7 +107,7 @@ def refusal(
                 f"this one would make {value}, {name} is {bound}",
                 retry_after_s(queue, per_second, config),
             )
-    return _too_late(queue.ahead_of(entry), submission.time_left_s, per_second, config)
+    return _too_late(num_starting + queue.ahead_of(entry), submission.time_left_s, per_second, config)
 
 
 def _too_late(num_ahead: int, time_left_s: float, per_second: float, config: SchedulerConfig) -> Refusal | None:

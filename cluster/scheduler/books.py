@@ -272,6 +272,11 @@ class Books:
         return f"; experts are missing at {', '.join(without)}" if without else ""
 
     @property
+    def num_starting(self) -> int:
+        """Sequences that were placed and whose prompt is not done."""
+        return sum(book.num_starting for book in self.workers.values())
+
+    @property
     def heard(self) -> set[Incarnation]:
         """Workers that have said what they run after they refused orders of older terms."""
         return {worker for worker, book in self.workers.items() if book.applied}

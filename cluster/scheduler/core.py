@@ -110,7 +110,7 @@ class Scheduler:
             "waiting": len(queue),
             "waiting_tokens": queue.num_tokens,
             "running": sum(len(book.held) for _, book in workers),
-            "completions_per_s": self._rate.per_second(self._now_s) if self._now_s is not None else 0.0,
+            "completions_per_s": self._rate.per_second(),
         }
         for worker, book in workers:
             gauges |= {f"worker/{worker.id}/{name}": value for name, value in book.gauges().items()}
@@ -133,6 +133,8 @@ class Scheduler:
             self._gateways.restart_leases(now_s)
             self._workers.restart_deadlines(now_s)
             self._books.queue.restart_waits(now_s)
+        elif len(self._books.queue) or self._books.num_starting:
+            self._rate.wait(now_s - before_s)
         self._now_s = now_s
 
     def _judge(self, _event: Tick, now_s: float) -> Iterator[Command]:

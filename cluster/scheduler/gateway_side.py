@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.scheduler import admission
 from cluster.scheduler.books import Books
@@ -56,6 +56,7 @@ class GatewaySide:
         self._books = books
         self._recovery = recovery
         self._rate = rate
+        self._appointments = admission.Appointments()
         self._counters = counters
         self._gateways: dict[str, Gateway] = {}  # by id: one incarnation each
 
@@ -183,9 +184,13 @@ class GatewaySide:
                 RejectCode.NOT_READY, "no attention worker is ready", self._config.retry_after_s_min
             )
         limits = [book.limits for book in self._books.workers.values()]
-        rate = self._rate.per_second(now_s)
+        rate = self._rate.per_second()
         entry = self._books.waiting(gateway, submission, submission.siblings[0], NEWEST, now_s)
-        return admission.refusal(entry, self._books.queue, limits, rate, self._config)
+        found = admission.refusal(entry, self._books.queue, limits, self._books.num_starting, rate, self._config)
+        if found is None or found.code is not RejectCode.OVERLOADED:
+            return found
+        again_s = self._appointments.after(found.retry_after_s, rate, now_s, self._config)
+        return replace(found, retry_after_s=again_s)
 
     def _take(self, entry: Waiting) -> Iterator[Command]:
         """One sibling of what is accepted. The higher attempt wins."""

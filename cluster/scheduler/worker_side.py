@@ -72,7 +72,7 @@ class WorkerSide:
         book = self._books.workers.get(worker) or WorkerBook(
             worker, self._config.chunk_tokens_max, self._config.prefix_hints_max
         )
-        yield from self._endings(book, event.report, now_s)
+        yield from self._endings(book, event.report)
         gone = book.link(event.limits, event.report, self._term)
         book.is_draining = event.report.draining if self._draining is None else worker in self._draining
         self._books.workers[worker] = book
@@ -95,21 +95,23 @@ class WorkerSide:
             book.unlinked_s = now_s
             yield DropLink(event.worker, violation)
             return
-        yield from self._endings(book, event, now_s)
+        yield from self._endings(book, event)
         gone = book.update(event, self._term)
         yield from self._settle(book, gone, event.state or (), now_s)
         # They have lost their blocks already, so nothing more is lost.
         yield from self._move_off(book, book.named(event.paused), now_s)
 
     def members_expected(self, event: MembersExpected, _now_s: float) -> Iterator[Command]:
-        """The controller's word is final: whoever is gone and not expected is lost now."""
+        """The controller's word is final: whoever is not expected is lost now, also where its stream has not
+        noticed (it hangs, or its node is gone or cut off)."""
         self._recovery.expect(event.workers)
         self._draining = event.draining
         for book in self._books.workers.values():
             book.is_draining = book.worker in event.draining
-        for book in self._unlinked():
-            if book.worker not in event.workers:
-                yield from self._lose(book.worker, f"worker {book.worker} was lost")
+        for worker in sorted(self._books.workers.keys() - event.workers):
+            if self._books.workers[worker].unlinked_s is None:
+                yield DropLink(worker, "the controller has lost it")
+            yield from self._lose(worker, f"worker {worker} was lost")
 
     def judge(self, now_s: float) -> Iterator[Command]:
         """Give back the sequences of workers whose links have been gone for too long."""
@@ -179,7 +181,7 @@ class WorkerSide:
             if not held.stopping:
                 yield from self._close(held.attempt, CloseReason.WORKER_LOST, detail)
 
-    def _endings(self, book: WorkerBook, report: WorkerReported, now_s: float) -> Iterator[Command]:
+    def _endings(self, book: WorkerBook, report: WorkerReported) -> Iterator[Command]:
         """Ten thousand in a round: what most of them need is looked up before the loop."""
         num_finished = num_stopped = num_ignored = 0
         release, finish = book.release, self._books.finish
@@ -205,7 +207,7 @@ class WorkerSide:
         for tenant, num_unused in unused.items():
             self._books.shares.give_back(tenant, num_unused)
         if handles:
-            self._rate.add(len(handles), now_s)
+            self._rate.add(len(handles))
             found = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}
             self._counters.update({name: count for name, count in found.items() if count})
         for held in book.named(report.undelivered):

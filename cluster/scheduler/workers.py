@@ -67,6 +67,7 @@ class WorkerBook:
         self.chunk_tokens_max = chunk_tokens_max
         self.prefixes = Prefixes(prefix_hints_max)
         self.rows_ahead = 0  # of prompts given to it and not yet done
+        self.num_starting = 0  # sequences whose prompts those are
         self.held: dict[int, Held] = {}  # by handle
         self.unlinked_s: float | None = None  # since when its link is gone
         self.is_draining = False  # it is given nothing more
@@ -307,6 +308,8 @@ class WorkerBook:
             promised = promised.plus(held.blocks_promised)
         assert promised == self._promised, f"{self.worker}: promised {self._promised}, held {promised}"
         assert sum(held.rows_ahead for held in self.held.values()) == self.rows_ahead, f"{self.worker}: rows"
+        starting = sum(held.blocks_promised is not NONE for held in self.held.values())
+        assert starting == self.num_starting, f"{self.worker}: {self.num_starting} starting, held {starting}"
         stopping = {held.attempt for held in self.held.values() if held.stopping}
         assert self._stops <= self._stopping == stopping, f"{self.worker}: stops of nothing held"
         assert self.applied <= self.sent, f"{self.worker}: applied {self.applied} of {self.sent}"
@@ -322,12 +325,14 @@ class WorkerBook:
         held.num_tokens, held.tokens_then = num_tokens, self.tokens
         self._promised = self._promised.plus(blocks)
         self.rows_ahead += rows
+        self.num_starting += blocks is not NONE
         return held
 
     def _prompt_done(self, held: Held) -> None:
         """Or it has ended."""
         self._promised = self._promised.minus(held.blocks_promised)
         self.rows_ahead -= held.rows_ahead
+        self.num_starting -= held.blocks_promised is not NONE
         held.blocks_promised, held.rows_ahead = NONE, 0
 
     def _count(self, report: WorkerReported) -> None:
@@ -344,7 +349,7 @@ class WorkerBook:
     def _prompts_done(self, handles: Iterable[int]) -> None:
         """Summed up first: ten thousand in a round."""
         get, none = self.held.get, NONE
-        full = sliding = rows = 0
+        full = sliding = rows = num_done = 0
         for handle in handles:
             held = get(handle)
             if held is not None:
@@ -352,9 +357,11 @@ class WorkerBook:
                 full += blocks[0]
                 sliding += blocks[1]
                 rows += held.rows_ahead
+                num_done += blocks is not none
                 held.blocks_promised, held.rows_ahead = none, 0
         self._promised = self._promised.minus(Blocks(full, sliding))
         self.rows_ahead -= rows
+        self.num_starting -= num_done
 
     def _absent(self, state: Iterable[Running], known: Iterable[int]) -> list[Held]:
         present = {running.handle for running in state}

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from router.config import Replies, RowsSent
 from router.placement import EpochId, Member
-from router.rows import Replies, RowsSent
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 It sleeps in epoll. Before that it may stay awake for a bounded moment, looking again and again and giving its core
 to whoever wants it: a core that nobody uses falls asleep, and on a virtual machine it takes some 50 us to come
-back, more than a small parcel takes there and back. Where that moment passes in vain it is not tried again at once:
-ever more waits, up to 64, go by before the next try, so that long waits cost a hundredth of it (decision 13).
+back, more than a small parcel takes there and back. Where that moment passes in vain it is not tried again at
+once: ever more waits, up to 64, go by before the next try, so that long waits cost a hundredth of it (decision
+13).
 """
 
 from __future__ import annotations

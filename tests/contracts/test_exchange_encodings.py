@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from model.gate import Routes
+from router.config import Replies, RowsSent
 from router.dispatcher import Dispatcher
 from router.placement import EpochId, Member, spread
-from router.rows import Replies, RowsSent, sums, unpack
+from router.rows import sums, unpack
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Parcel, Refusal, RefusalReason, Reply
 from router.transport.cuda import GPU_KINDS
 from router.transport.local import LocalHub

@@ -139,8 +139,7 @@ class _Driver:
     def run(self) -> None:
         while True:
             starts = self._due()
-            if starts or self._stops:
-                self._order(starts or [])
+            self._order(starts or [])  # every step: each cuts prompts in another way
             if starts is None:
                 return
             self._adopt_when_due()

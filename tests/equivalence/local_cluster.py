@@ -31,6 +31,7 @@ from router.transport.local import LocalHub
 from router.transport.select import attention_end, expert_end
 
 EPOCH = EpochId(1, 1)
+UNHURRIED_S = 60.0  # between two tokens: no step is cut short for it
 
 
 def request(name, prompt, *, max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0, num_logprobs=3, arrival=0,
@@ -160,12 +161,23 @@ class LocalCluster:
                 expert.residency.retire(retired)
 
     def order(self, worker, starts=(), stops=(), step_tokens=512, chunk_tokens=256):
-        """Send the worker its next plan."""
+        """Send the worker its next plan. It allows any time between tokens, so that how prompts are cut does not
+        depend on how fast this machine is."""
         self._plans[worker] += 1
         result = StepResult()
         fingerprint = self.checkpoint.fingerprint
         self.workers[worker].book.apply(
-            Plan(1, self._plans[worker], fingerprint, 1, tuple(starts), tuple(stops), step_tokens, chunk_tokens),
+            Plan(
+                1,
+                self._plans[worker],
+                fingerprint,
+                1,
+                tuple(starts),
+                tuple(stops),
+                step_tokens,
+                chunk_tokens,
+                inter_token_s=UNHURRIED_S,
+            ),
             result,
         )
         return result

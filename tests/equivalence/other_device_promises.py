@@ -21,9 +21,9 @@ from tests.equivalence.other_device import OnBoard
 
 BOARD = other_device.register()
 PROMPT = [7 * i % 400 + 20 for i in range(83)]
-PLAIN = Variant()
+PLAIN = Variant(layers=2)
 HYBRID = Variant(layers=2, hybrid=True, qk_norm="per_head", sinks=True)
-FP8 = Variant(fp8=True)
+FP8 = Variant(layers=2, fp8=True)
 
 
 def made(folder, variant):
@@ -37,11 +37,11 @@ def plain(tmp_path_factory):
 
 
 def me():
-    return request("me", PROMPT, temperature=1.0, top_k=40, seed=1234, max_tokens=10)
+    return request("me", PROMPT, temperature=1.0, top_k=40, seed=1234, max_tokens=6)
 
 
 def strangers():
-    return [request(f"s{i}", PROMPT[i : 9 * i], temperature=1.0, seed=i, max_tokens=6) for i in range(1, 5)]
+    return [request(f"s{i}", PROMPT[i : 9 * i], temperature=1.0, seed=i, max_tokens=4) for i in range(1, 5)]
 
 
 def test_the_device_tells_a_stranger():

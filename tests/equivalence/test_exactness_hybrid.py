@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from attention_workers.kv_memory import block_bytes
 from attention_workers.step import StepResult
 from model.checkpoint import Checkpoint
 from model.layer_types import FULL, SLIDING
@@ -99,7 +100,7 @@ def test_memory_at_4096_tokens_is_the_arithmetic(checkpoint):
         while not sequence.is_prompt_done:
             worker.step(StepResult())
             assert len(sequence.tables[SLIDING].blocks) <= 12
-        one = {kind: worker.model.kv_bytes_per_block(kind) for kind in (FULL, SLIDING)}
+        one = {kind: block_bytes(worker.model.config, kind, worker.model.dtype) for kind in (FULL, SLIDING)}
         held = sum(one[kind] * len(table.blocks) for kind, table in sequence.tables.items())
         token_and_layer = 2 * 2 * 16 * 4  # keys and values · heads · width · bytes
         assert held == token_and_layer * (2 * 4096 + 2 * 32)
@@ -117,7 +118,7 @@ def test_every_layer_may_slide(tmp_path):
     checkpoint = Checkpoint.open(path)
     with LocalCluster(checkpoint, experts=2, dtype=torch.float32) as cluster:
         model = cluster.workers[0].model
-        assert (model.kv_bytes_per_block(FULL), model.keys.keys()) == (0, {SLIDING})
+        assert (block_bytes(model.config, FULL, model.dtype), model.keys.keys()) == (0, {SLIDING})
         answer = cluster.run([request("r", PROMPT, max_tokens=20)], chunk_tokens=30)["r"]
     expected = torch.log_softmax(Reference(checkpoint, "float32").logits(PROMPT + answer.tokens), -1)
     for i, (token, logprobs) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):

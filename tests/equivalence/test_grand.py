@@ -18,7 +18,7 @@ from tests.equivalence.local_cluster import LocalCluster
 
 NUM_TOPOLOGIES = 50
 VARIANTS = {
-    "full": Variant(),
+    "full": Variant(layers=2),
     "hybrid": Variant(layers=2, hybrid=True, qk_norm="per_head", sinks=True),
     "fp8-hybrid": Variant(layers=2, hybrid=True, fp8=True),
 }

@@ -1,4 +1,4 @@
-"""Explicit where Ray would otherwise decide by what it finds on the machine; and a tiny checkpoint."""
+"""Explicit where Ray would otherwise decide by what it finds on the machine; and what tests have in common."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.synthetic import make_checkpoint
+from tests.on_ray.served import Served
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,3 +30,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("on_ray") / "tiny"
     make_checkpoint("tiny", folder, seed=11)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One attention worker, two expert workers that both hold everything. `test_refusals` leaves it as it was,
+    `test_serve` kills its processes one after the other, and ends it."""
+    with Served(tiny, "--replicas", "2", log=tmp_path_factory.mktemp("serve") / "log") as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def shared_ray(ray_environment: None) -> Iterator[list[str]]:
+    """Flags by which a cluster joins one Ray of a single node: it is ready sooner than on a Ray of its own."""
+    from ray.cluster_utils import Cluster
+
+    ray = Cluster()
+    ray.add_node(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False)
+    yield ["--ray-address", ray.address]
+    ray.shutdown()

@@ -24,6 +24,11 @@ def ours_left(cluster_id: str) -> list[str]:
     return [line for line in Path("/proc/net/unix").read_text().splitlines() if f"expertmesh-{cluster_id}" in line]
 
 
+def folders() -> list[str]:
+    """Ray's sockets and logs, of clusters that `serve` hosts in this test run."""
+    return [name for name in os.listdir(os.environ["RAY_TMPDIR"]) if name.startswith("em-")]
+
+
 class Served:
     """`with Served(checkpoint, "--expert-workers", "3") as cluster: cluster.post("/v1/completions", {...})`"""
 

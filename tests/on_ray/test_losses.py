@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.on_ray.served import Served
+from tests.on_ray.served import Served, folders
 
 pytestmark = pytest.mark.ray
 
@@ -144,7 +144,7 @@ def test_a_scheduler_that_finds_its_address_taken_is_started_again_until_it_is_f
     cluster.complete([3, 4, 5], max_tokens=4)
 
 
-@pytest.mark.parametrize("nth", range(3))
+@pytest.mark.parametrize("nth", range(2))
 def test_a_frozen_attention_worker_is_replaced_and_its_streams_go_on(cluster, nth):
     """SIGSTOP: nobody hears the socket close. It is found silent, killed, and its streams resumed elsewhere."""
     before = worker(cluster, "attention")
@@ -201,9 +201,9 @@ def test_kill_9_of_serve_leaves_no_process_and_no_folder(cluster):
     """Last of this cluster: Ray's own helpers would outlive it by a minute, its folder for ever."""
     family = psutil.Process(cluster.process.pid).children(recursive=True)
     assert len(family) >= 8
-    assert len(os.listdir(os.environ["RAY_TMPDIR"])) == 1
+    assert len(folders()) == 1
     cluster.process.kill()
     _, alive = psutil.wait_procs(family, 45)
     assert not alive
-    while os.listdir(os.environ["RAY_TMPDIR"]):  # the test's own time limit bounds it
+    while folders():  # the test's own time limit bounds it
         pass

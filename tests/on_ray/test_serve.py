@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,25 +25,13 @@ from openai import BadRequestError, OpenAI
 
 from attention_workers.trace_records import decode
 from attention_workers.trace_summary import summarise
-from tests.on_ray.served import Served
+from tests.on_ray.served import Served, folders
 
 pytestmark = pytest.mark.ray
 
 README = Path(__file__).parents[2] / "README.md"
 WITHIN_S = 90.0
 GREEDY = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One attention worker, two expert workers that both hold everything."""
-    with Served(tiny, "--replicas", "2", log=tmp_path_factory.mktemp("serve") / "log") as served:
-        yield served
-
-
-def folders() -> list[str]:
-    """Ray's sockets and logs, of clusters that `serve` hosts in this test run."""
-    return [name for name in os.listdir(os.environ["RAY_TMPDIR"]) if name.startswith("em-")]
 
 
 def listed_sockets() -> dict[str, str]:
@@ -312,8 +299,10 @@ def test_ended_cluster_leaves_nothing_behind(server: Served) -> None:
 
 def test_worker_that_cannot_start_ends_serve_with_its_own_reason(tiny: Path, tmp_path: Path) -> None:
     """What only a worker can find out: serve says why, exits 1 and leaves nothing."""
-    served = Served(tiny, "--kv-memory", "1KB", log=tmp_path / "log")
-    with pytest.raises(AssertionError, match=r"attention-0 failed: kv_bytes .* is 1000"), served:
+    config = tmp_path / "config.yaml"
+    config.write_text("cluster: {span: hosts, restarts_max: 1}\n")  # whose memory serve cannot know
+    served = Served(tiny, "--config", str(config), "--kv-memory", "1KB", log=tmp_path / "log")
+    with pytest.raises(AssertionError, match=r"attention-0 failed: attention.kv_bytes .*: 1000"), served:
         pytest.fail("it must not become ready")
     assert served.process.returncode == 1
     assert not folders()

@@ -44,10 +44,12 @@ def links(status: dict[str, Any]) -> list[dict[str, str]]:
     return [worker["links"] for worker in status["workers"] if worker["role"] == "attention"]
 
 
-def test_pools_span_two_nodes_and_nobody_can_tell(tiny: Path, two_nodes: str, tmp_path: Path) -> None:
+def test_pools_span_two_nodes_and_nobody_can_tell(
+    tiny: Path, shared_ray: list[str], two_nodes: str, tmp_path: Path
+) -> None:
     """Workers of both pools on both nodes, deciders and gateway met over TCP, links over gRPC alone."""
     flags = ["--attention-workers", "2", "--expert-workers", "2"]
-    with Served(tiny, *flags, "--transport", "shm", log=tmp_path / "one") as cluster:
+    with Served(tiny, *flags, *shared_ray, "--transport", "shm", log=tmp_path / "one") as cluster:
         expected = answers(cluster)
         cluster.wait_for_status(lambda status: links(status) == [{"expert-0": "shm", "expert-1": "shm"}] * 2)
     spanning = ["--ray-address", two_nodes, "--transport", "grpc"]

@@ -8,11 +8,11 @@ as it was reported, bounds of the queue, of giving way and of fairness.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from cluster.scheduler import events as ev
 from cluster.scheduler.config import SchedulerConfig
+from tests.unit.scheduler_fairness import Fairness
 
 Key = tuple[str, int]
 
@@ -63,10 +63,7 @@ class Model:
         self.expected: frozenset[ev.Incarnation] | None = None
         self.ever_started: set[int] = set()
         self.unclaimed: dict[str, float] = {}
-        self.waiting_since: dict[str, dict[str, int]] = {}  # tenant to what each had been charged when it began
-        self.charged: dict[str, int] = defaultdict(int)
-        self.out_of_turn: dict[str, int] = defaultdict(int)  # given back, or taken to go on
-        self.most = 0  # the largest cost
+        self.fairness = Fairness()
         self.last_s = 0.0
 
     # --- what the scheduler hears ------------------------------------------------------------------
@@ -94,6 +91,7 @@ class Model:
         if dropped:
             return
         known = self.gateways.get(event.gateway.id)
+        assert not (known and known[0] > event.gateway), f"{event.gateway} joins"
         if known and known[0] < event.gateway:
             self._withdraw_gateway(known[0])
         self.gateways[event.gateway.id] = (event.gateway, None)
@@ -154,6 +152,8 @@ class Model:
             self._withdraw(event.attempt[:2])
 
     def _WorkerJoined(self, event, commands, now_s, dropped) -> None:
+        is_stale = any(w.id == event.worker.id and w > event.worker for w in self.workers)
+        assert dropped == is_stale, f"{event.worker} joins"
         if dropped:
             return
         for other in [w for w in self.workers if w.id == event.worker.id and w != event.worker]:
@@ -234,8 +234,7 @@ class Model:
     def _recognise(self, held: AtWorker, said: ev.Submission, sibling: ev.Sibling) -> None:
         if not held.charged:
             held.charged, held.tenant, held.priority = said.max_tokens, said.tenant, said.priority
-            self.charged[said.tenant] += said.max_tokens - len(sibling.accepted)
-            self.out_of_turn[said.tenant] += said.max_tokens - len(sibling.accepted)
+            self.fairness.out_of_turn(said.tenant, said.max_tokens - len(sibling.accepted))
 
     def _MembersExpected(self, event, commands, now_s, dropped) -> None:
         self.expected, self.draining = event.workers, event.draining
@@ -308,15 +307,13 @@ class Model:
         live.place = (to, start.handle)
         said = self.submissions[key]
         assert start.priority == said.priority
+        assert self.ended.get(key, 0) < start.attempt.number, f"{start.attempt} starts again"
         num_tokens = len(start.prompt) + len(start.accepted)
         worker.holds[start.handle] = AtWorker(
             start.attempt, number, num_tokens, said.max_tokens, said.tenant, start.priority
         )
-        self.charged[said.tenant] += live.cost
-        if live.tenant:
-            self.most = max(self.most, live.cost)
-        else:
-            self.out_of_turn[said.tenant] += live.cost
+        charge = self.fairness.in_turn if live.tenant else self.fairness.out_of_turn
+        charge(said.tenant, live.cost)
 
     def _judge_room(self, to: ev.Incarnation, worker: Worker) -> None:
         limits, report = worker.limits, worker.report
@@ -380,16 +377,12 @@ class Model:
 
     def _give_back(self, held: AtWorker | None, num_tokens: int) -> None:
         if held is not None:
-            self.out_of_turn[held.tenant] += max(0, held.charged - num_tokens)
+            self.fairness.given_back(held.tenant, max(0, held.charged - num_tokens))
 
     # --- what must hold ----------------------------------------------------------------------------
 
     def _note_waiting(self) -> None:
-        """Tenants that keep waiting, and what each had been charged when the last of two began to."""
-        waiting = {s.tenant for s in self.sequences.values() if s.place is None and s.tenant}
-        self.waiting_since = {t: was for t, was in self.waiting_since.items() if t in waiting}
-        for tenant in waiting - self.waiting_since.keys():
-            self.waiting_since[tenant] = dict(self.charged)
+        self.fairness.note({s.tenant for s in self.sequences.values() if s.place is None and s.tenant})
 
     def agrees(self, gauges: dict[str, float]) -> None:
         """Nothing is lost, and nothing is kept that has ended."""
@@ -404,14 +397,4 @@ class Model:
             held = gauges[f"worker/{name.id}/held"]
             assert held == len(worker.holds), f"{name} has {held:g}, {len(worker.holds)} should be there"
         assert gauges["running"] == sum(len(worker.holds) for worker in self.workers.values())
-        self._judge_fairness()
-
-    def _judge_fairness(self) -> None:
-        """Of two that both keep waiting, neither is served more than two sequences beyond the other, and what they
-        were given back or took out of turn."""
-        for a, since_a in self.waiting_since.items():
-            for b, since_b in self.waiting_since.items():
-                began = {t: max(since_a.get(t, 0), since_b.get(t, 0)) for t in (a, b)}
-                served = {t: self.charged[t] - began[t] for t in (a, b)}
-                bound = 2 * self.most + self.out_of_turn[a] + self.out_of_turn[b]
-                assert served[a] - served[b] <= bound, f"{a} was served {served[a]}, {b} {served[b]}"
+        self.fairness.judge()

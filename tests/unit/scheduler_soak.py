@@ -1,4 +1,4 @@
-"""Ten thousand random histories of the scheduler, each from its own seed: `make soak`.
+"""Ten thousand seeds, two random histories of the scheduler from each: `make soak`.
 
 Prints seeds and counts. A history that breaks a promise ends it with its seed, with which it can be run alone:
 `python -m tests.unit.scheduler_soak --first SEED --count 1`.
@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 
+from tests.unit import test_scheduler_model as short
 from tests.unit.test_scheduler_properties import assert_all_has_ended, run
 
 
@@ -26,6 +27,9 @@ def main() -> int:
             world = run(seed, options.moves)
             counters.update(world.scheduler.counters)
             assert_all_has_ended(world)
+            small = short.history(seed, options.moves // 3)
+            counters.update(small.scheduler.counters)
+            short.assert_all_ends(small)
         except Exception:
             print(f"seed {seed} broke a promise after {options.moves} moves", file=sys.stderr, flush=True)
             raise

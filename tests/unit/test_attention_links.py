@@ -8,9 +8,10 @@ import grpc.aio
 import pytest
 from expertmesh.v1 import schedule_pb2_grpc, step_pb2, step_pb2_grpc
 
+from attention_workers.deliveries import Batch
 from attention_workers.links import SchedulerLink, TokenLinks
-from attention_workers.step import AttemptId, Completion, FinishReason, TokenDelta
-from attention_workers.streams import Snapshot, Streams
+from attention_workers.step import AttemptId, Completion, FinishReason, Plan, TokenDelta
+from attention_workers.streams import AttemptsRefused, Greeted, Snapshot, Streams, still_said
 from router.placement import Member
 from tests.one_loop import run
 
@@ -73,8 +74,8 @@ async def with_gateway(story):
 
 def test_a_completion_is_reported_once_its_batch_is_taken():
     async def story(gateway, links, address, heard):
-        links.send(address, [delta(0)], [])
-        links.send(address, [delta(1, FinishReason.STOP)], [DONE])
+        links.send(address, Batch([delta(0)], []))
+        links.send(address, Batch([delta(1, FinishReason.STOP)], [DONE]))
         batches = [await gateway.taken.get() for _ in range(2)]
         assert [b.number for b in batches] == [1, 2]
         assert [d.finish for b in batches for d in b.deltas] == [0, step_pb2.FINISH_REASON_STOP]
@@ -87,11 +88,11 @@ def test_a_completion_is_reported_once_its_batch_is_taken():
 
 def test_a_broken_stream_names_what_may_not_have_arrived():
     async def story(gateway, links, address, heard):
-        links.send(address, [delta(1, FinishReason.STOP)], [DONE])
+        links.send(address, Batch([delta(1, FinishReason.STOP)], [DONE]))
         await gateway.taken.get()
         gateway.acks.put_nowait(None)
         assert await heard.get() == ("broken", address, [ATTEMPT])
-        links.send(address, [delta(0)], [])  # a gateway that is back gets a new stream, numbered anew
+        links.send(address, Batch([delta(0)], []))  # a gateway that is back gets a new stream, numbered anew
         assert (await gateway.taken.get()).number == 1
 
     run(with_gateway(story))
@@ -102,7 +103,7 @@ def test_a_gateway_that_falls_behind_is_given_its_sequences_back():
 
     async def story(gateway, links, address, heard):
         for position in range(6):
-            links.send(address, [delta(position)], [DONE] if position == 4 else [])
+            links.send(address, Batch([delta(position)], [DONE] if position == 4 else []))
         assert await heard.get() == ("broken", address, [ATTEMPT])
 
     run(with_gateway(story))
@@ -110,7 +111,7 @@ def test_a_gateway_that_falls_behind_is_given_its_sequences_back():
 
 def test_refused_attempts_are_passed_on():
     async def story(gateway, links, address, heard):
-        links.send(address, [delta(0)], [])
+        links.send(address, Batch([delta(0)], []))
         ack = step_pb2.TokenAck(number=1)
         ack.refused.add(request_id="r", index=0, number=1)
         gateway.acks.put_nowait(ack)
@@ -187,3 +188,11 @@ def test_every_stream_to_the_scheduler_begins_with_the_whole_state():
         await server.stop(0)
 
     run(asyncio.wait_for(story(), 20))
+
+
+def test_plans_of_a_stream_that_has_ended_are_void_when_the_next_hello_did_not_tell_of_them():
+    """Their scheduler gives again what they said, under their numbers: else the worker is ahead for ever."""
+    first, second, third = [Plan(1, number, "fp", 1) for number in (1, 2, 3)]
+    refused = AttemptsRefused([ATTEMPT])
+    assert still_said([first, refused, Greeted(), second, third]) == [refused, Greeted(), second, third]
+    assert still_said([first, second]) == [first, second]

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from cluster.cli import main
-from cluster.commands.sizes import parse_size, show_size
+from cluster.commands.sizes import parse_size, parse_size_or_share, show_size
 from cluster.config import load_config
 from cluster.preflight import PreflightError, RoleBytes, check, check_memory, role_bytes
 from cluster.version import VERSION
@@ -55,6 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         "bench transport",
         "bench decode",
         "bench scheduler",
+        "bench serving",
     ],
 )
 def test_help_of_every_command_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +76,7 @@ def test_print_config_is_yaml_with_flags_over_the_file(tmp_path: Path, capsys: p
     assert main(["serve", "--config", str(file), "--kv-memory", "2GiB", "--threads", "2", "--print-config"]) == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert (tree["model"], tree["port"]) == ("somewhere", 1234)
-    assert tree["attention"]["kv_bytes"] == 2 << 30
+    assert (tree["attention"]["kv_bytes"], tree["attention"]["kv_share"]) == (2 << 30, 0)
     assert (tree["attention"]["threads"], tree["expert"]["threads"]) == (2, 2)
 
 
@@ -110,6 +111,10 @@ def test_the_prefix_cache_can_be_switched_off(capsys: pytest.CaptureFixture[str]
         (["--device", "tpu"], "device: 'tpu'; accepted: 'cpu' or 'cuda'"),
         (["--replicas", "3"], "replicas 3 must not exceed expert_workers 2"),
         (["--kv-memory", "2 parsecs"], "--kv-memory: '2 parsecs'; accepted: a number with B, KB"),
+        (["--kv-memory", "130%"], "--kv-memory: '130%'; accepted: a share of what is free above 0 and up to 1.0"),
+        (["--kv-memory", "1KB"], "attention.kv_bytes (--kv-memory): 1000; accepted: at least"),
+        (["--kv-memory", "300TB"], "a --kv-memory of at most"),
+        (["--kv-memory", "100KB", "--max-model-len", "1024"], "(--max-model-len): 1024; accepted: at most"),
         (["--config", "absent.yaml"], "absent.yaml: unreadable"),
         (["--max-model-len", "100000"], "100000; accepted: at most 1024"),
     ],
@@ -129,6 +134,9 @@ def test_bad_flags_are_refused_before_anything_is_started(
         ("decode --topologies 1x2,2y2", "--topologies: '2y2'; accepted: AxE"),
         ("decode --batches 8,8", "--batches: 2 values; accepted: at most 32, none twice"),
         ("decode --numerics slow", "--numerics: 'slow'; accepted: exact, fast"),
+        ("serving --parts prefix,magic", "--parts: 'magic'; accepted: interruption, prefix, overload, trace"),
+        ("serving --parts trace", "--trace: None; accepted: a file, together with trace among --parts"),
+        ("serving --rounds 0", "--rounds: '0'; accepted: whole numbers from 1"),
     ],
 )
 def test_a_benchmark_refuses_bad_values_before_it_starts(
@@ -242,7 +250,9 @@ DOCUMENT = {
         {"id": "attention-0", "state": "ready", "pid": 9, "incarnation": 1, "device": "cpu", "slots": 0,
          "bytes_loaded": MIB, "bytes_total": MIB, "bytes_kept": MIB, "kept_as": "bfloat16", "detail": "",
          "gauges": {"kv_blocks_total": 96.0, "kv_blocks_free": 64.0, "kv_blocks_cached": 20.0,
-                    "kv_block_bytes": 8192.0, "kv_sliding_blocks_total": 12.0,
+                    "kv_block_bytes": 8192.0, "kv_free_bytes": 4.0 * MIB, "kv_bytes": 1.03125 * MIB,
+                    "kv_share": 0.2578, "kv_tokens": 3072.0, "kv_model_len": 1024.0,
+                    "kv_model_len_sequences": 2.4, "kv_sliding_blocks_total": 12.0,
                     "kv_sliding_blocks_free": 7.0, "kv_sliding_blocks_cached": 4.0,
                     "kv_sliding_block_bytes": 24576.0}},
     ],
@@ -291,7 +301,12 @@ def test_status_for_people_shows_workers_and_what_was_lost(
     assert main(["status", "--url", url, "--api-key", "sesame"]) == 0
     shown = capsys.readouterr().out
     assert "attention-0: keys and values 64 of 96 blocks free, 20 cached, 8.0 KiB each, in windows" in shown
-    assert " 7 of 12 blocks free, 4 cached, 24.0 KiB each" in " ".join(shown.split())
+    words = " ".join(shown.split())
+    assert " 7 of 12 blocks free, 4 cached, 24.0 KiB each" in words
+    assert (
+        "attention-0: of 4.0 MiB free 25.8 % taken, 1.0 MiB = 96 x 8.0 KiB + 12 in windows x 24.0 KiB: " in words
+    )
+    assert "3,072 tokens fit, 2.4 sequences of 1,024" in words
     for words in (
         "ready, epoch 1.2",
         "1.0 MiB of 2.0 MiB",
@@ -317,6 +332,27 @@ def test_status_names_the_url_that_does_not_answer(capsys: pytest.CaptureFixture
         port = free.getsockname()[1]
     assert main(["status", "--url", f"http://127.0.0.1:{port}"]) == 1
     assert f"http://127.0.0.1:{port} cannot be reached" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("2GiB", (2 << 30, 0.0)),
+        ("1", (1, 0.0)),
+        ("0.5", (0, 0.5)),
+        ("50%", (0, 0.5)),
+        ("1.0", (0, 1.0)),
+        ("5 %", (0, 0.05)),
+    ],
+)
+def test_memory_is_a_size_or_a_share(text: str, amount: tuple[int, float]) -> None:
+    assert parse_size_or_share(text) == amount
+
+
+@pytest.mark.parametrize("text", ["0%", "0.0", "1.5", "101%", "half"])
+def test_a_share_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="accepted: "):
+        parse_size_or_share(text)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,17 @@ def test_a_lost_worker_is_lost_until_an_epoch_omits_it(stage: Stage) -> None:
     stage.adopt(reborn, well, replicas=2, number=3)
     assert stage.dispatcher.lost == frozenset()
     stage.exchange()
-    assert stage.lost == [dying.member]  # told once
+    assert stage.lost == [dying.member] * 2  # when it was found, and when an epoch still had it
+
+
+def test_who_is_lost_is_told_again_with_an_epoch_that_still_has_it(stage: Stage) -> None:
+    """Who was told may have died with the news: a new controller would place experts on it for ever."""
+    dying, well = stage.expert("expert-0", lambda end, _: end.close()), stage.expert("expert-1")
+    stage.adopt(dying, well, replicas=2)
+    stage.exchange()
+    stage.lost.clear()
+    stage.adopt(dying, well, replicas=2)  # the same, as a controller's catching up gives it
+    assert stage.lost == [dying.member]
 
 
 def test_a_worker_that_cannot_be_linked_is_lost_from_the_start(stage: Stage) -> None:

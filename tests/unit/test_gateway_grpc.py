@@ -109,7 +109,9 @@ async def test_every_option_reaches_the_worker_as_rests_does(card: ModelCard) ->
         options = pb.GenerateOptions(logit_bias={5: -100.0, 7: 2.5}, **asked)
         await face.inference.Generate(pb.GenerateRequest(tokens=pb.TokenIds(ids=[5, 6]), options=options))
         rest, ours = face.engine.submissions
-    assert dataclasses.replace(ours, request_id=rest.request_id) == rest
+    assert dataclasses.replace(rest, waited_s=ours.waited_s, time_left_s=ours.time_left_s) == dataclasses.replace(
+        ours, request_id=rest.request_id
+    )
     assert ours.cache_salt == "mine"
     assert (ours.sampling.min_p, ours.min_tokens, dict(ours.sampling.logit_bias)) == (0.25, 2, {5: -100.0, 7: 2.5})
 
@@ -230,6 +232,7 @@ async def test_a_deadline_ends_the_work_everywhere(card: ModelCard, is_streamed:
         else:
             code = (await failure(face.inference.Generate(pb.GenerateRequest(**LONG), timeout=0.15))).code()
         assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert all(0 < submission.time_left_s <= 0.15 for submission in face.engine.submissions)
         await until(lambda: face.is_idle and bool(face.engine.cancelled))
 
 

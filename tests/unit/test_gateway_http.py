@@ -238,6 +238,31 @@ async def test_a_worker_that_gives_up_is_a_500_that_is_not_retried(card: ModelCa
     assert error_of(response)["message"] == "no expert at <path>"
 
 
+@pytest.mark.parametrize("is_accepted", [True, False])
+async def test_a_timeout_ends_the_work_everywhere(card: ModelCard, is_accepted: bool) -> None:
+    """An error, not a short answer that looks whole; in a stream after the tokens that came in time."""
+    asked = {"prompt": [5, 6], "max_tokens": 50, "timeout": 0.1}
+    async with gateway(card) as (state, engine, client):
+        engine.hold_at = 1
+        if not is_accepted:
+            engine.accepts.clear()
+        whole = await client.post("/v1/completions", json=asked)
+        streamed = await client.post("/v1/completions", json=asked | {"stream": True})
+        assert state.ledger.num_open == 0
+        assert len(engine.cancelled) == 2
+    assert (whole.status_code, error_of(whole)["code"]) == (504, "deadline_exceeded")
+    assert error_of(whole)["message"] == "the request was not done within its 0.1 s"
+    assert '"deadline_exceeded"' in streamed.text
+
+
+async def test_a_timeout_beyond_the_bound_is_refused(card: ModelCard) -> None:
+    async with gateway(card, request_s_max=60) as (_, _, client):
+        answers = [await client.post("/v1/completions", json={"prompt": [5], "timeout": s}) for s in (61, 0)]
+    assert [answer.status_code for answer in answers] == [400, 400]
+    accepted = "timeout is 61.0; accepted: a number of seconds above 0 and at most 60"
+    assert error_of(answers[0])["message"] == accepted
+
+
 async def test_a_bug_shows_no_trace(card: ModelCard, caplog: pytest.LogCaptureFixture) -> None:
     """The client reads 'internal error'; the log has the rest."""
     async with gateway(card) as (state, _, client):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.config import GatewayConfig
-from gateway.errors import GenerationFailed, NotReady, Overloaded
+from gateway.errors import DeadlinePassed, GenerationFailed, NotReady, Overloaded
 from gateway.ledger import Generation, Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.port import CloseReason
@@ -332,3 +332,28 @@ def test_any_history_streams_the_same_tokens_once(data: st.DataObject) -> None:
         return generation_tokens[0]
 
     assert run(history()) == tokens
+
+
+async def test_a_schedulers_word_that_time_is_up_ends_the_call() -> None:
+    ledger, engine = stage()
+    silent(engine)
+    generation = await ledger.open([ask(time_s=30.0)])
+    assert 29 < engine.submissions[0].time_left_s <= 30
+    ledger.close_attempt("r", 0, 1, CloseReason.DEADLINE, "its time is up")
+    with pytest.raises(DeadlinePassed, match="within its 30 s"):
+        await anext(generation)
+    assert ledger.num_open == 0
+
+
+async def test_a_resume_and_a_claim_say_how_much_time_is_left() -> None:
+    """As time left: clocks of two machines are not compared."""
+    ledger, engine = stage()
+    silent(engine)
+    generation = await ledger.open([ask(time_s=30.0)])
+    await asyncio.sleep(0)
+    ledger.close_attempt("r", 0, 1, CloseReason.PREEMPTED, "moved")
+    (claim,) = ledger.claims()
+    first, again = engine.submissions[0], engine.submissions[-1]
+    assert first.time_left_s > again.time_left_s > claim.time_left_s > 0
+    assert first.waited_s < again.waited_s < claim.waited_s
+    generation.close()

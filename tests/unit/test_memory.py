@@ -9,7 +9,7 @@ import torch
 
 from attention_workers.attention_model import AttentionModel
 from cluster.config import load_config
-from cluster.preflight import PreflightError, RoleBytes, fit_weights, memory_needed, role_bytes
+from cluster.preflight import PreflightError, RoleBytes, fit_memory, memory_needed, role_bytes
 from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.service import ExpertService
@@ -23,6 +23,7 @@ from router.membership import Failed, MemberEvent, Prepared
 from router.placement import EpochId, Member, Placement, spread
 
 ME = Member("e0", 1)
+KV_BYTES = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +160,15 @@ def test_a_worker_told_to_dequantise_refuses_rather_than_disobey(
 
 
 def needed(checkpoint: Checkpoint, attention: Keep, experts: Keep) -> int:
-    config = load_config(None, {"model": "m"})
+    config = load_config(None, {"model": "m", "attention.kv_bytes": KV_BYTES})
     return sum(memory_needed(config, role_bytes(checkpoint, torch.float32, attention, experts)))
 
 
 def ways(checkpoint: Checkpoint, available: int, **settings: str) -> tuple[str, str]:
-    flags = {f"{role}.weights": way for role, way in settings.items()}
-    config = fit_weights(load_config(None, {"model": "m", **flags}), checkpoint, available)
+    flags: dict[str, object] = {f"{role}.weights": way for role, way in settings.items()}
+    flags["attention.kv_bytes"] = KV_BYTES
+    config = fit_memory(load_config(None, {"model": "m", **flags}), checkpoint, available)
+    assert config.attention.kv_free_bytes >= KV_BYTES
     return config.attention.weights, config.expert.weights
 
 
@@ -204,7 +207,7 @@ def test_weights_on_gpus_are_not_reckoned_with_the_hosts_memory(fp8: Checkpoint)
     """Each worker sees for itself what its GPU holds; the processes must find room here."""
     config = load_config(None, {"model": "m", "device": "cuda", "attention.kv_bytes": 1 << 40})
     processes = sum(memory_needed(config, RoleBytes(0, 0)))
-    fitted = fit_weights(config, fp8, processes)
+    fitted = fit_memory(config, fp8, processes)
     assert (fitted.attention.weights, fitted.expert.weights) == ("auto", "auto")
     with pytest.raises(PreflightError, match="memory"):
-        fit_weights(config, fp8, processes - 1)
+        fit_memory(config, fp8, processes - 1)

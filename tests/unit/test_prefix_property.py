@@ -3,7 +3,7 @@
 import zlib
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from attention_workers.kv_blocks import blocks_overlapped
@@ -80,7 +80,6 @@ class Worker:
         assert spans or result.paused or not b.sequences
 
 
-@settings(max_examples=200, deadline=None)
 @given(EVENTS, st.integers(4, 24), st.integers(1, 14), st.integers(0, 8), st.booleans())
 def test_whatever_happens_a_sequence_reads_its_own_keys(events, full, window, spare, is_hybrid):
     """Shared prefixes, siblings, pauses, evictions, failures: every key that a token sees is that of its own

@@ -37,7 +37,8 @@ def arrived(sampling: Sampling, stop_token_ids: frozenset[int], min_tokens: int)
         siblings[0].seed,
         0,
         0,
-        heard.submission.siblings[0].score_from,
+        handle=1 << 63,
+        score_from=heard.submission.siblings[0].score_from,
     )
     plan = scheduler_wire.encode(SendPlan(worker, Plan(1, (start,), (), 8, 8, 0.0, False)), 1, "f")
     assert heard.submission.cache_salt == "mine"
@@ -53,7 +54,7 @@ def test_every_parameter_arrives() -> None:
     assert order.sampling == step.Sampling(0.7, 0.9, 40, 77, 0.01, 1.1, -0.3, 0.2, *rules)
     assert (order.stop_token_ids, order.min_tokens, order.max_tokens) == (frozenset({7, 9}), 4, 9)
     assert (order.num_logprobs, order.cache_salt) == (3, "mine")
-    assert (order.num_prompt_logprobs, order.score_from) == (4, 1)
+    assert (order.num_prompt_logprobs, order.score_from, order.handle) == (4, 1, 1 << 63)
 
 
 def test_what_was_not_asked_changes_nothing() -> None:

@@ -108,3 +108,16 @@ def test_two_draining_workers_keep_what_they_have() -> None:
     assert closed(story.round()) == []
     story.submit("c")
     assert story.started(story.round()) == {}
+
+
+def test_what_only_a_draining_worker_could_hold_keeps_nobody_waiting() -> None:
+    story = Story(W0)
+    story.limits = replace(LIMITS, model_len_max=100)
+    story.tell(MembersExpected(frozenset({W0, W1})))
+    story.join(W1)
+    story.round()
+    story.report(W1, state=())
+    drain(story, W0)
+    story.submit("long", num_prompt=200)
+    story.submit("short")
+    assert story.started(story.round()) == {W1: ["short"]}

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.scheduler.config import SchedulerConfig
-from cluster.scheduler.events import Event, Incarnation, Tick, WorkerLimits, WorkerReported
+from cluster.scheduler.events import Event, Incarnation, Tick, WorkerJoined, WorkerLimits, WorkerReported
+from tests.unit.scheduler_peers import MODEL
 from tests.unit.scheduler_world import World
 
 PARTS, STORIES = 8, 1250
@@ -20,7 +21,7 @@ HYBRID = replace(LIMITS, sliding_blocks_total=7, sliding_window=6)
 CONFIG = SchedulerConfig(
     queued_requests_max=4,
     queued_tokens_max=100,
-    gateway_lease_s=1.0,
+    gateway_lease_s=0.4,
     recovery_deadline_s=2.0,
     preempt_after_s=0.1,
     chunk_tokens_max=64,
@@ -67,14 +68,20 @@ def break_links(world: World) -> None:
 
 
 def link(world: World) -> None:
-    for peer in [*world.workers.values(), *world.gateways.values()]:
+    peers = [*world.workers.values(), *world.gateways.values()]
+    for peer in world.rng.sample(peers, len(peers)):
         world.link(peer)
 
 
 def restart_scheduler(world: World) -> None:
+    """Some are back before others: gateways may claim what no worker has shown yet."""
     world.restart_scheduler()
-    link(world)
+    for peer in [*world.workers.values(), *world.gateways.values()]:
+        if world.rng.random() < 0.6:
+            world.link(peer)
     world.turn()
+    go_on(world)
+    link(world)
 
 
 def restart_gateway(world: World) -> None:
@@ -83,12 +90,18 @@ def restart_gateway(world: World) -> None:
 
 
 def repeat(world: World) -> None:
-    """A report comes late, twice, or of a life that is over."""
+    """A report comes late, twice, or of a life that is over; or that life joins again."""
+    stale = Incarnation(world.rng.choice(sorted(world.workers)), 0)
+    if world.rng.random() < 0.2:
+        worker = world.workers[stale.id]
+        report = WorkerReported(stale, 0, 0, 0, worker.limits.blocks_total, 0, 0, state=worker.state())
+        world.inbox.append(WorkerJoined(stale, MODEL, worker.limits, report))
+        return
     said: list[Event] = [e for e in world.said if not isinstance(e, WorkerReported) or e.state is None]
     if said:
         event = world.rng.choice(said)
         if isinstance(event, WorkerReported) and world.rng.random() < 0.5:
-            event = replace(event, worker=Incarnation(event.worker.id, 0))
+            event = replace(event, worker=stale)
         world.inbox.append(event)
 
 

@@ -1,4 +1,4 @@
-"""Transports are for any process: bench, simulator and tests use them where there is no Ray."""
+"""Transports are for any process: bench, simulator and tests use them where there is no Ray, and no GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import importlib, pathlib, sys
-sys.modules["ray"] = None  # whoever imports it gets ImportError
+sys.modules["ray"] = sys.modules["cupy"] = None  # whoever imports them gets ImportError
 for file in sorted(pathlib.Path("router").rglob("*.py")):
     if file.name == "cupy_gpu.py":
         continue  # the one file that needs cupy, which few have

@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
+from cluster.config import load_config
+from cluster.preflight import PreflightError, check
 from model.synthetic import make_checkpoint
-from tests.on_ray.served import Served
 
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def cluster(tiny, tmp_path_factory):
-    with Served(tiny, log=tmp_path_factory.mktemp("bad") / "log") as served:
-        yield served
+@pytest.fixture
+def cluster(server):
+    return server
 
 
 def context(cluster):
@@ -40,6 +40,7 @@ BAD = {
     "repetition_penalty zero": ({"repetition_penalty": 0}, "repetition_penalty", ["0"]),
     "min_p above 1": ({"min_p": 1.5}, "min_p", ["1.5"]),
     "a bias on no token": ({"logit_bias": {"1000000": 1}}, "logit_bias", ["1000000"]),
+    "no time at all": ({"timeout": 0}, "timeout", ["0"]),
     "a bias beyond 100": ({"logit_bias": {"30": 101}}, "logit_bias", ["101"]),
     "more min_tokens than max_tokens": ({"min_tokens": 3}, "min_tokens", ["3", "from 0 to 2"]),
     "a blank bad word": ({"bad_words": ["x", " "]}, "bad_words", ['" "']),
@@ -101,6 +102,19 @@ def test_a_bias_decides_what_a_worker_samples_and_stop_tokens_wait(cluster):
     assert set(moved["token_ids"]) == {77, 78}
 
 
+def test_a_request_whose_time_is_up_leaves_nothing_at_its_worker(cluster):
+    """504, and every block is free again."""
+    asked = {"prompt": [30, 31], "max_tokens": context(cluster) - 2, "ignore_eos": True, "n": 4}
+    late = cluster.client.post("/v1/completions", json=asked | {"timeout": 0.3})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+    def is_empty(status):
+        gauges = next(w for w in status["workers"] if w["role"] == "attention")["gauges"]
+        return gauges["sequences_open"] == 0 and status["scheduler"]["gauges"]["running"] == 0
+
+    cluster.wait_for_status(is_empty)
+
+
 def test_a_chat_with_tools_is_a_thought_until_the_model_ends_it(cluster):
     """A random model never does: all of it is reasoning, by its name and in the usage."""
     asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": [TOOL], "max_tokens": 6, "seed": 1}
@@ -153,18 +167,21 @@ def test_a_truncated_shard_is_named_before_anything_starts(broken):
     assert "Traceback" not in ran.stderr
 
 
+def refusal(model):
+    """What `serve` would print before it exits with 2."""
+    with pytest.raises(PreflightError) as refused:
+        check(load_config(None, {"model": str(model)}))
+    return str(refused.value)
+
+
 def test_a_missing_shard_is_named(broken):
     (broken / "model.safetensors").unlink()
-    ran = serve("--model", broken)
-    assert ran.returncode == 2
-    assert "model.safetensors" in ran.stderr
+    assert "model.safetensors" in refusal(broken)
 
 
 def test_an_unknown_scoring_function_is_named_with_what_is_accepted(broken):
     set_config(broken, scoring_func="softplus")
-    ran = serve("--model", broken)
-    assert ran.returncode == 2
-    assert all(word in ran.stderr for word in ("scoring_func", "softplus", "sigmoid"))
+    assert all(word in refusal(broken) for word in ("scoring_func", "softplus", "sigmoid"))
 
 
 def test_a_port_in_use_is_named(broken):
@@ -197,17 +214,6 @@ def test_more_weights_than_memory_are_refused_with_both_numbers(broken):
     with weights.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + at)
-    ran = serve("--model", broken)
-    assert ran.returncode == 2, ran.stderr
-    assert "GiB" in ran.stderr
-    assert "memory" in ran.stderr
-
-
-def test_a_checkpoint_without_tokenizer_serves_ids_and_refuses_text_by_name(broken, tmp_path):
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (broken / file).unlink()
-    with Served(broken, log=tmp_path / "log") as served:
-        assert len(served.complete([30, 31], max_tokens=3, ignore_eos=True)["token_ids"]) == 3
-        refused = served.client.post("/v1/completions", json={"prompt": "Hello"})
-        assert refused.status_code == 400
-        assert "tokenizer.json" in refused.json()["error"]["message"]
+    said = refusal(broken)
+    assert "GiB" in said
+    assert "memory" in said
