@@ -200,17 +200,19 @@ async def overload(client: Client, effort: Effort, tell: Tell) -> Overload:
 
 
 async def _closed_loop(client: Client, effort: Effort, clients: int, rng: random.Random) -> Ramp:
-    """What ends in the second half of the time is counted, all its tokens."""
+    """What comes in the second half of the time is counted. Who is refused comes back when told."""
     began_s = time.monotonic()
     middle_s, end_s = began_s + effort.step_s / 2, began_s + effort.step_s
     answers: list[Answer] = []
 
     async def loop() -> None:
         while time.monotonic() < end_s:
-            answer = Answer(0.0)
-            answers.append(answer)
-            await client.complete(_prompt(rng, effort.load_prompt), effort.load_answer, answer)
+            answer = await client.complete(_prompt(rng, effort.load_prompt), effort.load_answer)
+            if answer.is_refused:
+                await asyncio.sleep(answer.retry_after_s or 0.0)
+                continue
             _require(answer)
+            answers.append(answer)
 
     await _all(loop() for _ in range(clients))
     arrivals = [at for answer in answers for at in answer.arrivals_s if middle_s < at <= end_s]

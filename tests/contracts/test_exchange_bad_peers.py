@@ -24,6 +24,7 @@ from router.transport.shm_bell import new_bell
 from router.transport.shm_handshake import ShmDialer
 from router.transport.shm_ring import create_segment
 from router.transport.wire import hello_to_bytes
+from tests.contracts.exchange_link_suite import assert_nothing_left, footprint
 from tests.contracts.exchange_parties import CONFIG, PATIENCE_S, ExpertThread, computed, connect, identity, parcel
 from tests.contracts.exchange_stage import ExchangeStage
 from tests.contracts.exchange_vandals import (
@@ -177,7 +178,7 @@ class TestBadShmPeers(BadPeers):
         """Too few, too many, no memfd, too small, one that can shrink under us (SIGBUS), no eventfds."""
         expert = self.expert()
         with self.busy(expert):
-            before = len(os.listdir("/proc/self/fd"))
+            before = footprint()
             descriptors = make()
             with knocking(expert) as stranger:
                 greeting = hello_to_bytes(hello(identity("attention-rude"), expert.member, CONFIG.link_bytes_max))
@@ -186,7 +187,7 @@ class TestBadShmPeers(BadPeers):
                 assert stranger.recv(1) == b""
             for descriptor in descriptors:
                 os.close(descriptor)
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert_nothing_left(before)
         assert reason in caplog.text
 
     def test_a_bell_that_is_full_ends_the_link_not_the_worker(self, caplog: pytest.LogCaptureFixture) -> None:

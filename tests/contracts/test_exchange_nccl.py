@@ -54,6 +54,8 @@ class TestNcclExchange(ExchangeSuite):
 class TestNcclExchangeBetweenHosts(TestNcclExchange):
     """With headers over gRPC, as from another host."""
 
+    random_exchanges = 1000  # those above make up the rest
+
     def expert_end(self, who: LinkIdentity, config: RouterConfig) -> ExpertEnd:
         end = super().expert_end(who, config)
         end.address = end.address.split(",")[1]

@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 
+from cluster.cli import main
 from model.synthetic import make_checkpoint
 from tests.on_ray.served import Served
 
@@ -128,4 +129,26 @@ def test_a_client_that_hangs_up_leaves_no_work_behind(cluster):
                 await client.post("/v1/completions", json=body(2, 4000), timeout=0.5)
 
     asyncio.run(story())
+    assert_idle(cluster)
+
+
+def test_the_benchmark_of_promises_runs_all_its_parts(cluster, tmp_path, capsys):
+    """Its figures are of real answers: so many rounds, every request served or refused, a prefix that is found."""
+    rows = [{"timestamp": 100 * n, "input_length": 1600, "output_length": 40, "hash_ids": [0, 1, 2 + n, 9]}
+            for n in range(4)]  # fmt: skip
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    few = "--rounds 1 --decoders 2 --long-tokens 400 --prefix-tokens 600 --load-prompt 8 --load-answer 4 --step 1"
+    parts = "--parts interruption,prefix,overload,trace --seconds 2 --trace-seconds 2 --trace-requests 4 --json"
+    assert (
+        main(["bench", "serving", "--url", cluster.url, "--trace", str(trace), *few.split(), *parts.split()]) == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["interruption"]["ratio"]["count"] == 1
+    assert 0 < found["prefix"]["ratio"]["p50"] < 1
+    overload = found["overload"]
+    assert not overload["failures"]
+    assert overload["num_admitted"] + overload["num_refused"] == overload["num_offered"] > 0
+    assert found["trace"]["ideal_share"] == pytest.approx(3 * 64 / 400)
+    assert 0 < found["trace"]["cached_share"] <= found["trace"]["ideal_share"]
     assert_idle(cluster)

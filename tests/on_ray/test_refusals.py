@@ -40,6 +40,7 @@ BAD = {
     "repetition_penalty zero": ({"repetition_penalty": 0}, "repetition_penalty", ["0"]),
     "min_p above 1": ({"min_p": 1.5}, "min_p", ["1.5"]),
     "a bias on no token": ({"logit_bias": {"1000000": 1}}, "logit_bias", ["1000000"]),
+    "no time at all": ({"timeout": 0}, "timeout", ["0"]),
     "a bias beyond 100": ({"logit_bias": {"30": 101}}, "logit_bias", ["101"]),
     "more min_tokens than max_tokens": ({"min_tokens": 3}, "min_tokens", ["3", "from 0 to 2"]),
     "a blank bad word": ({"bad_words": ["x", " "]}, "bad_words", ['" "']),
@@ -99,6 +100,19 @@ def test_a_bias_decides_what_a_worker_samples_and_stop_tokens_wait(cluster):
     assert held["finish_reason"] == "stop"
     moved = cluster.complete([30, 31], frequency_penalty=2, logit_bias={"77": 100, "78": 99}, **options)
     assert set(moved["token_ids"]) == {77, 78}
+
+
+def test_a_request_whose_time_is_up_leaves_nothing_at_its_worker(cluster):
+    """504, and every block is free again."""
+    asked = {"prompt": [30, 31], "max_tokens": context(cluster) - 2, "ignore_eos": True, "n": 4}
+    late = cluster.client.post("/v1/completions", json=asked | {"timeout": 0.3})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+    def is_empty(status):
+        gauges = next(w for w in status["workers"] if w["role"] == "attention")["gauges"]
+        return gauges["sequences_open"] == 0 and status["scheduler"]["gauges"]["running"] == 0
+
+    cluster.wait_for_status(is_empty)
 
 
 def test_a_chat_with_tools_is_a_thought_until_the_model_ends_it(cluster):

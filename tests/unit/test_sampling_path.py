@@ -37,7 +37,7 @@ def arrived(sampling: Sampling, stop_token_ids: frozenset[int], min_tokens: int)
         siblings[0].seed,
         0,
         0,
-        handle=1,
+        handle=1 << 63,
         score_from=heard.submission.siblings[0].score_from,
     )
     plan = scheduler_wire.encode(SendPlan(worker, Plan(1, (start,), (), 8, 8, 0.0, False)), 1, "f")
