@@ -39,6 +39,12 @@ def two_schedulers(seed: int) -> Scenario:
     return Scenario(seed, Shape(attention=1, experts=2), Load(count=24), (slow, *usurped))
 
 
+def experts_lost(seed: int) -> Scenario:
+    """One after another, where sums come back."""
+    killed = tuple(Fault(2.0 + at_s, "kill", f"expert-{at_s % 3}") for at_s in range(5))
+    return Scenario(seed, Shape(experts=3, replicas=2, sums=1), Load(count=24), killed)
+
+
 def test_a_lost_retry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gateway opens the next attempt, and tells nobody."""
 
@@ -74,8 +80,7 @@ def test_a_double_merge_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return failed
 
     monkeypatch.setattr(Dispatcher, "_gather", gather_all)
-    broken = first_broken()
-    assert "must be" in broken
+    assert "must be" in first_broken(experts_lost)
 
 
 def test_a_block_freed_while_in_use_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +103,8 @@ def test_a_block_freed_while_in_use_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_stale_term_obeyed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker takes plans of whoever was its scheduler once."""
+    """A worker takes plans of whoever was its scheduler once. Another guard voids them before: it is gone too."""
+    monkeypatch.setattr("cluster.sim.attention.still_said", lambda items: items)
     refuse = Book._refuse_unless_next
 
     def refuse_unless_older(self: Book, plan: Plan, result: StepResult) -> None:
