@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from cluster.scheduler.admission import CompletionRate
+from cluster.scheduler.admission import Service
 from cluster.scheduler.books import Books
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import (
@@ -40,7 +40,7 @@ class WorkerSide:
         fingerprint: str,
         books: Books,
         recovery: Recovery,
-        rate: CompletionRate,
+        service: Service,
         counters: Counter[str],
     ) -> None:
         self._config = config
@@ -48,7 +48,7 @@ class WorkerSide:
         self._fingerprint = fingerprint
         self._books = books
         self._recovery = recovery
-        self._rate = rate
+        self._service = service
         self._counters = counters
 
     def joined(self, event: WorkerJoined, now_s: float) -> Iterator[Command]:
@@ -90,8 +90,11 @@ class WorkerSide:
             book.unlinked_s = now_s
             yield DropLink(event.worker, violation)
             return
+        rows_before = book.rows_done
         yield from self._endings(book, event)
         gone = book.update(event, self._term)
+        if book.rows_done > rows_before:
+            self._service.rows.add(book.rows_done - rows_before)
         yield from self._settle(book, gone, event.state or (), now_s)
         yield from self._move(book, event.paused)
 
@@ -160,7 +163,7 @@ class WorkerSide:
         for tenant, num_unused in unused.items():
             self._books.shares.give_back(tenant, num_unused)
         if report.completions:
-            self._rate.add(len(report.completions))
+            self._service.ended.add(len(report.completions))
             counts = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}
             self._counters.update({name: count for name, count in counts.items() if count})
         for attempt in report.undelivered:

@@ -54,6 +54,7 @@ class WorkerBook:
         self.prefixes = Prefixes(prefix_hints_max)
         self.rows_ahead = 0  # of prompts given to it and not yet done
         self.num_starting = 0  # sequences whose prompts those are
+        self.rows_done = 0  # of prompts that are done, all there ever were
         self.held: dict[AttemptId, Held] = {}
         self.unlinked_s: float | None = None  # since when its link is gone
         self._promised = NONE  # over all held
@@ -174,6 +175,7 @@ class WorkerBook:
         held = self.held.pop(attempt, None)
         if held is not None:
             if held.blocks_promised is not NONE:
+                self.rows_done += 0 if held.stopping else held.rows_ahead  # done and ended in one report
                 self._settle(held)
             if held.stopping:
                 self._stops.discard(attempt)
@@ -257,6 +259,7 @@ class WorkerBook:
     def _prompts_done(self, attempts: Iterable[AttemptId]) -> None:
         for attempt in attempts:
             if held := self.held.get(attempt):
+                self.rows_done += held.rows_ahead
                 self._settle(held)
 
     def _absent(self, state: Iterable[Running], known: Iterable[AttemptId]) -> list[AttemptId]:
