@@ -124,7 +124,8 @@ class Prefix:
 
 async def prefix(client: Client, effort: Effort, tell: Tell) -> Prefix:
     rng = random.Random(2)
-    first, second = [], []
+    first: list[float] = []
+    second: list[float] = []
     for number in range(effort.rounds):
         shared = _prompt(rng, effort.prefix_tokens)
         for times in (first, second):
