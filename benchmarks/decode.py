@@ -19,7 +19,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.decode_lanes import CONFIG, Begin, Burst, Finish, Model, Open, attention_process, expert_process
+from attention_workers.batching import ROWS_MIN, SHORTEST
+from benchmarks.decode_lanes import (
+    CHUNK,
+    CONFIG,
+    Begin,
+    Burst,
+    Finish,
+    Model,
+    Open,
+    attention_process,
+    expert_process,
+)
 from benchmarks.errors import BenchmarkError
 from benchmarks.samples import Samples, ratio
 from benchmarks.spawned import Spawned, spawned
@@ -65,7 +76,9 @@ class Task:
     @property
     def positions(self) -> int:
         """Of the longest sequence. Those whose prompt is done decode while others still wait for theirs."""
-        waited = -(-max(self.batches) * self.context // CONFIG.rows_max)
+        in_a_step = 1 + SHORTEST  # prompts
+        chunk = min(CHUNK, (CONFIG.rows_max - max(self.batches)) // in_a_step - ROWS_MIN)
+        waited = -(-max(self.batches) // in_a_step) * -(-self.context // chunk)
         return self.context + waited + 2 + _WARM_STEPS + self.rounds * self.steps
 
 

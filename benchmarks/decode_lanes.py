@@ -40,7 +40,8 @@ from router.transport.select import attention_end, expert_end
 
 CONFIG = RouterConfig(combine_timeout_s=30.0)
 _TOKEN = ""
-_CHUNK = 256  # tokens of one prompt in one step
+CHUNK = 256  # tokens of one prompt in one step
+_UNHURRIED_S = 60.0  # between two tokens: no step is cut short for it
 _STOP_S = 5.0
 _ROUTES_MAX = 4096  # of one batch of experts
 
@@ -110,7 +111,10 @@ class _Lane:
     def order(self, starts: tuple[Start, ...] = (), stops: tuple[AttemptId, ...] = ()) -> StepResult:
         self.plans += 1
         book, result = self.worker.book, StepResult()
-        book.apply(Plan(1, self.plans, book.fingerprint, 1, starts, stops, CONFIG.rows_max, _CHUNK), result)
+        plan = Plan(
+            1, self.plans, book.fingerprint, 1, starts, stops, CONFIG.rows_max, CHUNK, inter_token_s=_UNHURRIED_S
+        )
+        book.apply(plan, result)
         return result
 
     def step(self) -> StepResult:

@@ -28,7 +28,8 @@ _WARM_TOKENS = 8  # that each decoder has before anything is measured
 _POLL_S = 0.005
 _BESIDE_S = 3.0  # of decoding alone, before and after the long prompt
 _TIMEOUT_S = 600.0
-_GROWTH_MIN = 1.05  # of the goodput, by twice the clients, to go on
+_GROWTH_MIN = 1.05  # of the goodput, within _PATIENCE doublings of the clients, to go on
+_PATIENCE = 2
 _CLIENTS_MAX = 512
 OVERLOAD = 3.0
 BLOCK_TOKENS = 32  # of the server's prefix cache, and of one block of the trace as it is scaled
@@ -51,8 +52,8 @@ class Effort:
 
 @dataclass(frozen=True)
 class Interruption:
-    """Median time between two tokens of all decoders while a long prompt is processed, over that of the seconds
-    just before and after."""
+    """Median time between two tokens of all decoders while a long prompt is processed, over that of decoding alone:
+    the mean of the medians just before and just after, for it grows with what the decoders have behind them."""
 
     ratio: Samples
     beside_ms: Samples  # before and after
@@ -67,8 +68,9 @@ async def interruption(client: Client, effort: Effort, tell: Tell) -> Interrupti
         watched = [Answer(0.0) for _ in range(effort.decoders)]
         began_s, long = await _interrupted(client, effort, watched, rng)
         done_s = long.arrivals_s[0]
-        beside.append(_median_gap_s(watched, (began_s, long.sent_s), (done_s, done_s + _BESIDE_S)))
-        during.append(_median_gap_s(watched, (long.sent_s, done_s)))
+        alone = ((began_s, long.sent_s), (done_s, done_s + _BESIDE_S))
+        beside.append(statistics.fmean(_median_gap_s(watched, *times) for times in alone))
+        during.append(_median_gap_s(watched, long.sent_s, done_s))
         first.append(long.first_token_s)
         tell(f"long prompt, round {number + 1} of {effort.rounds}: {during[-1] / beside[-1]:.2f}")
     beside_ms, during_ms = ([1e3 * value for value in values] for values in (beside, during))
@@ -97,13 +99,13 @@ async def _interrupted(
     return began_s, long
 
 
-def _median_gap_s(answers: Sequence[Answer], *times: tuple[float, float]) -> float:
-    """Of gaps that end in one of the times given."""
+def _median_gap_s(answers: Sequence[Answer], from_s: float, to_s: float) -> float:
+    """Of gaps that end in the time given."""
     gaps = [
         later - earlier
         for answer in answers
         for earlier, later in zip(answer.arrivals_s, answer.arrivals_s[1:], strict=False)
-        if any(from_s < later <= to_s for from_s, to_s in times)
+        if from_s < later <= to_s
     ]
     if not gaps:
         raise BenchmarkError("no decoder had a token while the long prompt was processed: ask for a longer one")
@@ -172,7 +174,7 @@ class Overload:
 async def overload(client: Client, effort: Effort, tell: Tell) -> Overload:
     rng = random.Random(3)
     ramp = [await _closed_loop(client, effort, 1, rng)]
-    while len(ramp) < 2 or ramp[-1].tokens_per_s > _GROWTH_MIN * ramp[-2].tokens_per_s:
+    while len(ramp) <= _PATIENCE or _grows(ramp):
         if ramp[-1].clients >= _CLIENTS_MAX:
             break
         ramp.append(await _closed_loop(client, effort, 2 * ramp[-1].clients, rng))
@@ -197,6 +199,12 @@ async def overload(client: Client, effort: Effort, tell: Tell) -> Overload:
         Samples.of([1e3 * gap for a in admitted for gap in a.gaps_s] or [0.0]), Samples.of(told) if told else None,
         len(back), sum(a.is_done for a in back),
     )  # fmt: skip
+
+
+def _grows(ramp: Sequence[Ramp]) -> bool:
+    """Whether one of the newest steps brought clearly more than all before them."""
+    rates = [step.tokens_per_s for step in ramp]
+    return max(rates[-_PATIENCE:]) > _GROWTH_MIN * max(rates[:-_PATIENCE])
 
 
 async def _closed_loop(client: Client, effort: Effort, clients: int, rng: random.Random) -> Ramp:

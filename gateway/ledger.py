@@ -82,11 +82,13 @@ class Generation:
             if not self.sequences:
                 raise StopAsyncIteration
             self._wake.clear()
+            left_s = self.time_left_s
             try:
-                async with asyncio.timeout(min(self._silence_s_max, self.time_left_s)):
+                async with asyncio.timeout(min(self._silence_s_max, left_s)):
                     await self._wake.wait()
             except TimeoutError:
-                if self.time_left_s <= 0:
+                # Not by the clock: the loop's timers may fire a hair before what they were set to.
+                if left_s <= self._silence_s_max:
                     raise self.is_late() from None
                 raise NotReady(f"no token came for {self._silence_s_max:g} s", code="timeout") from None
 

@@ -99,7 +99,7 @@ def show(found: dict[str, Any], out: Console) -> None:
     table = Table("what", "median", "least", "most", "", box=None)
     if one := found.get("interruption"):
         about = (
-            f"{one.beside_ms.p50:.1f} ms beside, {one.during_ms.p50:.1f} while the prompt was processed, "
+            f"{one.beside_ms.p50:.1f} ms alone, {one.during_ms.p50:.1f} while the prompt was processed, "
             f"{one.first_token_s.p50:.1f} s"
         )
         table.add_row("between tokens, with a long prompt", *_spread(one.ratio), about)

@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextlib.contextmanager
-def own_serve(settings: dict[str, object], flags: Sequence[str], tell: Callable[[str], None]) -> Iterator[str]:
+def own_serve(settings: Mapping[str, object], flags: Sequence[str], tell: Callable[[str], None]) -> Iterator[str]:
     """Its URL once it is ready; `settings` go over the defaults, `flags` over those.
 
     Raises BenchmarkError with its last words where it does not become ready.
@@ -36,7 +36,7 @@ def own_serve(settings: dict[str, object], flags: Sequence[str], tell: Callable[
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory(prefix="expertmesh-bench-") as folder:
         config, log = Path(folder, "config.yaml"), Path(folder, "log")
-        config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        config.write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
         command = [sys.executable, "-m", "cluster.cli", "serve", "--config", str(config), *flags]
         ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
         libc = ctypes.CDLL(None)  # found here: nothing is looked up between fork and exec

@@ -18,14 +18,14 @@ class Refusal:
     retry_after_s: float = 0.0
 
 
-class CompletionRate:
-    """Sequences ended per second in which any waited for its first token, averaged with weights that fade over
-    `window_s`. Time in which none waits says nothing of what could be served, and is not counted."""
+class Rate:
+    """What was done per second in which any sequence waited for its first token, averaged with weights that fade
+    over `window_s`. Time in which none waits says nothing of what could be served, and is not counted."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._level = 0.0  # of the weighted count
-        self._age_s: float | None = None  # since the first ended; None: none has
+        self._age_s: float | None = None  # since the first; None: there was none
 
     def wait(self, elapsed_s: float) -> None:
         """So long some waited."""
@@ -33,17 +33,37 @@ class CompletionRate:
             self._age_s += elapsed_s
             self._level *= math.exp(-elapsed_s / self._window_s)
 
-    def add(self, num_sequences: int) -> None:
+    def add(self, num: int) -> None:
         if self._age_s is None:
             self._age_s = 0.0
-        self._level += num_sequences
+        self._level += num
 
     def per_second(self) -> float:
-        """0 until something has ended. A young window is not taken for a slow one."""
+        """0 until something was done. A young window is not taken for a slow one."""
         if self._age_s is None:
             return 0.0
         age_s = max(self._age_s, 1.0)
         return self._level / (self._window_s * -math.expm1(-age_s / self._window_s))
+
+
+class Service:
+    """How fast sequences get their first tokens and end."""
+
+    def __init__(self, window_s: float) -> None:
+        self.ended = Rate(window_s)  # sequences
+        self.rows = Rate(window_s)  # of prompts
+
+    def wait(self, elapsed_s: float) -> None:
+        """So long some waited."""
+        self.ended.wait(elapsed_s)
+        self.rows.wait(elapsed_s)
+
+    def wait_s(self, num_ahead: int, rows_ahead: float) -> float:
+        """For the first token of one behind so many sequences and rows of their prompts: the shorter of what the
+        two rates say, for sequences that end now may be longer, or shorter, than those ahead. 0: not known."""
+        ended, rows = self.ended.per_second(), self.rows.per_second()
+        waits_s = [num / rate for num, rate in ((num_ahead, ended), (rows_ahead, rows)) if rate > 0]
+        return min(waits_s, default=0.0) if ended > 0 else 0.0
 
 
 class Appointments:
@@ -81,19 +101,20 @@ def refusal(
     entry: Waiting,
     queue: WaitingQueue,
     workers: Iterable[WorkerLimits],
-    num_starting: int,
-    per_second: float,
+    starting: tuple[int, int],
+    service: Service,
     config: SchedulerConfig,
 ) -> Refusal | None:
     """None: it may enter. `workers` may be empty while they are expected: then size is not judged.
-    `num_starting`: sequences that were placed and have no token yet."""
+    `starting`: sequences that were placed and have no token yet, and what rows are left of their prompts."""
+    num_starting, rows_starting = starting
     submission = entry.submission
     num_prompt, total = len(submission.prompt), entry.tokens_total
     tokens_max = max((limits.tokens_max for limits in workers), default=total)
     if total > tokens_max:
         return Refusal(RejectCode.TOO_LARGE, too_large(submission, tokens_max))
     if not len(queue):
-        return _too_late(num_starting, submission.time_left_s, per_second, config)
+        return _too_late(num_starting, rows_starting, submission.time_left_s, service, config)
     num_requests = queue.num_requests + 1
     waiting_after = num_prompt * len(submission.siblings) + queue.num_tokens
     for name, value, bound in (
@@ -105,22 +126,26 @@ def refusal(
                 RejectCode.OVERLOADED,
                 f"{queue.num_requests} requests with {queue.num_tokens} prompt tokens are waiting; "
                 f"this one would make {value}, {name} is {bound}",
-                retry_after_s(queue, per_second, config),
+                retry_after_s(queue, service.ended.per_second(), config),
             )
-    return _too_late(num_starting + queue.ahead_of(entry), submission.time_left_s, per_second, config)
+    num_ahead = queue.ahead_of(entry)
+    rows_ahead = rows_starting + queue.num_tokens * num_ahead / len(queue)  # about
+    return _too_late(num_starting + num_ahead, rows_ahead, submission.time_left_s, service, config)
 
 
-def _too_late(num_ahead: int, time_left_s: float, per_second: float, config: SchedulerConfig) -> Refusal | None:
+def _too_late(
+    num_ahead: int, rows_ahead: float, time_left_s: float, service: Service, config: SchedulerConfig
+) -> Refusal | None:
     """Whether its first token would come later than promised, or than its deadline. Not judged before something
     has ended."""
     bounds = [("first_token_s", config.first_token_s), ("its deadline", time_left_s)]  # 0: none
     name, bound_s = min((named for named in bounds if named[1]), key=lambda named: named[1], default=("", 0.0))
-    if not name or per_second <= 0 or num_ahead <= bound_s * per_second:
+    wait_s = service.wait_s(num_ahead, rows_ahead)
+    if not name or wait_s <= bound_s:
         return None
-    wait_s = num_ahead / per_second
     return Refusal(
         RejectCode.OVERLOADED,
-        f"{num_ahead} sequences wait before this one and {per_second:.3g} end in a second: it would wait "
-        f"{wait_s:.0f} s, {name} is {bound_s:g} s",
+        f"{num_ahead} sequences wait before this one, {service.ended.per_second():.3g} end in a second: it would "
+        f"wait {wait_s:.1f} s, {name} is {bound_s:g} s",
         min(max(wait_s - bound_s, config.retry_after_s_min), config.retry_after_s_max),
     )

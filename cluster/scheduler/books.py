@@ -277,6 +277,11 @@ class Books:
         return sum(book.num_starting for book in self.workers.values())
 
     @property
+    def rows_starting(self) -> int:
+        """Rows that are left of those prompts."""
+        return sum(book.rows_ahead for book in self.workers.values())
+
+    @property
     def heard(self) -> set[Incarnation]:
         """Workers that have said what they run after they refused orders of older terms."""
         return {worker for worker, book in self.workers.items() if book.applied}

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster.scheduler.admission import CompletionRate
+from cluster.scheduler.admission import Service
 from cluster.scheduler.books import Books
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import (
@@ -52,8 +52,8 @@ class Scheduler:
         self.counters: Counter[str] = Counter()  # what was refused, ignored or ended, and why
         self._books = Books(config, term)
         self._recovery = Recovery(config.recovery_deadline_s)
-        self._rate = CompletionRate(config.rate_window_s)
-        shared = (self._books, self._recovery, self._rate, self.counters)
+        self._service = Service(config.rate_window_s)
+        shared = (self._books, self._recovery, self._service, self.counters)
         self._gateways = GatewaySide(config, fingerprint, *shared)
         self._workers = WorkerSide(config, term, fingerprint, *shared)
         self._now_s: float | None = None
@@ -110,7 +110,7 @@ class Scheduler:
             "waiting": len(queue),
             "waiting_tokens": queue.num_tokens,
             "running": sum(len(book.held) for _, book in workers),
-            "completions_per_s": self._rate.per_second(),
+            "completions_per_s": self._service.ended.per_second(),
         }
         for worker, book in workers:
             gauges |= {f"worker/{worker.id}/{name}": value for name, value in book.gauges().items()}
@@ -134,7 +134,7 @@ class Scheduler:
             self._workers.restart_deadlines(now_s)
             self._books.queue.restart_waits(now_s)
         elif len(self._books.queue) or self._books.num_starting:
-            self._rate.wait(now_s - before_s)
+            self._service.wait(now_s - before_s)
         self._now_s = now_s
 
     def _judge(self, _event: Tick, now_s: float) -> Iterator[Command]:

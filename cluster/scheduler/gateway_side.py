@@ -48,14 +48,14 @@ class GatewaySide:
         fingerprint: str,
         books: Books,
         recovery: Recovery,
-        rate: admission.CompletionRate,
+        service: admission.Service,
         counters: Counter[str],
     ) -> None:
         self._config = config
         self._fingerprint = fingerprint
         self._books = books
         self._recovery = recovery
-        self._rate = rate
+        self._service = service
         self._appointments = admission.Appointments()
         self._counters = counters
         self._gateways: dict[str, Gateway] = {}  # by id: one incarnation each
@@ -184,12 +184,14 @@ class GatewaySide:
                 RejectCode.NOT_READY, "no attention worker is ready", self._config.retry_after_s_min
             )
         limits = [book.limits for book in self._books.workers.values()]
-        rate = self._rate.per_second()
         entry = self._books.waiting(gateway, submission, submission.siblings[0], NEWEST, now_s)
-        found = admission.refusal(entry, self._books.queue, limits, self._books.num_starting, rate, self._config)
+        starting = (self._books.num_starting, self._books.rows_starting)
+        found = admission.refusal(entry, self._books.queue, limits, starting, self._service, self._config)
         if found is None or found.code is not RejectCode.OVERLOADED:
             return found
-        again_s = self._appointments.after(found.retry_after_s, rate, now_s, self._config)
+        again_s = self._appointments.after(
+            found.retry_after_s, self._service.ended.per_second(), now_s, self._config
+        )
         return replace(found, retry_after_s=again_s)
 
     def _take(self, entry: Waiting) -> Iterator[Command]:

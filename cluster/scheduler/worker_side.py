@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from cluster.scheduler.admission import CompletionRate
+from cluster.scheduler.admission import Service
 from cluster.scheduler.books import Books
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import (
@@ -42,7 +42,7 @@ class WorkerSide:
         fingerprint: str,
         books: Books,
         recovery: Recovery,
-        rate: CompletionRate,
+        service: Service,
         counters: Counter[str],
     ) -> None:
         self._config = config
@@ -50,7 +50,7 @@ class WorkerSide:
         self._fingerprint = fingerprint
         self._books = books
         self._recovery = recovery
-        self._rate = rate
+        self._service = service
         self._counters = counters
         self._looked_s = -math.inf  # for who might give way
         self._draining: frozenset[Incarnation] | None = None  # None: the controller has not said
@@ -95,8 +95,11 @@ class WorkerSide:
             book.unlinked_s = now_s
             yield DropLink(event.worker, violation)
             return
+        rows_before = book.rows_done
         yield from self._endings(book, event)
         gone = book.update(event, self._term)
+        if book.rows_done > rows_before:
+            self._service.rows.add(book.rows_done - rows_before)
         yield from self._settle(book, gone, event.state or (), now_s)
         # They have lost their blocks already, so nothing more is lost.
         yield from self._move_off(book, book.named(event.paused), now_s)
@@ -207,7 +210,7 @@ class WorkerSide:
         for tenant, num_unused in unused.items():
             self._books.shares.give_back(tenant, num_unused)
         if handles:
-            self._rate.add(len(handles))
+            self._service.ended.add(len(handles))
             found = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}
             self._counters.update({name: count for name, count in found.items() if count})
         for held in book.named(report.undelivered):

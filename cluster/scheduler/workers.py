@@ -68,6 +68,7 @@ class WorkerBook:
         self.prefixes = Prefixes(prefix_hints_max)
         self.rows_ahead = 0  # of prompts given to it and not yet done
         self.num_starting = 0  # sequences whose prompts those are
+        self.rows_done = 0  # of prompts that are done, all there ever were
         self.held: dict[int, Held] = {}  # by handle
         self.unlinked_s: float | None = None  # since when its link is gone
         self.is_draining = False  # it is given nothing more
@@ -246,6 +247,7 @@ class WorkerBook:
         """It has ended there. None: it was not there (any more)."""
         held = self.held.pop(handle, None)
         if held is not None and (held.stopping or held.blocks_promised is not NONE):
+            self.rows_done += 0 if held.stopping else held.rows_ahead  # done and ended in one report
             self._prompt_done(held)
             self._stopping.discard(held.attempt)
             self._stops.discard(held.attempt)
@@ -361,6 +363,7 @@ class WorkerBook:
                 held.blocks_promised, held.rows_ahead = none, 0
         self._promised = self._promised.minus(Blocks(full, sliding))
         self.rows_ahead -= rows
+        self.rows_done += rows
         self.num_starting -= num_done
 
     def _absent(self, state: Iterable[Running], known: Iterable[int]) -> list[Held]:

@@ -87,6 +87,8 @@ class Faults:
             self._cluster.reached_again()
 
     def _lose(self, fault: Fault) -> None:
+        if fault.target in self._cluster.network.lost:
+            return
         self._cluster.network.lose(fault.target)
         for shell in self._cluster.living():
             if shell.process.node == fault.target:

@@ -25,7 +25,7 @@ from router.transport.link import Incoming, Span, occupied_bytes_max
 
 FRAMES_MAX = 512  # held or waiting, on one link in one direction
 _REGIONS_KEPT = 8  # of frames read no more, for the next ones
-_REGION_BYTES_MIN = 16 << 10
+_REGION_BYTES_MIN, _REGION_BYTES_MAX = 16 << 10, 256 << 10  # of those that are kept
 REFUSED = grpc.StatusCode.PERMISSION_DENIED  # the status of a call whose hello was refused; its details say why
 PULSES_PER_S_MAX = 1000  # heard on one link; a worker sends four in its `combine_timeout_s`
 
@@ -50,8 +50,7 @@ class FrameStream:
         self.region: Callable[[memoryview, frame.FrameLimits], frame.Region] = frame.Region  # of what comes
         self.pulse: bytes | None = None  # a message that says only that the peer is at work
         self._reading: frame.Region | None = None  # where the frame lies that was found and not yet taken
-        self._regions: list[frame.Region] = []  # of one size, free
-        self._region_bytes = _REGION_BYTES_MIN
+        self._regions: deque[frame.Region] = deque(maxlen=_REGIONS_KEPT)  # free, of few sizes
         self._bytes_max = occupied_bytes_max(config)
         self._bell = bell
         self.cancel = cancel  # ends the call at once
@@ -95,15 +94,14 @@ class FrameStream:
     def _copied(self, message: bytes, limits: frame.FrameLimits) -> frame.Region:
         """A copy, as what gRPC gives may not be written to, and tensors may only view what may. In a region
         that was read before, if there is one: it still has its views, which take long to make."""
-        if len(message) > self._region_bytes:
-            self._region_bytes = 1 << (len(message) - 1).bit_length()
-            self._regions.clear()
-        if self._reading is not None and len(self._reading.view) == self._region_bytes:
-            region = self._reading
-        elif self._regions:
-            region = self._regions.pop()
+        if len(message) > _REGION_BYTES_MAX:  # copying takes longer than the views
+            return self.region(memoryview(bytearray(message)), limits)
+        nbytes = max(_REGION_BYTES_MIN, 1 << (len(message) - 1).bit_length())
+        region = next((free for free in self._regions if len(free.view) == nbytes), None)
+        if region is None:
+            region = self.region(memoryview(bytearray(nbytes)), limits)
         else:
-            region = self.region(memoryview(bytearray(self._region_bytes)), limits)
+            self._regions.remove(region)
         region.view[: len(message)] = message
         return region
 
@@ -131,7 +129,7 @@ class FrameStream:
         assert isinstance(span, HeldSpan)
         span.freed = True
         self._count_off(span.nbytes)
-        if len(self._regions) < _REGIONS_KEPT and len(span.region.view) == self._region_bytes:
+        if len(span.region.view) <= _REGION_BYTES_MAX:
             self._regions.append(span.region)
 
     def _count_off(self, nbytes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch
 from router.config import PAGE_BYTES, RouterConfig
 from router.errors import TransportError
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Parcel, Refusal, RefusalReason, Reply
+from router.transport.frame import HEADER_BYTES, limits_of
 from router.transport.grpc_channel import HELLO_KEY, METHOD, dial
 from router.transport.grpc_stream import FrameStream
 from router.transport.handshake import Hello, hello
@@ -106,6 +108,27 @@ class TestGrpcExchange(ExchangeSuite):
             stream.say(b"\0")
         assert next(stream.speech()) == words
         stream.say(words)
+
+    def test_a_small_frame_holds_little_whatever_came_before_it(self) -> None:
+        """Credit counts the bytes of messages, so what they are copied into may not be far more."""
+        config, bell = replace(CONFIG, link_bytes_max=16 << 20), os.eventfd(0)
+        limits, stream = limits_of(identity(), config), FrameStream(config, bell)
+        held, sizes = [], [2 << 20, 200 << 10, *[HEADER_BYTES] * 20, 200 << 10, 20 << 10, 2 << 20]
+        for nbytes in sizes:
+            stream.arrive(b"\0" * nbytes)
+            found = stream.next(limits)
+            assert found is not None
+            assert len(found.region.view) <= max(2 * nbytes, 16 << 10)
+            held.append((found.region, stream.take(found.nbytes)))
+        assert len({id(region) for region, _ in held}) == len(sizes), "two frames in hand share no memory"
+        for _, span in held:
+            stream.let_go(span)
+        assert stream.held == (0, 0)
+        stream.arrive(b"\0" * HEADER_BYTES)
+        again = stream.next(limits)
+        assert again is not None
+        assert any(again.region is region for region, _ in held), "its views are kept"
+        os.close(bell)
 
     def test_a_host_that_is_not_ours_is_refused_by_name(self) -> None:
         with pytest.raises(TransportError, match=r"host: '192\.0\.2\.1' cannot be listened on"):

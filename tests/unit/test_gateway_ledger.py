@@ -288,6 +288,16 @@ async def test_silence_is_bounded() -> None:
         await collect(generation)
 
 
+async def test_a_timer_a_hair_early_is_a_deadline_all_the_same() -> None:
+    """The loop's timers keep to its clock's resolution, so that the ledger's own clock may not be there yet."""
+    engine = EchoEngine()
+    engine.ledger = ledger = Ledger(engine, GatewayConfig(), GatewayMetrics(), clock=lambda: 0.0)
+    silent(engine)
+    generation = await ledger.open([ask(time_s=0.01)])
+    with pytest.raises(DeadlinePassed, match=r"within its 0.01 s"):
+        await collect(generation)
+
+
 async def test_claims_are_what_is_unfinished() -> None:
     """A scheduler that comes back hears of every open sequence, its attempt and its accepted tokens."""
     ledger, engine = stage()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.scheduler.admission import CompletionRate
+from cluster.scheduler.admission import Rate
 from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import (
     Accept,
@@ -186,7 +186,7 @@ def test_retry_after_follows_the_measured_rate_within_its_bounds() -> None:
 def test_the_completion_rate_of_a_young_window_is_not_too_low() -> None:
     """10 a second are 10 a second after two seconds and after two minutes."""
     for duration_s in (2, 120):
-        rate = CompletionRate(window_s=30)
+        rate = Rate(window_s=30)
         for tick in range(duration_s * 10):
             rate.wait(0.1 if tick else 0.0)
             rate.add(1)

@@ -52,3 +52,19 @@ def test_those_that_are_refused_are_told_to_come_one_after_the_other() -> None:
     assert told[:5] == pytest.approx([2.0, 2.25, 2.5, 2.75, 3.0])
     assert max(told) == 30
     assert appointments.after(2.0, 4.0, 129.0, config) == pytest.approx(2.0)  # those have come by then
+
+
+def test_short_prompts_after_long_ones_are_not_taken_for_long() -> None:
+    """Few long prompts end in a second; that says nothing against a handful of short ones."""
+    story = Story(W0, config=SchedulerConfig(first_token_s=2.0))
+    for n in range(12):
+        story.submit(f"long{n}", num_prompt=400)
+        story.round()
+        for _ in range(4):
+            story.now_s += 0.5
+            story.round()
+        story.complete(W0, attempt(f"long{n}"))
+    answers = [story.submit(f"short{n}", num_prompt=4)[0] for n in range(16)]
+    assert all(isinstance(answer, Accept) for answer in answers)
+    answers = [story.submit(f"more{n}", num_prompt=400)[0] for n in range(16)]
+    assert sum(isinstance(answer, Accept) for answer in answers) <= 4
