@@ -37,11 +37,6 @@ class Step:
     stays: bool = False
     given_up: int = -1  # an expert of the target's that others hold too
 
-    @property
-    def weights_loaded(self) -> int:
-        """Experts whose weights some worker must load for it."""
-        return 1 if self.other < 0 else 2
-
 
 class Found(NamedTuple):
     """A step, and the levels [W] it would lead to."""
@@ -59,6 +54,7 @@ class Found(NamedTuple):
 class Layer:
     load: Loads  # [E]
     held: Flags  # [E, W]
+    had: Flags  # [E, W]: what workers hold now, whatever is planned: to hold anything else they must load it
     hosts: NDArray[np.int64]  # [W]: which host each worker is on
     replicas: int
     """Holders that every expert should keep, on as many hosts, where it has them."""
@@ -98,14 +94,31 @@ class Layer:
         before = self.held.copy()
         self._set(step)
         levels = divide(self.load, self.held).sum(axis=0)
-        self.held = before
+        self.held[...] = before
         return np.asarray(levels)
+
+    def cost(self, step: Step) -> int:
+        """Experts whose weights must be loaded for it beyond what is to be loaded already; may be negative."""
+        loads = int(not self.had[step.expert, step.target])
+        if not step.stays:
+            loads -= int(not self.had[step.expert, step.source])
+        if step.given_up >= 0:
+            loads -= int(not self.had[step.given_up, step.target])
+        if step.other >= 0:
+            loads += int(not self.had[step.other, step.source]) - int(not self.had[step.other, step.target])
+        return loads
+
+    @property
+    def num_loads(self) -> int:
+        """Experts whose weights must be loaded."""
+        return int((self.held & ~self.had).sum())
 
     # Steps that relieve a worker.
 
-    def best_rearrangement(self, source: int, has_room: Flags) -> Found | None:
-        """The move or exchange that leaves the higher of both ends' levels lowest. `has_room` [W]."""
-        return self._first_helpful([*self._moves(source, has_room), *self._exchanges(source)])
+    def best_rearrangement(self, source: int, has_room: Flags, left: int) -> Found | None:
+        """The move or exchange that leaves the higher of both ends' levels lowest. `has_room` [W]; `left`: what it
+        may cost."""
+        return self._first_helpful([*self._moves(source, has_room, left), *self._exchanges(source, left)])
 
     def best_copy(self, source: int, has_room: Flags) -> Found | None:
         """The further replica, of an expert that `source` holds, that relieves it most: on a worker with room, or
@@ -140,28 +153,37 @@ class Layer:
 
     def best_move(self, source: int, has_room: Flags) -> Step | None:
         """As `best_rearrangement`, of moves alone, and whether or not it helps: for a worker that is too full."""
-        moves = self._moves(source, has_room, must_help=False)
+        moves = self._moves(source, has_room, 1, must_help=False)
         return min(moves, key=lambda found: found[0])[1] if moves else None
 
-    def _moves(self, source: int, has_room: Flags, must_help: bool = True) -> list[tuple[float, Step]]:
+    def _moves(self, source: int, has_room: Flags, left: int, must_help: bool = True) -> list[tuple[float, Step]]:
         experts = np.flatnonzero(self.held[:, source])
         amount = self.amounts[experts, source][:, None]
         after = np.maximum(self.levels[source] - amount, self.levels[None, :] + amount)
-        after[self.held[experts] | ~has_room[None, :] | ~self._may_go(source)[experts]] = np.inf
+        after[self.held[experts] | ~has_room[None, :] | ~self.may_go(source)[experts]] = np.inf
+        if left < 1:
+            after[self._loads(experts, source) > left] = np.inf
         bound = self.levels[source] if must_help else np.inf
         return [
             (value, Step(int(experts[row]), source, target)) for value, row, target in _least(after, float(bound))
         ]
 
-    def _exchanges(self, source: int) -> list[tuple[float, Step]]:
+    def _loads(self, experts: NDArray[np.int64], source: int) -> NDArray[np.int64]:
+        """[n, W]: what it costs to move these from `source` to each worker."""
+        return np.asarray(self.had[experts, source][:, None].astype(np.int64) - self.had[experts])
+
+    def _exchanges(self, source: int, left: int) -> list[tuple[float, Step]]:
         mine = np.flatnonzero(self.held[:, source])
         others, targets = np.nonzero(self.held & ~self.held[:, source][:, None])  # that the source does not hold
         if not others.size:
             return []
         gives = self.amounts[mine, source][:, None] - self.amounts[others, targets][None, :]
         after = np.maximum(self.levels[source] - gives, self.levels[targets][None, :] + gives)
-        after[self.held[mine][:, targets] | ~self._may_go(source)[mine][:, targets]] = np.inf
-        after[:, ~self._may_come(source)[others, targets]] = np.inf
+        after[self.held[mine][:, targets] | ~self.may_go(source)[mine][:, targets]] = np.inf
+        after[:, ~self.may_come(source)[others, targets]] = np.inf
+        if left < 2:
+            back = self.had[others, targets].astype(np.int64) - self.had[others, source]
+            after[self._loads(mine, source)[:, targets] + back > left] = np.inf
         return [
             (value, Step(int(mine[row]), source, int(targets[column]), int(others[column])))
             for value, row, column in _least(after, float(self.levels[source]))
@@ -173,7 +195,7 @@ class Layer:
         found.sort(key=lambda pair: pair[0])
         if found:
             equal = [pair for pair in found if pair[0] <= found[0][0] + _EQUAL * self.mean]
-            found[: len(equal)] = sorted(equal, key=lambda p: (p[1].weights_loaded, self._joined_by(p[1]), p[0]))
+            found[: len(equal)] = sorted(equal, key=lambda p: (self.cost(p[1]), self._joined_by(p[1]), p[0]))
         now = float(np.square(self.levels).sum())
         for _, step in found[:_TRIED_MAX]:
             levels = self.outcome(step)
@@ -183,7 +205,7 @@ class Layer:
 
     # Who may be where.
 
-    def _may_go(self, source: int) -> Flags:
+    def may_go(self, source: int) -> Flags:
         """[E, W]: leaving `source` for each worker keeps an expert's replicas on as many hosts as it needs."""
         if self.hosts.max(initial=0) == 0:
             return np.ones_like(self.held)
@@ -193,7 +215,7 @@ class Layer:
         after = left[:, None] + (at_host[:, self.hosts] == 0)
         return np.asarray(after >= self._hosts_needed()[:, None])
 
-    def _may_come(self, source: int) -> Flags:
+    def may_come(self, source: int) -> Flags:
         """[E, W]: likewise for coming to `source` from each worker."""
         if self.hosts.max(initial=0) == 0:
             return np.ones_like(self.held)
@@ -204,6 +226,19 @@ class Layer:
             (left == 0) & (self.hosts == self.hosts[source])
         )
         return np.asarray(after >= self._hosts_needed()[:, None])
+
+    def may_move(self, expert: int, source: int, target: int) -> bool:
+        """As `may_go`, of one expert."""
+        return bool(self.may_go(source)[expert, target])
+
+    def on_hosts(self) -> Flags:
+        """[E, hosts]: which hosts have a holder."""
+        return self._at_hosts() > 0
+
+    def hosts_lacking(self) -> Flags:
+        """[E]: whether replicas that should be on distinct hosts share one."""
+        wanted = np.minimum(np.minimum(self.held.sum(axis=1), self.replicas), int(self.hosts.max()) + 1)
+        return np.asarray(self.on_hosts().sum(axis=1) < wanted)
 
     def is_spread_without(self, expert: int, worker: int) -> bool:
         """Whether its other holders are on as many hosts as it needs."""

@@ -1,16 +1,17 @@
 """Load, workers and the placement there is -> the placement there should be, by few moves. Pure, deterministic.
 
-First what must be (`cover`), whatever it takes. Then, within a budget, what helps: the layer that loses most time
-to its busiest worker comes first, and there the step that relieves this worker most. Rearranging comes before
-replicating: an expert is copied only where the best move or exchange would leave more than half of the busiest
-worker's surplus, for a copy takes a slot for good and an exchange takes none.
+First what must be (`cover`), whatever it takes; what has to be loaded for that goes where it balances best. Then,
+within a budget, what helps: the layer that loses most time to its busiest worker comes first, and there the step
+that relieves this worker most. Rearranging comes before replicating: an expert is copied only where the best move
+or exchange would leave more than half of the busiest worker's surplus, for a copy takes a slot for good and an
+exchange takes none.
 
 Then spare slots that are still empty get copies, of the busiest experts first. On average that may gain nothing,
 but it gives `router.plan` a choice in each microbatch, of which no two ask for the same experts.
 
-It does not swing: a layer within `slack` of its mean is left alone, and where no empty slot is filled everything
-is left as it is unless the whole gains at least `gain_min`; both in units of a perfectly balanced pool's time. So
-load must shift by more than `gain_min` to move anything, and what is balanced and full stays.
+It does not swing: a layer within `slack` of its mean is left alone, and unless the whole gains at least `gain_min`
+nothing is done but to fill empty slots; both in units of a perfectly balanced pool's time. So load must shift by
+more than `gain_min` to move anything, and what is balanced and full stays.
 """
 
 from __future__ import annotations
@@ -63,64 +64,71 @@ def place(
         raise PlacementError("rooms: none; accepted: at least one expert worker")
     table = Table(rooms, _smoothed(load), policy.replicas, current, together)
     cover(table)
-    covered = table.placement(epoch, fingerprint, current)
-    before, used = table.busiest, table.used.sum()
-    left = improve(table, policy.slack, sys.maxsize if policy.moves_max is None else policy.moves_max)
+    improve(table, policy.slack, 0)
+    before, covered = table.busiest, table.held.copy()
+    left = sys.maxsize if policy.moves_max is None else policy.moves_max
     if load.any():
-        left = add_copies(table, left)
-        improve(table, policy.slack, left)
-    gains = before - table.busiest >= policy.gain_min * table.mean
-    fills = table.used.sum() > used and table.busiest <= max(before, (1 + policy.slack) * table.mean)
-    return table.placement(epoch, fingerprint, current) if gains or fills else covered
+        _balance(table, policy.slack, left)
+        if before - table.busiest < policy.gain_min * table.mean:
+            table.replace_all(covered)
+            add_copies(table, left)
+            if table.busiest > max(before, (1 + policy.slack) * table.mean):
+                table.replace_all(covered)
+    return table.placement(epoch, fingerprint, current)
+
+
+def _balance(table: Table, slack: float, left: int) -> None:
+    left = improve(table, slack, left)
+    improve(table, slack, add_copies(table, left))
 
 
 def improve(table: Table, slack: float, left: int) -> int:
-    """Take steps until every layer is balanced, none helps, or `left` experts are loaded: how many are left."""
+    """Take steps until every layer is balanced, none helps, or `left` experts are to be loaded: how many are left.
+    What is to be loaded anyway may go elsewhere for nothing."""
     has_changed = True
-    while has_changed and left > 0:
+    while has_changed:
         has_changed = False
         waiting = [(layer.mean - layer.busiest, index) for index, layer in enumerate(table.layers)]
         heapq.heapify(waiting)
-        while waiting and left > 0:
+        while waiting:
             _, index = heapq.heappop(waiting)
             layer = table.layers[index]
             if layer.busiest <= (1 + slack) * layer.mean:
                 continue
-            spent = _improve_layer(table, index, left)
-            if spent is not None:
-                left -= spent
+            cost = _improve_layer(table, index, left)
+            if cost is not None:
+                left -= cost
                 has_changed = True
                 heapq.heappush(waiting, (layer.mean - layer.busiest, index))
     return left
 
 
 def _improve_layer(table: Table, index: int, left: int) -> int | None:
-    """How many experts are loaded for what was done; None: nothing was, for nothing helps enough."""
-    step = _best_step(table, index)
-    if step is not None:
-        if step.weights_loaded > left:
-            return None
-        table.apply(index, step)
-        return step.weights_loaded
+    """What it costs in loads; None: nothing was done, for nothing helps enough."""
     layer = table.layers[index]
-    better = search(layer, table.slots - table.used, left)
+    step = _best_step(table, index, left)
+    if step is not None:
+        cost = layer.cost(step)
+        table.apply(index, step)
+        return cost
+    better = search(layer, table.slots - table.used, left) if left > 0 else None
     if better is None:
         return None
-    spent = int((better & ~layer.held).sum())
+    before = layer.num_loads
     table.replace(index, better)
-    return spent
+    return layer.num_loads - before
 
 
-def _best_step(table: Table, index: int) -> Step | None:
+def _best_step(table: Table, index: int, left: int) -> Step | None:
     layer = table.layers[index]
     source = int(np.argmax(layer.levels))
-    rearranged = layer.best_rearrangement(source, table.has_room)
+    rearranged = layer.best_rearrangement(source, table.has_room, left)
     best = rearranged
-    if rearranged is None or rearranged.ends > (layer.busiest + layer.mean) / 2:
+    if left > 0 and (rearranged is None or rearranged.ends > (layer.busiest + layer.mean) / 2):
         copied = layer.best_copy(source, table.has_room)
         if copied is not None and (rearranged is None or copied.ends < rearranged.ends):
             best = copied
-    if best is None or layer.busiest - best.ends < _WORTH * layer.mean * best.step.weights_loaded:
+    if best is None or layer.busiest - best.ends < _WORTH * layer.mean * max(layer.cost(best.step), 0):
         return None
     return best.step
 

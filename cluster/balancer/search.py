@@ -20,13 +20,14 @@ LOOKS_MAX = 1000
 _LEAST = 1e-9
 
 
-def search(layer: Layer, free: np.ndarray, weights_max: int) -> Flags | None:
-    """The first placement found [E, W] whose busiest worker does less, which loads at most `weights_max` experts.
+def search(layer: Layer, free: np.ndarray, left: int) -> Flags | None:
+    """The first placement found [E, W] whose busiest worker does less, for at most `left` loads more.
 
     free [W]: slots. None: there is none, or it was not found.
     """
     if layer.held.size > CELLS_MAX:
         return None
+    loads_max = layer.num_loads + left
     start, wanted = layer.held, layer.busiest * (1 - _LEAST)
     room = free + start.sum(axis=0)  # [W]: slots of this layer
     waiting = [(_badness(divide(layer.load, start)), 0, start)]
@@ -35,7 +36,7 @@ def search(layer: Layer, free: np.ndarray, weights_max: int) -> Flags | None:
         _, _, held = heapq.heappop(waiting)
         for new in _neighbours(held):
             key = new.tobytes()
-            if key in seen or (new.sum(axis=0) > room).any() or (new & ~start).sum() > weights_max:
+            if key in seen or (new.sum(axis=0) > room).any() or (new & ~layer.had).sum() > loads_max:
                 continue
             if not layer.is_as_safe(new):
                 continue

@@ -44,12 +44,23 @@ class Table:
         names = sorted({room.host for room in rooms})
         self.hosts = np.array([names.index(room.host) for room in rooms])
         self.num_hosts = len(names)
+        self.on_host = self.hosts[:, None] == np.arange(len(names))  # [W, hosts]
         self.slots = np.array([room.slots for room in rooms])
         self.share = -(-self.slots // num_layers)  # [W]: of one layer, if all were alike
-        held = _held(rooms, current, (num_layers, num_experts))
-        self.used: NDArray[np.int64] = held.sum(axis=(0, 1))
-        self.layers = [
-            Layer(load[i], held[i], self.hosts, self.replicas, None if together is None else together[i])
+        self.held = _held(rooms, current, (num_layers, num_experts))  # [L, E, W]
+        self.had = self.held.copy()
+        self.used: NDArray[np.int64] = self.held.sum(axis=(0, 1))
+        known = {worker.member for worker in current.workers} if current else set()
+        self.is_new = np.array([room.member not in known for room in rooms])  # [W]
+        self.layers = [  # each sees its part of `held`
+            Layer(
+                load[i],
+                self.held[i],
+                self.had[i],
+                self.hosts,
+                self.replicas,
+                None if together is None else together[i],
+            )
             for i in range(num_layers)
         ]
 
@@ -75,8 +86,13 @@ class Table:
     def replace(self, layer: int, held: Flags) -> None:
         """held [E, W] instead of what this layer has."""
         self.used += held.sum(axis=0) - self.layers[layer].held.sum(axis=0)
-        self.layers[layer].held = held
+        self.layers[layer].held[...] = held
         self.layers[layer].refresh()
+
+    def replace_all(self, held: Flags) -> None:
+        """held [L, E, W] instead of what there is."""
+        for index, layer in enumerate(held):
+            self.replace(index, layer)
 
     def drop(self, layer: int, expert: int, worker: int) -> None:
         self.layers[layer].held[expert, worker] = False
@@ -99,13 +115,13 @@ class Table:
     def placement(self, epoch: EpochId, fingerprint: str, current: Placement | None) -> Placement:
         """Slots that stay are named in the order they had."""
         before = {worker.member: worker.experts for worker in current.workers} if current else {}
-        held = np.stack([layer.held for layer in self.layers])  # [L, E, W]
+        num_layers, num_experts, _ = self.held.shape
         workers = []
         for index, room in enumerate(self.rooms):
-            now = {(layer, expert) for layer, expert in np.argwhere(held[:, :, index]).tolist()}
+            now = {(layer, expert) for layer, expert in np.argwhere(self.held[:, :, index]).tolist()}
             kept = [pair for pair in before.get(room.member, ()) if pair in now]
             workers.append(PlacedWorker(room.member, room.address, (*kept, *sorted(now.difference(kept)))))
-        placement = Placement(epoch, fingerprint, held.shape[0], held.shape[1], tuple(workers))
+        placement = Placement(epoch, fingerprint, num_layers, num_experts, tuple(workers))
         placement.validate()
         return placement
 

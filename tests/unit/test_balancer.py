@@ -84,7 +84,7 @@ def test_whatever_there_was_the_result_is_valid_within_slots_and_budget_and_stay
             result = placed(rooms, load, result, policy)
         assert placed(rooms, load, result, policy).workers == result.workers
     else:
-        assert loaded(covered, result) <= policy.moves_max
+        assert loaded(current, result) <= loaded(current, covered) + policy.moves_max
 
 
 @pytest.mark.parametrize("load", [np.zeros((3, 8)), zipf(3, 8, 1.0)])
@@ -115,6 +115,25 @@ def test_a_worker_that_joins_takes_its_share_and_one_that_leaves_is_covered_by_t
     left = placed(three, load, joined)
     left.validate()
     assert loaded(joined, left) <= 12 + 8
+
+
+def test_a_newcomer_gets_a_share_though_the_others_have_room_for_everything():
+    """Spare slots are for copies, and no reason to leave somebody idle."""
+    before = placed(pool(3, even_slots(4, 12, 2, 3, spare=8)), np.zeros((4, 12)), policy=Policy(2, 0))
+    rooms = pool(4, even_slots(4, 12, 2, 4, spare=8))
+    joined = placed(rooms, np.zeros((4, 12)), before, Policy(2, 0))
+    assert loaded(before, joined) == len(joined.workers[3].experts) == 4 * 12 * 2 // 4
+    assert imbalance(rooms, np.ones((4, 12)), joined) < 1.1
+
+
+def test_what_must_be_loaded_goes_where_it_balances_best():
+    """One of four dies, and is not replaced: its experts even out what the others do, for no load more."""
+    load = zipf(3, 16, 1.0)
+    four, three = pool(4, 24), pool(3, 36)
+    before = placed(four, load, policy=Policy(2))
+    after = placed(three, load, before, Policy(2, 0))
+    assert loaded(before, after) == 96 - sum(len(worker.experts) for worker in before.workers[:3])
+    assert imbalance(three, load, after) < 1.05
 
 
 def test_a_replacement_takes_what_its_predecessor_held_and_nobody_else_moves():
@@ -236,7 +255,7 @@ def test_replicas_of_one_worker_are_spread_over_all_others():
 
 def test_division_pours_into_the_lowest_levels():
     held = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 1], [0, 1, 1]], dtype=bool)
-    layer = Layer(np.array([4.0, 1, 4, 3]), held, np.zeros(3, dtype=int), 1)
+    layer = Layer(np.array([4.0, 1, 4, 3]), held, held.copy(), np.zeros(3, dtype=int), 1)
     assert layer.amounts[2].tolist() == [0, 1.5, 2.5]
     assert layer.amounts[3].tolist() == [0, 1.5, 1.5]
     assert layer.levels.tolist() == [4, 4, 4]
