@@ -142,6 +142,7 @@ def _prepare_environment(config: Config) -> None:
     if config.cluster.ray_address is None:
         os.environ.setdefault("RAY_AUTH_MODE", config.cluster.ray_auth)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # its 15 is for batch jobs: anything else would go before us
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")  # `watch` says it in a line
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which actors find imported
