@@ -100,7 +100,9 @@ class Failed(Exception):
 class Clients:
     """`calm` of one answer each alone; then `async with clients.streaming() as seen:` all ask again and again."""
 
-    def __init__(self, urls: Sequence[str], num_clients: int, max_tokens: int, may_reconnect: bool = False) -> None:
+    def __init__(
+        self, urls: Sequence[str], num_clients: int, max_tokens: int, may_reconnect: bool = False
+    ) -> None:
         """`urls`: of gateways, in turn. `may_reconnect`: a connection that breaks is none that failed."""
         self._urls, self._max_tokens, self._may_reconnect = urls, max_tokens, may_reconnect
         self._expected: list[list[Any]] = []
@@ -209,7 +211,9 @@ async def status_of(client: httpx.AsyncClient) -> dict[str, Any] | None:
     return answer.json() if answer.status_code == 200 else None
 
 
-async def until(client: httpx.AsyncClient, is_wanted: Callable[[dict[str, Any]], bool], within_s: float = 120.0) -> float:
+async def until(
+    client: httpx.AsyncClient, is_wanted: Callable[[dict[str, Any]], bool], within_s: float = 120.0
+) -> float:
     """When the status document was found to be so, by time.monotonic."""
     async with asyncio.timeout(within_s):
         while (status := await status_of(client)) is None or not is_wanted(status):
