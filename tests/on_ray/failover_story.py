@@ -11,19 +11,22 @@ import asyncio
 import contextlib
 import json
 import math
+import os
+import signal
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import httpx
-
-Choice = tuple[int, int, float | str]  # of one choice: its number, then token ids with logprobs, then how it ended
+import psutil
 
 STUCK_S = 90.0  # without a word: then a stream is stuck
 RECONNECT_S = 0.1
 LOOK_S = 0.1
+SOON_S = 0.3  # a gap that begins within it is of the loss; one that begins later, of what comes after
+WHOLE_WITHIN_S = 180.0
 _LINE_BYTES_MAX = 1 << 20
 _SCHEMA = {
     "type": "object",
@@ -79,12 +82,16 @@ class Seen:
     tokens: int = 0
     different: list[int] = field(default_factory=list)  # clients
     failed: list[str] = field(default_factory=list)
-    reconnected: int = 0
+    reconnected: list[int] = field(default_factory=list)  # clients whose gateway had gone
     gaps: list[Gap] = field(default_factory=list)
 
-    def worst(self, since_s: float, until_s: float = math.inf) -> Gap:
-        """Of those that reach into this time."""
-        within = (gap for gap in self.gaps if gap.began_s + gap.seconds > since_s and gap.began_s < until_s)
+    def worst(self, since_s: float = 0.0, until_s: float = math.inf, begins_after_s: float = 0.0) -> Gap:
+        """Of those that reach into this time, and began after that."""
+        within = (
+            gap
+            for gap in self.gaps
+            if gap.began_s + gap.seconds > since_s and begins_after_s <= gap.began_s < until_s
+        )
         return max(within, key=lambda gap: gap.seconds, default=Gap(since_s, 0.0, -1))
 
     def percentile_s(self, share: float) -> float:
@@ -101,9 +108,9 @@ class Clients:
     """`calm` of one answer each alone; then `async with clients.streaming() as seen:` all ask again and again."""
 
     def __init__(
-        self, urls: Sequence[str], num_clients: int, max_tokens: int, may_reconnect: bool = False
+        self, urls: Sequence[str], num_clients: int, max_tokens: int, may_reconnect: Collection[int] = ()
     ) -> None:
-        """`urls`: of gateways, in turn. `may_reconnect`: a connection that breaks is none that failed."""
+        """`urls`: of gateways, in turn; a connection to one of those in `may_reconnect` may break."""
         self._urls, self._max_tokens, self._may_reconnect = urls, max_tokens, may_reconnect
         self._expected: list[list[Any]] = []
         self._heard_s = [0.0] * num_clients
@@ -137,9 +144,9 @@ class Clients:
         try:
             answer = await self._answer(i, seen)
         except (OSError, asyncio.IncompleteReadError) as error:  # a timeout is an OSError
-            if not self._may_reconnect or isinstance(error, TimeoutError):
+            if isinstance(error, TimeoutError) or i % len(self._urls) not in self._may_reconnect:
                 seen.failed.append(f"client {i}: {type(error).__name__}: {error}")
-            seen.reconnected += 1
+            seen.reconnected.append(i)
             await asyncio.sleep(RECONNECT_S)
         except Failed as error:
             seen.failed.append(f"client {i}: {error}")
@@ -183,7 +190,9 @@ async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]
     """Until the stream has said that it is done. Each event lies within one chunk, so lines do."""
     head = await reader.readline()
     if head.split()[1:2] != [b"200"]:
-        raise Failed(f"{head!r}: {(await reader.read(1 << 16)).decode(errors='replace')}" if head else "no answer")
+        if not head:
+            raise asyncio.IncompleteReadError(b"", None)
+        raise Failed(f"{head!r}: {(await reader.read(1 << 16)).decode(errors='replace')}")
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
             return
@@ -202,6 +211,33 @@ def _logprobs(choice: dict[str, Any]) -> Iterable[float]:
     return of_choice.get("token_logprobs") or []
 
 
+class Standstill:
+    """How long this process itself did not turn: what clients saw then was not the cluster's doing alone."""
+
+    def __init__(self) -> None:
+        self.worst_s = 0.0
+
+    async def watch(self) -> None:
+        while True:
+            began_s = time.monotonic()
+            await asyncio.sleep(LOOK_S / 2)
+            self.worst_s = max(self.worst_s, time.monotonic() - began_s - LOOK_S / 2)
+
+
+@dataclass(frozen=True)
+class Incident:
+    """What one loss did, in seconds."""
+
+    who: str
+    gap_s: float  # worst that reaches into the loss
+    later_gap_s: float  # worst of those that began after SOON_S, until all was whole again
+    later_at_s: float  # when that began
+    started_s: float  # until its successor was ordered, registered, and all was whole
+    registered_s: float
+    whole_s: float
+    standstill_s: float  # of this process, meanwhile
+
+
 async def status_of(client: httpx.AsyncClient) -> dict[str, Any] | None:
     """None: the controller, or this gateway, is not there just now."""
     try:
@@ -211,24 +247,52 @@ async def status_of(client: httpx.AsyncClient) -> dict[str, Any] | None:
     return answer.json() if answer.status_code == 200 else None
 
 
-async def until(
-    client: httpx.AsyncClient, is_wanted: Callable[[dict[str, Any]], bool], within_s: float = 120.0
-) -> float:
-    """When the status document was found to be so, by time.monotonic."""
-    async with asyncio.timeout(within_s):
-        while (status := await status_of(client)) is None or not is_wanted(status):
+def is_whole(status: dict[str, Any]) -> bool:
+    """Every worker serves, in the epoch that is published."""
+    return status["phase"] == "ready" and all(
+        worker["state"] == "ready" and worker["epoch"] == status["epoch"] for worker in status["workers"]
+    )
+
+
+async def until_whole(client: httpx.AsyncClient) -> dict[str, Any]:
+    async with asyncio.timeout(WHOLE_WITHIN_S):
+        while (status := await status_of(client)) is None or not is_whole(status):
             await asyncio.sleep(LOOK_S)
-    return time.monotonic()
+    return status
 
 
-def is_whole(status: dict[str, Any], successor_of: dict[str, Any] | None = None) -> bool:
-    """Every worker serves, in the epoch that is published; this one's successor among them."""
-    workers = status["workers"]
-    return (
-        status["phase"] == "ready"
-        and all(worker["state"] == "ready" and worker["epoch"] == status["epoch"] for worker in workers)
-        and (
-            successor_of is None
-            or any(w["id"] == successor_of["id"] and w["incarnation"] > successor_of["incarnation"] for w in workers)
-        )
-    )  # fmt: skip
+async def lose_worker(client: httpx.AsyncClient, seen: Seen, worker: dict[str, Any], number: int) -> Incident:
+    """This worker of the status document gets this signal; returns when its successor serves and it is gone."""
+    standstill = Standstill()
+    watching = asyncio.create_task(standstill.watch())
+    since_s = time.monotonic()
+    os.kill(worker["pid"], number)
+    reached: dict[str, float] = {}
+    async with asyncio.timeout(WHOLE_WITHIN_S):
+        while True:
+            status = await status_of(client)
+            workers = status["workers"] if status else []
+            [now] = [one for one in workers if one["id"] == worker["id"]] or [worker]
+            if now["incarnation"] > worker["incarnation"]:
+                reached.setdefault("started", time.monotonic() - since_s)
+                if now["state"] != "starting":
+                    reached.setdefault("registered", time.monotonic() - since_s)
+                if status is not None and is_whole(status):
+                    break
+            await asyncio.sleep(LOOK_S)
+    whole_s = time.monotonic() - since_s
+    assert not psutil.pid_exists(worker["pid"]), f"{worker['id']} lives on beside its successor"
+    await asyncio.sleep(1.0)  # gaps are known when they end
+    watching.cancel()
+    first = seen.worst(since_s, since_s + SOON_S)
+    later = seen.worst(since_s, since_s + whole_s, begins_after_s=since_s + SOON_S)
+    return Incident(
+        who=f"{worker['id']} {signal.Signals(number).name}",
+        gap_s=first.seconds,
+        later_gap_s=later.seconds,
+        later_at_s=later.began_s - since_s,
+        started_s=reached["started"],
+        registered_s=reached["registered"],
+        whole_s=whole_s,
+        standstill_s=standstill.worst_s,
+    )
