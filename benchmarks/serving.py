@@ -52,10 +52,8 @@ class Effort:
 
 @dataclass(frozen=True)
 class Interruption:
-    """Median time between two tokens of all decoders while a long prompt is processed, over that of decoding alone.
-
-    That is the mean of the medians just before and just after, for it grows with what the decoders have behind them.
-    """
+    """Median time between two tokens of all decoders while a long prompt is processed, over that of decoding
+    alone: the mean of the medians before and after, for it grows with what the decoders have behind them."""
 
     ratio: Samples
     beside_ms: Samples  # before and after
