@@ -1,4 +1,4 @@
-"""Ends of an exchange in processes of their own: what `multiprocessing` forks from a process that has used no thread yet."""
+"""Ends of an exchange in processes of their own: what tests run there."""
 
 from __future__ import annotations
 
