@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from gateway import bodies
 from gateway.dialect import Dialect
-from gateway.errors import ClientGone, Refusal
+from gateway.errors import BadRequest, ClientGone, Refusal
 from gateway.metrics import Meter
 from gateway.model_card import ModelCard
 from gateway.running import Running, beside, outcome
@@ -64,6 +64,12 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
 
 
 def _spoken(state: GatewayState, speak: Speak, call: Call) -> tuple[Call, Dialect]:
+    if call.ignored and state.config.unknown_fields == "refuse":
+        raise BadRequest(
+            f"{listed(call.ignored)}: not read here; accepted: fields that are (gateway.unknown_fields: refuse)",
+            param=call.ignored[0],
+            code="unknown_field",
+        )
     return call, speak(call, state.card)
 
 

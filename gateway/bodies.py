@@ -20,7 +20,7 @@ _INT32 = 2**31
 
 
 class Body(BaseModel):
-    """`neutral`: known fields that would change the answer and are not served, with the values that change nothing."""
+    """`neutral`: known fields that would change the answer and are not served, with the values that do not."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -192,6 +192,11 @@ def read(body: dict[str, Any], kind: type[Kind]) -> tuple[Kind, tuple[str, ...]]
         raise _refusal(error, kind, body) from None
     unknown = (name for name in body if name not in kind.model_fields and name not in kind.neutral)
     return typed, tuple(unknown)
+
+
+def passed_on(body: dict[str, Any]) -> dict[str, Any]:
+    """What of a body every generating endpoint reads under the same name."""
+    return {name: body[name] for name in SamplingBody.model_fields if name in body}
 
 
 def unsupported(field: str, value: Any, accepted: Sequence[Any]) -> BadRequest:

@@ -79,6 +79,13 @@ class Parsed:
         return [part for part in self.parts if isinstance(part, CallDelta)]
 
 
+def key_of(part: Said | CallDelta) -> str:
+    """The same for parts that go on with what the one before said."""
+    if isinstance(part, CallDelta):
+        return f"call {part.index}"
+    return "thought" if part.is_thought else "content"
+
+
 class CallParser:
     """All blocks of one answer, in turn."""
 
