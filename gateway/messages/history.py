@@ -105,7 +105,9 @@ class History:
             raise invalid(f"{at}.id", called, "an id that no other tool_use of the message has")
         self._calls.append(called)
         given = block.get("input")
-        arguments = arguments_of(given if isinstance(given, dict) else None, f"{at}.input")
+        if not isinstance(given, dict):
+            raise invalid(f"{at}.input", given, "a JSON object")
+        arguments = arguments_of(given, f"{at}.input")
         return {"id": called, "function": {"name": name, "arguments": arguments}}
 
 

@@ -15,9 +15,12 @@ from anthropic import AsyncAnthropic
 from anthropic.types import Message
 
 import model.synthetic_tokenizer
-from gateway.errors import NotReady, Overloaded
+from gateway.config import GatewayConfig
+from gateway.errors import BadRequest, NotReady, Overloaded
+from gateway.messages.body import call_of
 from gateway.messages.dialect import complete_ones
 from gateway.model_card import ModelCard
+from gateway.validate import Validator
 from tests.unit.gateway_world import EchoEngine, card_of, serving, write_checkpoint
 
 USER: Any = {"role": "user", "content": "Weather in Köln?"}
@@ -51,13 +54,20 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
     )
 
 
+@pytest.fixture(scope="module")
+def validator(card: ModelCard) -> Validator:
+    return Validator(card, GatewayConfig(), 2048)
+
+
 def tokens_of(card: ModelCard, text: str) -> tuple[int, ...]:
     assert card.tokens is not None
     return tuple(card.tokens.encode(text))
 
 
 @asynccontextmanager
-async def asking(card: ModelCard, says: str = "", **limits: Any) -> AsyncIterator[tuple[EchoEngine, AsyncAnthropic]]:
+async def asking(
+    card: ModelCard, says: str = "", **limits: Any
+) -> AsyncIterator[tuple[EchoEngine, AsyncAnthropic]]:
     """An engine that says this, and Anthropic's client of the gateway before it."""
     async with serving(card, **limits) as (_, engine, url):
         engine.says = tokens_of(card, says) if says else None
@@ -72,6 +82,16 @@ def asked(**fields: Any) -> dict[str, Any]:
 def shown(content: Any) -> list[tuple[str, Any]]:
     values = {"thinking": "thinking", "text": "text", "tool_use": "input"}
     return [(block.type, getattr(block, values[block.type])) for block in content]
+
+
+def said_by_user(*blocks: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(blocks)}]}
+
+
+def called_with(arguments: Any) -> dict[str, Any]:
+    """A conversation in which a tool was used and has no result."""
+    block = {"type": "tool_use", "id": "t", "name": "f", "input": arguments}
+    return {"messages": [USER, {"role": "assistant", "content": [block]}, USER]}
 
 
 WHOLE = [("thinking", THOUGHT), ("text", "Let me look."), *(("tool_use", value) for value in INPUTS)]
@@ -140,7 +160,11 @@ async def test_a_conversation_goes_on_where_it_was(card: ModelCard) -> None:
             {"type": "tool_result", "tool_use_id": one, "content": [{"type": "text", "text": "sun"}]},
             {"type": "text", "text": "Go on."},
         ]
-        history: list[Any] = [USER, {"role": "assistant", "content": first.content}, {"role": "user", "content": results}]
+        history: list[Any] = [
+            USER,
+            {"role": "assistant", "content": first.content},
+            {"role": "user", "content": results},
+        ]
         await client.messages.create(**asked(tools=[TOOL], messages=history))
     assert card.tokens is not None
     _, after = (card.tokens.spelled(list(submission.prompt)) for submission in engine.submissions)
@@ -156,7 +180,11 @@ async def test_a_turn_of_tools_alone_keeps_its_thought(card: ModelCard) -> None:
         results = [
             {"type": "tool_result", "tool_use_id": block.id} for block in first.content if block.type == "tool_use"
         ]
-        history: list[Any] = [USER, {"role": "assistant", "content": first.content}, {"role": "user", "content": results}]
+        history: list[Any] = [
+            USER,
+            {"role": "assistant", "content": first.content},
+            {"role": "user", "content": results},
+        ]
         await client.messages.create(**asked(tools=[TOOL], messages=history))
     before, after = (submission.prompt for submission in engine.submissions)
     assert engine.says is not None
@@ -165,7 +193,10 @@ async def test_a_turn_of_tools_alone_keeps_its_thought(card: ModelCard) -> None:
 
 async def test_system_comes_as_text_or_blocks_and_tools_are_the_chats(card: ModelCard) -> None:
     """The same prompt as chat makes of the same."""
-    blocks = [{"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "brief"}]
+    blocks = [
+        {"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}},
+        {"type": "text", "text": "brief"},
+    ]
     function = {"name": "weather", "description": TOOL["description"], "parameters": TOOL["input_schema"]}
     chat = {
         "messages": [{"role": "system", "content": "Be\nbrief"}, USER],
@@ -177,7 +208,12 @@ async def test_system_comes_as_text_or_blocks_and_tools_are_the_chats(card: Mode
             body = asked(system=system, tools=[TOOL], max_tokens=3)
             assert (await client.post("/v1/messages", json=body)).status_code == 200
         assert (await client.post("/v1/chat/completions", json=chat)).status_code == 200
-        body = asked(tools=[TOOL], tool_choice={"type": "none"}, max_tokens=3, messages=[{"role": "system", "content": "x"}, USER])
+        body = asked(
+            tools=[TOOL],
+            tool_choice={"type": "none"},
+            max_tokens=3,
+            messages=[{"role": "system", "content": "x"}, USER],
+        )
         assert (await client.post("/v1/messages", json=body)).status_code == 200
     prompts = [submission.prompt for submission in engine.submissions]
     assert prompts[0] == prompts[1] == prompts[2]
@@ -185,40 +221,50 @@ async def test_system_comes_as_text_or_blocks_and_tools_are_the_chats(card: Mode
     assert "weather" not in card.tokens.spelled(list(prompts[3])).lower().replace("weather in", "")
 
 
-@pytest.mark.parametrize(
-    ("fields", "says", "content", "stop"),
-    [
-        ({}, "t</think>\n\nHi", [("thinking", "t"), ("text", "Hi")], ("end_turn", None)),
-        ({"max_tokens": 1}, "t t t", [("thinking", "t")], ("max_tokens", None)),
-        ({"stop_sequences": ["END"]}, "t</think>\n\nHi END", [("thinking", "t"), ("text", "Hi ")], ("stop_sequence", "END")),
-        ({"thinking": {"type": "disabled"}}, "</think>\n\nHi", [("text", "Hi")], ("end_turn", None)),
-        ({"thinking": {"type": "adaptive", "display": "omitted"}}, "t</think>\n\nHi", [("text", "Hi")], ("end_turn", None)),
-        (
-            {"tools": [TOOL], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
-            ANSWER,
-            WHOLE[:3],
-            ("tool_use", None),
-        ),
-        (
-            {"tools": [TOOL], "max_tokens": len(THOUGHT) + 50},
-            f'</think>\n\n<minimax:tool_call>\n<invoke name="weather">\n<parameter name="days">2</parameter>\n'
-            f'<parameter name="city">{"K" * 200}',
-            [("tool_use", {"days": 2})],
-            ("max_tokens", None),
-        ),
-        ({}, "t", [("thinking", "t")], ("end_turn", None)),
-    ],
-)  # fmt: skip
-async def test_how_an_answer_ends_and_what_of_it_is_shown(
-    card: ModelCard, fields: dict[str, Any], says: str, content: Any, stop: tuple[str, str | None]
-) -> None:
+ENDINGS: list[tuple[dict[str, Any], str, Any, tuple[str, str | None]]] = [
+    ({}, "t</think>\n\nHi", [("thinking", "t"), ("text", "Hi")], ("end_turn", None)),
+    ({"max_tokens": 1}, "t t t", [("thinking", "t")], ("max_tokens", None)),
+    (
+        {"stop_sequences": ["END"]},
+        "t</think>\n\nHi END",
+        [("thinking", "t"), ("text", "Hi ")],
+        ("stop_sequence", "END"),
+    ),
+    ({"thinking": {"type": "disabled"}}, "</think>\n\nHi", [("text", "Hi")], ("end_turn", None)),
+    (
+        {"thinking": {"type": "adaptive", "display": "omitted"}},
+        "t</think>\n\nHi",
+        [("text", "Hi")],
+        ("end_turn", None),
+    ),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+        ANSWER,
+        WHOLE[:3],
+        ("tool_use", None),
+    ),
+    (
+        {"tools": [TOOL], "max_tokens": len(THOUGHT) + 50},
+        f'</think>\n\n<minimax:tool_call>\n<invoke name="weather">\n<parameter name="days">2</parameter>\n'
+        f'<parameter name="city">{"K" * 200}',
+        [("tool_use", {"days": 2})],
+        ("max_tokens", None),
+    ),
+    ({}, "t", [("thinking", "t")], ("end_turn", None)),
+
+]  # fmt: skip
+
+
+async def test_how_an_answer_ends_and_what_of_it_is_shown(card: ModelCard) -> None:
     """Whole and streamed alike. Of a call that is cut off the arguments that are complete."""
-    async with asking(card, says) as (_, client):
-        answer = await client.messages.create(**asked(**fields))
-        async with client.messages.stream(**asked(**fields)) as stream:
-            final = await stream.get_final_message()
-    for one in (answer, final):
-        assert (shown(one.content), (one.stop_reason, one.stop_sequence)) == (content, stop)
+    async with asking(card) as (engine, client):
+        for fields, says, content, stop in ENDINGS:
+            engine.says = tokens_of(card, says)
+            answer = await client.messages.create(**asked(**fields))
+            async with client.messages.stream(**asked(**fields)) as stream:
+                final = await stream.get_final_message()
+            for one in (answer, final):
+                assert (shown(one.content), (one.stop_reason, one.stop_sequence)) == (content, stop)
 
 
 async def test_a_thought_has_its_budget_and_an_answer_its_schema(card: ModelCard) -> None:
@@ -245,7 +291,10 @@ async def test_a_thought_has_its_budget_and_an_answer_its_schema(card: ModelCard
 
 async def test_a_forced_call_is_a_tool_to_use(card: ModelCard) -> None:
     """Chat says `stop` where the tool was named, as OpenAI has it; here there is one word for it."""
-    async with asking(card, "t\n</think>\n\n<minimax:tool_call>\n" + CALL + "</minimax:tool_call>") as (engine, client):
+    async with asking(card, "t\n</think>\n\n<minimax:tool_call>\n" + CALL + "</minimax:tool_call>") as (
+        engine,
+        client,
+    ):
         for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
             answer = await client.messages.create(**asked(tools=[TOOL], tool_choice=choice))
             assert answer.stop_reason == "tool_use"
@@ -267,28 +316,28 @@ async def test_tokens_are_counted_as_they_are_billed(card: ModelCard) -> None:
     [
         ({"messages": []}, "messages is a list of 0 items; accepted: a list of at least one message"),
         ({"messages": [{"role": "robot"}]}, 'messages[0].role is "robot"; accepted: user, assistant, system'),
-        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "messages[1].role is \"assistant\"; accepted: user"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 'messages[0].content[0].type is "image"'),
+        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, 'messages[1].role is "assistant"'),
+        (said_by_user({"type": "image"}), 'messages[0].content[0].type is "image"'),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content is 3"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"}]}]},
+            said_by_user({"type": "tool_result", "tool_use_id": "t"}),
             'messages[0].content[0].tool_use_id is "t"; accepted: the id of a tool_use in the message before',
         ),
         (
-            {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {}}]}, USER]},
+            called_with({}),
             'accepted: a tool_result for each tool_use before it, "t" too',
         ),
         (
-            {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": "x"}]}, USER]},
-            "messages[1].content[0].input is null; accepted: a JSON object",
+            called_with("x"),
+            'messages[1].content[0].input is "x"; accepted: a JSON object',
         ),
         ({"system": 3}, "system is 3; accepted: a string, or a list of text parts"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 'tools[0].type is "bash_20250124"'),
-        ({"tools": [{"name": "a b", "input_schema": {}}]}, 'tools[0].name is "a b"; accepted: 1 to 128 characters'),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, 'tools[0].name is "a b"; accepted: 1 to 128'),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema is null"),
-        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, 'tool_choice.name is "g"; accepted: a tool'),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, 'tool_choice.name is "g"; accepted:'),
         ({"tool_choice": {"type": "must"}}, 'tool_choice.type is "must"; accepted: auto, any, tool or none'),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1000}}, "accepted: an integer of at least 0 and below max_tokens, 1000"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1000}}, "at least 0 and below max_tokens, 1000"),
         ({"thinking": {"type": "deep"}}, 'thinking.type is "deep"; accepted: enabled, disabled or adaptive'),
         ({"stop_sequences": [""]}, 'stop_sequences[0] is ""; accepted: a string of 1 to'),
         ({"output_config": {"format": {"type": "json_schema", "schema": 3}}}, "output_config.format.schema is 3"),
@@ -298,15 +347,12 @@ async def test_tokens_are_counted_as_they_are_billed(card: ModelCard) -> None:
         ({"max_tokens": 9999}, "max_tokens is 9999; accepted: at most"),
     ],
 )  # fmt: skip
-async def test_what_is_wrong_is_said_in_anthropics_names(card: ModelCard, fields: dict[str, Any], sentence: str) -> None:
-    async with serving(card) as (_, engine, url), httpx.AsyncClient(base_url=url) as client:
-        refused = await client.post("/v1/messages", json=asked(**fields))
-        assert not engine.submissions
-    body = refused.json()
-    assert (refused.status_code, set(body), body["type"]) == (400, {"type", "error"}, "error")
-    assert set(body["error"]) == {"type", "message"}
-    assert body["error"]["type"] == "invalid_request_error"
-    assert sentence in body["error"]["message"]
+def test_what_is_wrong_is_said_in_anthropics_names(
+    validator: Validator, fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(BadRequest) as caught:
+        call_of(validator, asked(**fields))
+    assert sentence in caught.value.message
 
 
 async def test_refusals_of_every_kind_are_anthropics_exceptions(card: ModelCard) -> None:
@@ -319,7 +365,9 @@ async def test_refusals_of_every_kind_are_anthropics_exceptions(card: ModelCard)
             await client.messages.create(**asked(model="claude"))
         with pytest.raises(anthropic.RequestTooLargeError):
             await client.messages.create(**asked(system="x" * 3000))
-        with pytest.raises(anthropic.BadRequestError, match="anthropic-version is .*; accepted: 2023-06-01 or later"):
+        with pytest.raises(
+            anthropic.BadRequestError, match=r"anthropic-version is .*; accepted: 2023-06-01 or later"
+        ):
             await client.messages.create(**asked(), extra_headers={"anthropic-version": "2023-01-01"})
         engine.refusal = Overloaded("the queue is full", retry_after_s=2)
         with pytest.raises(anthropic.RateLimitError) as busy:
@@ -327,10 +375,9 @@ async def test_refusals_of_every_kind_are_anthropics_exceptions(card: ModelCard)
         engine.refusal = NotReady("no worker")
         with pytest.raises(anthropic.InternalServerError) as early:
             await client.messages.create(**asked())
-    assert unknown.value.body == {
-        "type": "error",
-        "error": {"type": "authentication_error", "message": unknown.value.body["error"]["message"]},  # type: ignore[index]
-    }
+    told: Any = unknown.value.body
+    assert (set(told), told["type"], set(told["error"])) == ({"type", "error"}, "error", {"type", "message"})
+    assert told["error"]["type"] == "authentication_error"
     assert unknown.value.request_id
     assert busy.value.response.headers["retry-after"] == "2"
     assert [one.value.body["error"]["type"] for one in (busy, early)] == ["rate_limit_error", "overloaded_error"]  # type: ignore[index]
@@ -345,7 +392,10 @@ async def test_an_error_after_the_headers_is_an_event(card: ModelCard) -> None:
 
 
 async def test_unknown_fields_are_refused_where_a_deployment_wants_it(card: ModelCard) -> None:
-    async with serving(card, unknown_fields="refuse") as (_, engine, url), httpx.AsyncClient(base_url=url) as client:
+    async with (
+        serving(card, unknown_fields="refuse") as (_, engine, url),
+        httpx.AsyncClient(base_url=url) as client,
+    ):
         engine.says = tokens_of(card, "t")
         body = asked(foo=1, metadata={"bar": 2})
         answers = [await client.post("/v1/messages", json=one) for one in (body, asked())]
@@ -356,11 +406,18 @@ async def test_unknown_fields_are_refused_where_a_deployment_wants_it(card: Mode
 
 
 async def test_another_models_secret_thoughts_are_left_out_by_name(card: ModelCard) -> None:
-    turn = {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "Hi"}]}
+    turn = {
+        "role": "assistant",
+        "content": [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "Hi"}],
+    }
     async with serving(card) as (_, engine, url), httpx.AsyncClient(base_url=url) as client:
         engine.says = tokens_of(card, "t")
-        answer = await client.post("/v1/messages", json=asked(messages=[USER, turn, USER], output_config={"effort": "low"}))
-    assert answer.headers["x-expertmesh-ignored-fields"] == "output_config.effort, messages.content.redacted_thinking"
+        answer = await client.post(
+            "/v1/messages", json=asked(messages=[USER, turn, USER], output_config={"effort": "low"})
+        )
+    assert (
+        answer.headers["x-expertmesh-ignored-fields"] == "output_config.effort, messages.content.redacted_thinking"
+    )
 
 
 def test_arguments_that_break_off_are_those_that_are_complete() -> None:
