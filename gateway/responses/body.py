@@ -3,7 +3,7 @@
 So one validator with one set of defaults and limits judges both; what it refuses is said in this API's names.
 
 Decisions a client can see:
-- nothing is stored (decision 15): `store` is false unless given, and what needs a store is refused by name;
+- nothing is stored (decision 16): `store` is false unless given, and what needs a store is refused by name;
 - `reasoning.effort` none ends a thought at once, others change nothing and are named as ignored;
   `thinking_token_budget` bounds it;
 - who asks is `user`, or `safety_identifier` in its place.
