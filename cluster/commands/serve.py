@@ -39,6 +39,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "--host": (("host",), "HOST", "default 127.0.0.1"),
     "--port": (("port",), "PORT", "REST; default 8000"),
     "--grpc-port": (("grpc_port",), "PORT", "gRPC; default 9000, 0 for none"),
+    "--gateways": (("pools.gateways",), "N", "each on the ports that follow the one before; default 1"),
     "--api-key": (("gateway.api_key",), "KEY", f"clients must present it; better in ${API_KEY_VARIABLE}"),
     "--name": (("cluster.name",), "NAME", "tells clusters on one Ray apart"),
     "--ray-address": (("cluster.ray_address",), "ADDR", "a Ray to join (auto or host:port) instead of our own"),
