@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 
+from cluster import logs
 from cluster.events import Role
 from cluster.ray_driver import RayWorkers, node_ip
 from cluster.ray_store import RayStore
@@ -23,13 +23,6 @@ from cluster.store import draw
 from router.placement import Member
 
 log = logging.getLogger(__name__)
-
-
-def _log_to_stderr() -> None:
-    """Into Ray's log file of this process."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
 
 
 def _use_threads(count: int) -> None:
@@ -62,7 +55,7 @@ class _Worker:
         _use_threads(config.attention.threads if role is Role.ATTENTION else config.expert.threads)
         from cluster.worker_process import WorkerProcess
 
-        _log_to_stderr()
+        logs.to_stderr(config.cluster.log_format)
         self._process = WorkerProcess(parsed, role, Member(worker_id, incarnation), node_ip())
         self._process.start()
 
@@ -89,9 +82,9 @@ class ControllerActor:
         _use_threads(1)
         from cluster.controller_process import ControllerProcess
 
-        _log_to_stderr()
+        parsed = ClusterSpec.from_json(spec)
+        logs.to_stderr(parsed.config.cluster.log_format)
         with _beginning("controller"):
-            parsed = ClusterSpec.from_json(spec)
             store = RayStore(parsed.cluster_id)
             workers = RayWorkers(parsed, store, {Role.ATTENTION: AttentionActor, Role.EXPERT: ExpertActor})
             self._process = ControllerProcess(parsed, store, workers)
@@ -110,9 +103,9 @@ class SchedulerActor:
         _use_threads(1)
         from cluster.scheduler_process import SchedulerProcess
 
-        _log_to_stderr()
+        parsed = ClusterSpec.from_json(spec)
+        logs.to_stderr(parsed.config.cluster.log_format)
         with _beginning("scheduler"):
-            parsed = ClusterSpec.from_json(spec)
             self._process = SchedulerProcess(parsed, draw(RayStore(parsed.cluster_id), "scheduler"))
             self._process.start()
 
@@ -129,6 +122,7 @@ class GatewayReplica:
         from cluster.gateway_process import GatewayProcess
 
         parsed = ClusterSpec.from_json(spec)
+        logs.to_stderr(parsed.config.cluster.log_format)
         incarnation = draw(RayStore(parsed.cluster_id), "gateway-0")
         self._process = GatewayProcess(parsed, Member("gateway-0", incarnation), node_ip())
         self._process.start()

@@ -88,6 +88,9 @@ class LifeConfig(_Section):
     dashboard: bool = False
     """Ray's dashboard and job server on 127.0.0.1:8265, when we start Ray. Costs some 200 MB."""
 
+    log_format: Literal["text", "json"] = "text"
+    """What processes say on stderr, which Ray keeps: lines for people or of JSON; without prompts, either way."""
+
     startup_timeout_s: float = Field(120.0, gt=0)
     """Longest start of one process until it registers, and longest loading without a byte of progress."""
 

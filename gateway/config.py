@@ -165,6 +165,12 @@ class GatewayConfig(BaseModel):
     status_timeout_s: float = Field(default=5.0, gt=0)
     """Longest wait for the controller's status document."""
 
+    watch_s: float = Field(default=0.5, ge=0.05)
+    """Between two looks at the cluster while anybody watches its events."""
+
+    watchers_max: int = Field(default=64, ge=1, le=2**16)
+    """Who may watch the cluster's events at once; beyond: 429."""
+
     @field_validator("cors_origins")
     @classmethod
     def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:

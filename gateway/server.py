@@ -24,6 +24,7 @@ from gateway.errors import BadRequest, Forbidden, NotFound, NotReady, Refusal, s
 from gateway.prompts import unknown_model
 from gateway.scaling import drain_request, resize_from_body, scale_request
 from gateway.state import GatewayState
+from gateway.stream import EventStream, told
 from gateway.traces import trace_document, trace_seconds
 from gateway.validate import Validator
 from gateway.visit import VISIT, Visit
@@ -108,6 +109,11 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
     @app.get("/v1/admin/status")
     async def status() -> Response:
         return JSONResponse(await state.asked(state.status()))
+
+    @app.get("/v1/admin/events")
+    async def events() -> Response:
+        changes = state.watch.events()
+        return EventStream(told(changes), {}, state.config.client_stall_s_max, lambda _stayed: None)
 
     @app.get("/v1/admin/trace")
     async def trace(request: Request) -> Response:

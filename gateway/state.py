@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from expertmesh.v1.control_pb2 import ResizeReply, ResizeRequest, TraceReply
 
+from gateway.cluster_events import ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.errors import NotReady
 from gateway.intake import Intake
@@ -41,10 +42,12 @@ class GatewayState:
     is_draining: bool = False
     intake: Intake = field(init=False)
     keeper: Keeper = field(init=False)
+    watch: ClusterWatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.intake = Intake(self.config)
         self.keeper = Keeper(self.config)
+        self.watch = ClusterWatch(self.config, lambda: self.asked(self.status()))
 
     @property
     def not_ready(self) -> str:

@@ -34,6 +34,13 @@ def event(payload: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
+async def told(payloads: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    """Each as an event; closed, it closes them."""
+    async with aclosing(payloads) as those:
+        async for payload in those:
+            yield event(payload)
+
+
 async def unless_hung_up(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`, or ClientGone if the client hangs up first; then `work` was cancelled.
 
