@@ -21,6 +21,7 @@ from gateway.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, Token
 from gateway.chat import ChatDialect
 from gateway.completions import CompletionDialect
 from gateway.errors import BadRequest, Forbidden, NotFound, NotReady, Refusal, shown
+from gateway.openapi import OPEN_PATHS, describe
 from gateway.prompts import unknown_model
 from gateway.scaling import drain_request, resize_from_body, scale_request
 from gateway.state import GatewayState
@@ -30,8 +31,6 @@ from gateway.validate import Validator
 from gateway.visit import VISIT, Visit
 
 _log = logging.getLogger(__name__)
-
-_OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})  # probes and scrapers have no key
 
 
 def create_app(state: GatewayState) -> FastAPI:
@@ -52,6 +51,7 @@ def create_app(state: GatewayState) -> FastAPI:
     _add_tokenising(app, state)
     _add_models(app, state)
     _add_operating(app, state)
+    describe(app)
     return app
 
 
@@ -153,7 +153,7 @@ class FrontDoor:
             await send(message)
 
         try:
-            if scope["path"] in _OPEN_PATHS:
+            if scope["path"] in OPEN_PATHS:
                 await self._app(scope, receive, named)
                 return
             self._admit(visit, scope, headers)
@@ -167,7 +167,7 @@ class FrontDoor:
                 raise
             await _error_response(Refusal("internal error"))(scope, receive, named)
         finally:
-            if scope["path"] not in _OPEN_PATHS:
+            if scope["path"] not in OPEN_PATHS:
                 what = f"{scope['method']} {_route(scope)}"
                 visit.log(what, str(status or "hung_up"), time.monotonic() - began_s)
 

@@ -1,0 +1,122 @@
+"""/openapi.json beyond what the framework finds in the routes: every status that an endpoint can answer, what it then
+says, what it reads, and the keys. Validation is ours, so its errors are, too: the framework's own are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import FastAPI
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})  # probes and scrapers have no key
+
+_ERRORS = {
+    400: "a field, its value and what is accepted; or no JSON",
+    401: "no key, or a wrong one",
+    403: "a key that opens other doors, or a page of another origin",
+    404: "no such model",
+    408: "the request did not arrive in time",
+    413: "the body is too large",
+    415: "the body is not declared as JSON",
+    429: "refused for load, or a limit of the key; Retry-After says when to come back",
+    431: "the request line and headers are too large",
+    500: "the cluster gave the call up, or failed",
+    503: "not ready; Retry-After says when to come back",
+    504: "the call's time was up",
+}
+_ANYWHERE = (431, 500)
+_GUARDED = (401, 403, 429)
+_WITH_BODY = (400, 408, 413, 415)
+_ADMIN = (400, 503)
+_GENERATING = (404, 503, 504)
+_OF_PATH = {"/ready": (503,), "/v1/models/{name}": (404,), "/tokenize": (404,), "/detokenize": (404,)}
+
+_JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
+_SAYS: dict[str, tuple[str, ...]] = {"/health": (), "/metrics": (_TEXT,), "/v1/admin/events": (_EVENTS,)}
+_STREAMED = (_JSON, _EVENTS)
+
+_WORKERS = {
+    "type": ["integer", "null"],
+    "minimum": 1,
+    "maximum": 256,
+    "description": "workers; null: as many as now",
+}
+_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/admin/scale": {"attention": _WORKERS, "experts": _WORKERS},
+    "/v1/admin/drain": {"worker": {"type": "string", "minLength": 1, "description": "id of the worker to leave"}},
+}
+_SECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": 60, "default": 5}
+_PARAMETERS: dict[str, list[dict[str, Any]]] = {
+    "/v1/admin/trace": [{"name": "seconds", "in": "query", "required": False, "schema": _SECONDS}],
+}
+_ERROR_FIELDS = {
+    "message": {"type": "string"},
+    "type": {"type": "string"},
+    "param": {"type": ["string", "null"]},
+    "code": {"type": "string"},
+}
+
+
+def describe(app: FastAPI) -> None:
+    """Once its routes are there. What a route says of itself stays."""
+    found = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _complete(found())
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _complete(document: dict[str, Any]) -> None:
+    components = document.setdefault("components", {})
+    components["schemas"] = {"Error": _object(error=_object(**_ERROR_FIELDS)), **_without_theirs(components)}
+    components["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            operation["security"] = [] if path in OPEN_PATHS else [{"bearer": []}, {"x-api-key": []}, {}]
+            if fields := _BODIES.get(path):
+                content = {
+                    _JSON: {"schema": {"type": "object", "properties": fields, "additionalProperties": False}}
+                }
+                operation["requestBody"] = {"required": True, "content": content}
+            if path in _PARAMETERS:
+                operation["parameters"] = _PARAMETERS[path]
+            is_generating = method == "post" and path.startswith("/v1/") and not path.startswith("/v1/admin")
+            answers = operation["responses"]
+            answers.pop("422", None)
+            says = _SAYS.get(path, _STREAMED if is_generating else (_JSON,))
+            answers["200"]["content"] = {kind: answers["200"].get("content", {}).get(kind, {}) for kind in says}
+            for status in _statuses(path, is_generating, "requestBody" in operation):
+                answers.setdefault(str(status), _error(status))
+
+
+def _statuses(path: str, is_generating: bool, has_body: bool) -> Iterator[int]:
+    yield from _ANYWHERE
+    yield from () if path in OPEN_PATHS else _GUARDED
+    yield from _WITH_BODY if has_body else ()
+    yield from _ADMIN if path.startswith("/v1/admin") else ()
+    yield from _GENERATING if is_generating else ()
+    yield from _OF_PATH.get(path, ())
+
+
+def _error(status: int) -> dict[str, Any]:
+    content = {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {"description": _ERRORS[status], "content": content}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """Of just these."""
+    return {
+        "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False
+    }  # fmt: skip
+
+
+def _without_theirs(components: dict[str, Any]) -> dict[str, Any]:
+    schemas = components.get("schemas", {})
+    return {name: schema for name, schema in schemas.items() if not name.endswith("ValidationError")}
