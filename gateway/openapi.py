@@ -1,5 +1,5 @@
-"""/openapi.json beyond what the framework finds in the routes: every status that an endpoint can answer, what it then
-says, what it reads, and the keys. Validation is ours, so its errors are, too: the framework's own are left out."""
+"""/openapi.json beyond what the framework finds in the routes: every status that an endpoint can answer, what it
+then says, what it reads, and the keys. Validation is ours, and so are its errors: the framework's are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})  # probes and scrapers have no key
 
-_ERRORS = {
+ERRORS = {
     400: "a field, its value and what is accepted; or no JSON",
     401: "no key, or a wrong one",
     403: "a key that opens other doors, or a page of another origin",
@@ -107,7 +107,7 @@ def _statuses(path: str, is_generating: bool, has_body: bool) -> Iterator[int]:
 
 def _error(status: int) -> dict[str, Any]:
     content = {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}
-    return {"description": _ERRORS[status], "content": content}
+    return {"description": ERRORS[status], "content": content}
 
 
 def _object(**properties: Any) -> dict[str, Any]:
