@@ -43,6 +43,10 @@ class PoolsConfig(_Section):
     replicas: int = Field(1, ge=1, le=16)
     """Expert workers that hold each expert. 2 or more: losing one worker is a routing change."""
 
+    gateways: int = Field(1, ge=1, le=16)
+    """Each listens on ports of its own: `port` and `grpc_port`, and those that follow. Its clients notice when one
+    dies, nobody else's do."""
+
     gpus_per_worker: float = Field(1.0, gt=0, le=1)
     """With device cuda, what of one GPU each worker asks Ray for, and the most of its memory that it takes.
     0.5: two workers share one."""
@@ -211,7 +215,18 @@ class Config(_Section):
     def _two_ports(self) -> Config:
         if self.grpc_port == self.port:
             raise ValueError(f"grpc_port {self.grpc_port} must not be port: REST and gRPC are served side by side")
+        gateways, ports = self.pools.gateways, [port for port in (self.port, self.grpc_port) if port]
+        if max(ports) + gateways - 1 > 65535 or (len(ports) == 2 and abs(ports[0] - ports[1]) < gateways):
+            raise ValueError(
+                f"pools.gateways {gateways}, port {self.port} and grpc_port {self.grpc_port}: accepted: ports "
+                f"up to 65535, and {gateways} or more between the two"
+            )
         return self
+
+    def of_gateway(self, index: int) -> Config:
+        """With the ports of this one."""
+        grpc_port = self.grpc_port + index if self.grpc_port else self.grpc_port
+        return self.model_copy(update={"port": self.port + index, "grpc_port": grpc_port})
 
     @model_validator(mode="after")
     def _reaches(self) -> Config:

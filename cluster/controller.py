@@ -15,6 +15,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.accusations import Accusations, Verdict
 from cluster.epochs import Epochs, ModelShape
 from cluster.events import (
     WORKER_ROLES,
@@ -100,6 +101,7 @@ class Controller:
         self.roster, self._first_commands = Roster.expecting(config.patience, pools, incarnations, now_s)
         self.epochs = Epochs(term, shape, config.replicas)
         self.scaling = Scaling(self.roster, self.epochs, term)
+        self.accusations = Accusations(config.patience.doubt_s, config.patience.member_deadline_s)
         self.companions: dict[str, Companion] = {}
         self.reports_refused = 0
         self.phase = Phase.STARTING
@@ -125,6 +127,7 @@ class Controller:
                 commands += self._drain(now_s)
             case Tick():
                 commands += self._tick(now_s)
+        commands += self._sentence(self.accusations.confirmed(self._accusable(), self._present), now_s)
         return commands + self._follow(now_s)
 
     # What is reported.
@@ -190,7 +193,7 @@ class Controller:
             case Unprepared(epoch, why) if worker.is_live:
                 self.scaling.give_up(worker, epoch, why)
             case PeerLost(member) if worker.is_live:
-                return self._lose(member, f"its link to {worker.id} broke", now_s)
+                self.accusations.hear(worker.member, member, now_s)
         return []
 
     def _catch_up(self, worker: Worker, now_s: float) -> list[Command]:
@@ -213,11 +216,18 @@ class Controller:
         worker = self.roster.find(member)
         return [] if worker is None else self.roster.end(worker, detail, now_s)
 
-    def _lose(self, member: Member, reason: str, now_s: float) -> list[Command]:
-        worker = self.roster.find(member)
-        if worker is None or worker.state is WorkerState.LEAVING:  # one that leaves breaks its links itself
-            return []
-        return self.roster.lose(worker, reason, now_s)
+    def _accusable(self) -> list[Worker]:
+        """One that leaves breaks its links itself."""
+        return [
+            worker
+            for worker in self.roster.pool(Role.EXPERT)
+            if worker.may_be_alive and worker.state is not WorkerState.LEAVING
+        ]
+
+    def _sentence(self, verdicts: list[Verdict], now_s: float) -> list[Command]:
+        commands = [c for verdict in verdicts for c in self.roster.lose(verdict.worker, verdict.reason, now_s)]
+        self.accusations.forget(self._accusable())
+        return commands
 
     def _leave(self, member: Member) -> None:
         self._present.discard(member)
@@ -237,12 +247,16 @@ class Controller:
         gap_s, self._last_tick_s = now_s - self._last_tick_s, now_s
         if gap_s > self.config.patience.member_deadline_s / 2:
             self.roster.restart_deadlines(now_s)
+            self.accusations.restart_deadlines(now_s)
             for companion in self.companions.values():
                 companion.heard_s = now_s
             return []
         if self.phase in (Phase.STOPPING, Phase.STOPPED):
             return []
-        return self.roster.judge(now_s) + self._judge_companions(now_s)
+        commands = self.roster.judge(now_s)
+        observers = [worker for worker in self.roster.live(Role.ATTENTION) if worker.epoch is not None]
+        commands += self._sentence(self.accusations.due(self._accusable(), observers, now_s), now_s)
+        return commands + self._judge_companions(now_s)
 
     def _judge_companions(self, now_s: float) -> list[Command]:
         commands: list[Command] = []

@@ -67,6 +67,7 @@ def _controller_config(spec: ClusterSpec, remembered: Pools | None) -> Controlle
         node=platform.node(),
         patience=Patience(
             member_deadline_s=life.member_deadline_s,
+            doubt_s=2 * life.heartbeat_s,
             startup_timeout_s=life.startup_timeout_s,
             restarts_max=life.restarts_max,
             backoff_s_min=life.restart_backoff_s_min,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import platform
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from cluster import wire
 from cluster.auth import TokenInterceptor
 from cluster.controller import Controller
 from cluster.events import (
+    WORKER_ROLES,
     ActorDied,
     Command,
     Event,
@@ -40,6 +42,7 @@ from cluster.events import (
     WatchWorker,
 )
 from cluster.overview import overview
+from cluster.processes import is_gone
 from cluster.traces import SECONDS_MAX, Traces
 from router.membership import Traced
 from router.placement import Member as MemberId  # the RPC is named Member
@@ -52,6 +55,7 @@ _MESSAGE_BYTES_MAX = 64 << 20
 _STOP_GRACE_S = 1.0
 _TRACE_WAIT_S = 10.0
 _REMEMBER_S = 5.0
+_DYING_LOOKS, _DYING_LOOK_S = 20, 0.005
 
 
 class WorkerDriver(Protocol):
@@ -238,6 +242,18 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
             if member is not None and self._streams.get(member) is stream:
                 del self._streams[member]
                 await self._inbox.put(Left(member))
+                await self._look_whether_ended(member, report.body)
+
+    async def _look_whether_ended(self, member: MemberId, register: Register) -> None:
+        """A process that dies closes its sockets a moment before it is gone. Where it ran here that is seen at
+        once, and whoever would otherwise wait for Ray to say so need not."""
+        if register.role not in WORKER_ROLES or register.node != platform.node():
+            return
+        for _ in range(_DYING_LOOKS):
+            if is_gone(register.pid):
+                await self._inbox.put(ActorDied(member, "its process has ended"))
+                return
+            await asyncio.sleep(_DYING_LOOK_S)
 
     def _open(self, member: MemberId, stream: _Stream) -> None:
         """A second stream of the same life takes the place of the first."""

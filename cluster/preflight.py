@@ -60,8 +60,9 @@ def check(config: Config) -> tuple[Config, CheckpointFacts]:
         fitted = _fit(config, checkpoint)
         fitted = fit_memory(fitted, checkpoint, available_bytes(device.HOST))
         tls.server_context(config.gateway)
-        for port in filter(None, (config.port, config.grpc_port)):
-            bind(config.host, port).close()
+        for one in map(config.of_gateway, range(config.pools.gateways)):
+            for port in filter(None, (one.port, one.grpc_port)):
+                bind(config.host, port).close()
     except (ModelError, GatewayError) as error:
         raise PreflightError(str(error)) from error
     return fitted, facts

@@ -18,6 +18,14 @@ def end_process(pid: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def is_gone(pid: int) -> bool:
+    """Also when nobody has waited for it yet."""
+    try:
+        return has_ended(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return True
+
+
 def has_ended(process: psutil.Process) -> bool:
     """Also when nobody has waited for it yet."""
     try:

@@ -200,14 +200,14 @@ class RayHost:
         try:
             self._controller = self._decider("controller", controller)
             answers = [self._controller.ready.remote(), self._decider("scheduler", scheduler).ready.remote()]
-            self._run_gateway(gateway)  # meanwhile they start
+            self._run_gateways(gateway)  # meanwhile they start
             ray.get(answers, timeout=self._config.cluster.startup_timeout_s)
         except (RayError, TimeoutError) as error:
             raise LaunchFailed(_cause(error)) from error
 
-    def _run_gateway(self, gateway: Any) -> None:
-        """Serve owns the gateway's life; bytes take its own HTTP server, so that Serve's proxy is off and its
-        bound on calls, which none passes, lies above every bound of ours."""
+    def _run_gateways(self, gateway: Any) -> None:
+        """Serve owns a gateway's life, each an application of its own; bytes take its own HTTP server, so that
+        Serve's proxy is off and its bound on calls, which none passes, lies above every bound of ours."""
         from ray import serve  # only here: it costs a worker's process a second and 50 MB
 
         assert self._spec is not None
@@ -221,11 +221,12 @@ class RayHost:
             name="gateway", num_replicas=1, max_ongoing_requests=1 << 20, ray_actor_options=options,
             health_check_period_s=self._config.cluster.heartbeat_s,  # how soon Serve misses one that has died
         )  # fmt: skip
-        try:
-            serve.run(deploy(gateway).bind(self._spec.to_json()), name=self._application, route_prefix=None)
-        except RuntimeError as error:  # says that it failed; the application's status says why
-            deployments = serve.status().applications[self._application].deployments
-            raise LaunchFailed(f"gateway: {_cause(deployments['gateway'].message or error)}") from error
+        for index, name in enumerate(self._applications):
+            try:
+                serve.run(deploy(gateway).bind(self._spec.to_json(), index), name=name, route_prefix=None)
+            except RuntimeError as error:  # says that it failed; the application's status says why
+                deployments = serve.status().applications[name].deployments
+                raise LaunchFailed(f"gateway: {_cause(deployments['gateway'].message or error)}") from error
 
     def _decider(self, name: str, actor_class: Any) -> Any:
         """Restarted by Ray for ever, each life with a new term."""
@@ -248,8 +249,8 @@ class RayHost:
             raise ControllerUnreachable(f"the controller cannot be told ({_cause(error)})") from error
 
     @property
-    def _application(self) -> str:
-        return namespace(self._config.cluster.name)
+    def _applications(self) -> list[str]:
+        return [f"{namespace(self._config.cluster.name)}-{i}" for i in range(self._config.pools.gateways)]
 
     def close(self, is_hurried: bool) -> None:
         """End everything of this cluster that is left, and Ray if we started it: by asking, or killing at once.
@@ -278,7 +279,8 @@ class RayHost:
         if self._owns_serve:
             serve.shutdown()  # type: ignore[no-untyped-call]
         else:
-            serve.delete(self._application)
+            for name in self._applications:
+                serve.delete(name)
         for name in list(self._names()):
             with contextlib.suppress(ValueError):  # it has ended by itself
                 ray.kill(ray.get_actor(name), no_restart=True)

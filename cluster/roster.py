@@ -29,6 +29,10 @@ class Patience:
     member_deadline_s: float = 5.0
     """A registered worker silent for so long is lost. Several heartbeats: a busy machine delays some."""
 
+    doubt_s: float = 2.0
+    """How long what one attention worker says of an expert worker waits for something that confirms it: two
+    heartbeats, in which an expert worker that lives is heard."""
+
     startup_timeout_s: float = 120.0
     """Longest start of a process until it registers, and longest work on an order without a byte of progress."""
 

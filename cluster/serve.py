@@ -142,6 +142,7 @@ def _prepare_environment(config: Config) -> None:
     if config.cluster.ray_address is None:
         os.environ.setdefault("RAY_AUTH_MODE", config.cluster.ray_auth)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # its 15 is for batch jobs: anything else would go before us
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")  # `watch` says it in a line
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which actors find imported
@@ -198,7 +199,8 @@ class _Cluster:
             return False
         display.update(document)
         _raise_if_failed(document)
-        return bool(document["phase"] == "ready") and any(g["state"] == "ready" for g in document["gateways"])
+        ready = [gateway for gateway in document["gateways"] if gateway["state"] == "ready"]
+        return bool(document["phase"] == "ready") and len(ready) >= self._spec.config.pools.gateways
 
     def watch(self) -> None:
         """Until asked to stop: say what is lost and what phase follows. Raises StartFailed if all is lost."""
@@ -251,9 +253,11 @@ class _Cluster:
         has_text = (config.model_path / "tokenizer.json").is_file()
         prompt = '"Hello"' if has_text else "[1, 2, 3]"
         grpc_url = f" and gRPC on {config.host}:{config.grpc_port}" if config.grpc_port else ""
+        gateways = config.pools.gateways
+        others = f"\n  {gateways} gateways, each on the next ports" if gateways > 1 else ""
         self._say(
             f"ready after {took_s:.1f} s: {config.model_name} on {url}{grpc_url}, "
-            f"{attention} attention and {experts} expert workers, transport {config.transport}\n"
+            f"{attention} attention and {experts} expert workers, transport {config.transport}{others}\n"
             f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n"
             f'    -d \'{{"model": "{config.model_name}", "prompt": {prompt}, "max_tokens": 16}}\'\n'
             f"  expertmesh status --url {url}"

@@ -39,6 +39,7 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "--host": (("host",), "HOST", "default 127.0.0.1"),
     "--port": (("port",), "PORT", "REST; default 8000"),
     "--grpc-port": (("grpc_port",), "PORT", "gRPC; default 9000, 0 for none"),
+    "--gateways": (("pools.gateways",), "N", "each on the ports that follow the one before; default 1"),
     "--api-key": (("gateway.api_key",), "KEY", f"clients must present it; better in ${API_KEY_VARIABLE}"),
     "--admin-key": (("gateway.admin_key",), "KEY", f"and for status, scale …; better in ${ADMIN_KEY_VARIABLE}"),
     "--tls-cert": (("gateway.tls_cert",), "FILE", "serve REST and gRPC over TLS with this certificate (PEM)"),

@@ -9,7 +9,7 @@ from cluster.events import Exit, OrderBody, Prepare, Register, Retire, Role
 from cluster.sim.arithmetic import SHAPE, expert
 from cluster.sim.exchange import Answer, Carried, Pulse, carry
 from cluster.sim.member_link import MemberLink
-from cluster.sim.network import End, Network
+from cluster.sim.network import EXCHANGE, End, Network
 from cluster.sim.process import Bell, Process, Work
 from cluster.sim.settings import EXPERT, EXPERTS_ROW_S, EXPERTS_S, LOAD_SLOT_S
 from expert_workers.batcher import Batcher
@@ -33,7 +33,7 @@ class Received(Parcel):
 class ExpertShell:
     def __init__(self, process: Process, network: Network, config: RouterConfig) -> None:
         self.process = process
-        self.address = f"@{process}"
+        self.address = f"{EXCHANGE}{process}"
         self.epoch: EpochId | None = None  # last prepared
         self.slots: set[Slot] = set()
         self.has_changed = False  # slots or epochs, since they were last checked

@@ -20,7 +20,7 @@ class Faults:
         does: dict[str, Callable[[Fault], None]] = {
             "kill": self._kill, "freeze": self._freeze, "slow": self._slow, "flap": self._flap, "cut": self._cut,
             "lose": self._lose, "usurp": self._usurp, "drop": self._drop, "twice": self._twice,
-            "resize": self._resize, "drain": self._drain,
+            "resize": self._resize, "drain": self._drain, "sever": self._sever,
         }  # fmt: skip
         for fault in scenario.faults:
             self._world.at(fault.at_s, lambda fault=fault: self._begin(does[fault.verb], fault))  # type: ignore[misc]
@@ -38,6 +38,7 @@ class Faults:
         self._world.tell("-- heal")
         network = self._cluster.network
         network.parcel_loss = network.parcel_twice = 0.0
+        network.severed.clear()
         for nodes in list(network.cuts):
             self._heal_cut(nodes)
         for shell in self._cluster.living():
@@ -73,6 +74,13 @@ class Faults:
     def _flap(self, fault: Fault) -> None:
         if shell := self._target(fault):
             self._cluster.network.flap(shell.process)
+
+    def _sever(self, fault: Fault) -> None:
+        """This life alone: what is wrong with it does not befall its successor."""
+        if shell := self._target(fault):
+            process, network = shell.process, self._cluster.network
+            network.sever(process)
+            self._world.at(fault.for_s, lambda: network.severed.discard(process))
 
     def _cut(self, fault: Fault) -> None:
         for other in range(self._cluster.shape.nodes):

@@ -6,7 +6,7 @@ are cut apart hold what was sent until the cut is healed; a peer that is silent 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from cluster.sim.process import Process
@@ -16,6 +16,7 @@ LATENCY_S = (0.0001, 0.002)
 FAR_LATENCY_S = (0.0005, 0.02)  # between nodes
 KEEPALIVE_S = 5.0
 CONNECT_S = 1.0  # until a connection to one that cannot be reached is given up
+EXCHANGE = "@"  # what expert workers' addresses begin with
 HELD_MAX = 4096  # messages of one stream that have not arrived: more is a queue without a bound
 
 OnMessage = Callable[[Any], None]
@@ -92,6 +93,7 @@ class Network:
         self.cuts: dict[frozenset[str], float] = {}  # pairs of nodes, since when
         self.lost: dict[str, float] = {}  # nodes, since when
         self.shunned: set[tuple[Process, str]] = set()  # who is not let in where
+        self.severed: set[Process] = set()  # who can make no link of the exchange
         self.parcel_loss = self.parcel_twice = 0.0  # how many of the exchange's parcels are lost, or come twice
         self._doors: dict[str, list[tuple[Process, Callable[[End], None]]]] = {}
         self._ends: dict[Process, list[End]] = {}
@@ -109,7 +111,8 @@ class Network:
         near.on_message, near.on_end, near.address = on_message, on_end, address
         doors = [door for door in self._doors.get(address, ()) if door[0].is_alive]
         self._doors[address] = doors
-        if not doors or (process, address) in self.shunned:
+        severed = address.startswith(EXCHANGE) and doors and {process, doors[-1][0]} & self.severed
+        if not doors or severed or (process, address) in self.shunned:
             process.after(self.world.between(*LATENCY_S), lambda: near.ended("refused"))
             return near
         door, accept = doors[-1] if len(doors) == 1 or self.world.rng.random() < 0.6 else doors[0]
@@ -158,7 +161,16 @@ class Network:
 
     def flap(self, process: Process, address: str = "") -> None:
         """Break all its streams once, or those to one address."""
-        for end in [end for end in self._open(process) if not address or end.address == address]:
+        self._break(end for end in self._open(process) if not address or end.address == address)
+
+    def sever(self, process: Process) -> None:
+        """Break its links of the exchange, and let it make no more."""
+        self.severed.add(process)
+        near_and_far = [(end, end.peer) for end in self._open(process) if end.peer is not None]
+        self._break(end for end, far in near_and_far if (end.address or far.address).startswith(EXCHANGE))
+
+    def _break(self, ends: Iterable[End]) -> None:
+        for end in ends:
             end.cut_off("broken")
             end.process.do(lambda end=end: end.on_end("broken"))  # type: ignore[misc]
 

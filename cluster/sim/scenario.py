@@ -54,12 +54,13 @@ class Fault:
 
 
 RATES = ("drop", "twice")
-LASTING = ("freeze", "slow", "cut", *RATES)
+LASTING = ("freeze", "slow", "cut", "sever", *RATES)
 VERBS = {
     "kill": "at T kill WORKER: it is killed, as by kill -9",
     "freeze": "at T freeze WORKER for S: it stands still, as by SIGSTOP",
     "slow": "at T slow WORKER times N for S: its work takes N times as long",
     "flap": "at T flap WORKER: all its streams break",
+    "sever": "at T sever WORKER for S: its links with the other pool break, and cannot be made again",
     "cut": "at T cut NODE for S: nothing passes between it and the others",
     "lose": "at T lose NODE: it is gone with all that ran there",
     "usurp": "at T usurp DECIDER: a second scheduler or controller is started beside the first",
@@ -157,7 +158,7 @@ def _fault(at_s: float, words: list[str]) -> Fault:
             return Fault(at_s, verb, target)
         case [rate, "for", seconds] if verb in RATES:
             return Fault(at_s, verb, "", float(rate), _positive(seconds))
-        case [target, "for", seconds] if verb in ("freeze", "cut"):
+        case [target, "for", seconds] if verb in ("freeze", "cut", "sever"):
             return Fault(at_s, verb, target, 0.0, _positive(seconds))
         case [target, "times", times, "for", seconds] if verb == "slow":
             return Fault(at_s, verb, target, float(times), _positive(seconds))
@@ -169,7 +170,7 @@ def _fault(at_s: float, words: list[str]) -> Fault:
 FAULTS_FROM_S, FAULTS_TO_S = 1.5, 7.0
 _WEIGHTS = {
     "kill": 8, "freeze": 4, "slow": 2, "flap": 4, "cut": 2, "lose": 1, "usurp": 2, "drop": 1, "twice": 2,
-    "resize": 4, "drain": 2,
+    "resize": 4, "drain": 2, "sever": 2,
 }  # fmt: skip
 
 
@@ -212,7 +213,7 @@ def _drawn_faults(rng: random.Random, shape: Shape, targets: list[str]) -> list[
         return [reader, Fault(at_s, verb, rng.choice(["scheduler", "scheduler", "controller"]))]
     elif verb == "resize":
         target = rng.choice([f"attention={rng.randint(1, 3)}", f"experts={rng.randint(shape.replicas, 4)}"])
-    elif verb == "drain":
+    elif verb in ("drain", "sever"):
         target = rng.choice(targets[: shape.attention + shape.experts])
     elif verb in RATES:
         return [Fault(at_s, verb, "", round(rng.uniform(0.02, 0.2), 2), for_s)]

@@ -28,7 +28,12 @@ EXPERTS_S, EXPERTS_ROW_S = 0.004, 0.0005  # of a batch
 LOAD_SLOT_S = 0.05  # of one expert's weights
 
 PATIENCE = Patience(
-    member_deadline_s=2.0, startup_timeout_s=15.0, settled_s=5.0, backoff_s_min=0.2, backoff_s_max=2.0
+    member_deadline_s=2.0,
+    doubt_s=2 * HEARTBEAT_S,
+    startup_timeout_s=15.0,
+    settled_s=5.0,
+    backoff_s_min=0.2,
+    backoff_s_max=2.0,
 )
 COMPANION_DEADLINE_S = 4.0
 """A scheduler, controller or gateway silent for so long is killed."""

@@ -46,6 +46,15 @@ def test_two_faces_have_two_ports_or_there_is_one_face() -> None:
         assert not load_config(None, {"model": "m", "grpc_port": none}).grpc_port
 
 
+def test_gateways_have_ports_of_their_own_one_after_the_other() -> None:
+    config = load_config(None, {"model": "m", "pools.gateways": 3})
+    ports = [(one.port, one.grpc_port) for one in map(config.of_gateway, range(3))]
+    assert ports == [(8000, 9000), (8001, 9001), (8002, 9002)]
+    assert load_config(None, {"model": "m", "grpc_port": 0}).of_gateway(2).grpc_port == 0
+    for ports in ({"grpc_port": 8002}, {"grpc_port": 7998}, {"port": 65534}):
+        assert "pools.gateways 3" in refused(**{"pools.gateways": 3, **ports})
+
+
 def test_printed_configuration_reads_back_as_the_same(tmp_path: Path) -> None:
     config = load_config(None, {"model": "m", "router.peers_max": 7, "attention.kv_bytes": 2**30})
     assert load_config(write(tmp_path, config.to_yaml()), {}) == config

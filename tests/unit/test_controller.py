@@ -106,17 +106,6 @@ def test_silent_worker_is_killed_before_it_is_replaced() -> None:
     assert world.controller.phase is Phase.READY
 
 
-def test_broken_link_seen_by_an_attention_worker_is_a_loss() -> None:
-    world = ready()
-    world.report(world.one("attention-0"), PeerLost(Member("expert-0", 1)))
-    kill, start = [c for c in world.history if isinstance(c, KillWorker | StartWorker)][-2:]
-    assert (kill.member, start.member) == (Member("expert-0", 1), Member("expert-0", 2))
-    world.report(world.one("attention-1"), PeerLost(Member("expert-0", 1)))
-    world.run(30)
-    assert len(world.ordered(KillWorker)) == 1
-    assert world.one("expert-0").member.incarnation == 2
-
-
 def test_older_incarnation_is_told_to_exit() -> None:
     world = ready()
     world.kill(Member("expert-0", 1))

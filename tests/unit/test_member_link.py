@@ -4,7 +4,11 @@ breaks in between."""
 from __future__ import annotations
 
 import asyncio
+import os
+import platform
 import queue
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -39,12 +43,14 @@ from tests.unit.served_controller import SHAPE, WAIT_S, Cluster, ListedStarts
 class Process:
     """A member that writes down its orders."""
 
-    def __init__(self, cluster: Cluster, role: Role, member: Member, token: str = "token") -> None:
+    def __init__(
+        self, cluster: Cluster, role: Role, member: Member, token: str = "token", pid: int = 1, node: str = "here"
+    ) -> None:
         self.orders: queue.Queue[OrderBody] = queue.Queue()
         self.epoch: EpochId | None = None
         self.link = MemberLink(
             cluster.address, token, member, "f00d",
-            lambda: Register(role, 1, "here", "cpu", f"@{member.id}", self.epoch),
+            lambda: Register(role, pid, node, "cpu", f"@{member.id}", self.epoch),
             lambda: Health(HealthState.READY, 5, 5, "", {"rows": 3.0}, 9, "fp8"),
             self.orders.put, heartbeat_s=0.05,
         )  # fmt: skip
@@ -68,7 +74,7 @@ def cluster() -> Iterator[Cluster]:
 def join(cluster: Cluster) -> Iterator[object]:
     processes: list[Process] = []
 
-    def joined(role: Role, member: Member, **other: str) -> Process:
+    def joined(role: Role, member: Member, **other: object) -> Process:
         processes.append(Process(cluster, role, member, **other))
         return processes[-1]
 
@@ -123,6 +129,29 @@ def test_link_finds_a_restarted_controller_by_itself(cluster: Cluster, join: obj
     assert attention.ordered(Publish).placement.epoch == EpochId(2, 1)
     assert attention.link.term == 2
     assert cluster.driver.started.empty()
+
+
+def test_a_process_that_ends_on_this_node_is_replaced_at_once(cluster: Cluster, join: object) -> None:
+    """Its stream closes and the kernel knows it no more: neither Ray nor a deadline is waited for. A stream alone
+    that closes says nothing."""
+    assert {cluster.driver.started.get(timeout=WAIT_S).id for _ in range(2)} == {"attention-0", "expert-0"}
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert child.stdin is not None
+    with child.stdin:
+        here = {"node": platform.node()}
+        processes = (
+            join(Role.ATTENTION, Member("attention-0", 1), pid=os.getpid(), **here),
+            join(Role.EXPERT, Member("expert-0", 1), pid=child.pid, **here),
+        )
+        deadline_s = time.monotonic() + WAIT_S
+        while not all(worker["pid"] for worker in document(cluster)["workers"]):
+            assert time.monotonic() < deadline_s
+        child.kill()
+        for process in processes:
+            process.link.close(WAIT_S)
+        assert cluster.driver.started.get(timeout=WAIT_S) == Member("expert-0", 2)
+        assert cluster.driver.reasons == {Member("expert-0", 1): "its process has ended"}
+        assert child.wait() == -9
 
 
 def test_worker_of_an_older_life_is_told_to_exit(cluster: Cluster, join: object) -> None:
