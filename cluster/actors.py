@@ -122,21 +122,11 @@ class GatewayReplica:
         _use_threads(1)
         from cluster.gateway_process import GatewayProcess
 
-<<<<<<< HEAD
-        parsed = ClusterSpec.from_json(spec)
-        logs.to_stderr(parsed.config.cluster.log_format)
-        incarnation = draw(RayStore(parsed.cluster_id), "gateway-0")
-        self._process = GatewayProcess(parsed, Member("gateway-0", incarnation), node_ip())
-||||||| 0dc26c9
-        parsed = ClusterSpec.from_json(spec)
-        incarnation = draw(RayStore(parsed.cluster_id), "gateway-0")
-        self._process = GatewayProcess(parsed, Member("gateway-0", incarnation), node_ip())
-=======
         parsed, name = ClusterSpec.from_json(spec), f"gateway-{index}"
+        logs.to_stderr(parsed.config.cluster.log_format)
         incarnation = draw(RayStore(parsed.cluster_id), name)
         own = replace(parsed, config=parsed.config.of_gateway(index))
         self._process = GatewayProcess(own, Member(name, incarnation), node_ip())
->>>>>>> main
         self._process.start()
 
     def check_health(self) -> None:
