@@ -245,7 +245,7 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
             if report.term > self._controller.term:
                 # Another controller decides: this one must not be heard, and its members will find the other.
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"superseded by term {report.term}")
-            member = report.sender
+            member, register = report.sender, report.body
             self._open(member, stream)
             await self._inbox.put(report)
             tasks = [
@@ -265,7 +265,7 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
             if member is not None and self._streams.get(member) is stream:
                 del self._streams[member]
                 await self._inbox.put(Left(member))
-                await self._look_whether_ended(member, report.body)
+                await self._look_whether_ended(member, register)
 
     async def _look_whether_ended(self, member: MemberId, register: Register) -> None:
         """A process that dies closes its sockets a moment before it is gone. Where it ran here that is seen at
