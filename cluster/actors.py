@@ -17,6 +17,7 @@ from dataclasses import replace
 import ray
 
 from cluster.events import Role
+from cluster.processes import import_behind
 from cluster.ray_driver import RayWorkers, node_ip
 from cluster.ray_store import RayStore
 from cluster.spec import ClusterSpec
@@ -61,6 +62,8 @@ class _Worker:
         parsed = ClusterSpec.from_json(spec)
         config = parsed.config
         _use_threads(config.attention.threads if role is Role.ATTENTION else config.expert.threads)
+        service = "attention_workers.service" if role is Role.ATTENTION else "expert_workers.service"
+        import_behind(service, "cluster.worker_process")
         from cluster.worker_process import WorkerProcess
 
         _log_to_stderr()
