@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 
 BEHIND = 5
-"""Niceness of a thread whose work can wait for those who serve: a third of their share where all cores are busy."""
+"""Niceness of a thread whose work can wait for those who serve: a third of their share where cores are scarce."""
 
 _RAY_TITLE = "ray::"  # how Ray names the processes of its actors
 

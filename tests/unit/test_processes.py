@@ -26,9 +26,7 @@ def test_a_killed_process_has_ended_whether_or_not_anyone_has_waited_for_it() ->
         assert has_ended(seen)
 
 
-def test_imports_go_behind_and_who_asked_for_them_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imports_go_behind_and_who_asked_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Niceness is a thread's own: the one that will compute keeps what it had."""
     (tmp_path / "imported_behind.py").write_text("import os\nNICENESS = os.nice(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
