@@ -52,8 +52,8 @@ class Effort:
 
 @dataclass(frozen=True)
 class Interruption:
-    """Median time between two tokens of all decoders while a long prompt is processed, over that of decoding alone:
-    the mean of the medians just before and just after, for it grows with what the decoders have behind them."""
+    """Median time between two tokens of all decoders while a long prompt is processed, over that of decoding
+    alone: the mean of the medians before and after, for it grows with what the decoders have behind them."""
 
     ratio: Samples
     beside_ms: Samples  # before and after
@@ -208,12 +208,15 @@ def _grows(ramp: Sequence[Ramp]) -> bool:
 
 
 async def _closed_loop(client: Client, effort: Effort, clients: int, rng: random.Random) -> Ramp:
-    """What comes in the second half of the time is counted. Who is refused comes back when told."""
+    """What comes in the second half of the time is counted; during the first the clients come one by one, as
+    all at once would have their prompts computed in it, and only decode in the second. Who is refused comes back
+    when told."""
     began_s = time.monotonic()
     middle_s, end_s = began_s + effort.step_s / 2, began_s + effort.step_s
     answers: list[Answer] = []
 
-    async def loop() -> None:
+    async def loop(number: int) -> None:
+        await asyncio.sleep(effort.step_s / 2 * number / clients)
         while time.monotonic() < end_s:
             answer = await client.complete(_prompt(rng, effort.load_prompt), effort.load_answer)
             if answer.is_refused:
@@ -222,7 +225,7 @@ async def _closed_loop(client: Client, effort: Effort, clients: int, rng: random
             _require(answer)
             answers.append(answer)
 
-    await _all(loop() for _ in range(clients))
+    await _all(loop(number) for number in range(clients))
     arrivals = [at for answer in answers for at in answer.arrivals_s if middle_s < at <= end_s]
     ended = [answer for answer in answers if middle_s < answer.arrivals_s[-1] <= end_s]
     rate = len(arrivals) / (end_s - middle_s)

@@ -24,7 +24,7 @@ _LENGTHS = {  # flag -> default, least, what it is
     "--prefix-tokens": (2000, 64, "that two requests share"),
     "--load-prompt": (64, 1, "tokens of a request of the overload"),
     "--load-answer": (32, 2, "tokens that it generates"),
-    "--step": (10, 1, "seconds of each step of the ramp that finds the load that can be sustained"),
+    "--step": (20, 1, "seconds of each step of the ramp that finds the load that can be sustained"),
     "--seconds": (60, 1, "of three times that load"),
     "--first-token": (5, 1, "seconds in the queue that the server started here promises"),
     "--trace-requests": (60, 1, "of its beginning"),

@@ -1,4 +1,4 @@
-"""Ends of an exchange in processes of their own: what `multiprocessing` spawns in tests."""
+"""Ends of an exchange in processes of their own, which are forked from one that has used no thread yet."""
 
 from __future__ import annotations
 
