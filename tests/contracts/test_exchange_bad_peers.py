@@ -307,12 +307,23 @@ class TestBadGrpcPeers(BadPeers):
                     refused.add(descriptor)
             assert len(refused) == 3 * CONNECTIONS_PER_PEER + 1
 
-    @pytest.mark.parametrize("words", [[b""], [b"x" * (1 << 20)], [b"\0" * 16_000] * 4])
-    def test_empty_giant_and_too_many_bytes(self, words: list[bytes]) -> None:
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            ([b""], "a header alone has"),
+            ([b"x" * (1 << 20)], "or sent over 32768 bytes at once"),  # gRPC tells only that it has ended
+            ([b"\0" * 16_000] * 4, "begins with"),
+        ],
+    )
+    def test_empty_giant_and_too_many_bytes(
+        self, words: list[bytes], reason: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """What is no frame at all."""
+        caplog.set_level("INFO")
         expert = self.expert()
         with self.busy(expert):
             rude_attention("grpc", expert.peer, "attention-rude", words)
+        assert reason in caplog.text
 
     def test_a_flood_of_empty_messages_takes_no_memory(self, caplog: pytest.LogCaptureFixture) -> None:
         """Nothing is smaller; and it is a frame all the same."""
