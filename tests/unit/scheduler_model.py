@@ -192,6 +192,7 @@ class Model:
             self._end_at(name, handle, is_finish=reason in (1, 2))
         for attempt in report.undelivered:
             for handle in [h for h, held in worker.holds.items() if held.attempt == attempt]:
+                self._give_back(worker.holds[handle], 0)
                 self._end_at(name, handle, is_finish=False)
         for handle in report.prompts_done:
             if handle in worker.holds:
@@ -203,6 +204,7 @@ class Model:
         said = {running.handle: running for running in state}
         for handle, held in list(worker.holds.items()):
             if handle not in said and held.plan <= applied:
+                self._give_back(held, 0)
                 self._end_at(name, handle, is_finish=False)
             elif handle in said and applied == 1 << 62:
                 held.prompt_done |= said[handle].prompt_done
