@@ -62,6 +62,10 @@ class WorkerSide:
             reason = f"fingerprint {event.fingerprint!r}, this cluster serves {self._fingerprint!r}"
             yield DropLink(worker, reason)
             return
+        if self._recovery.has_lost(worker):
+            self._counters["refused_incarnation"] += 1
+            yield DropLink(worker, "the controller has lost it")
+            return
         others = [other for other in self._books.workers if other.id == worker.id and other != worker]
         if any(other > worker for other in others):
             self._counters["refused_incarnation"] += 1
