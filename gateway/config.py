@@ -47,6 +47,9 @@ class GatewayConfig(BaseModel):
     head_bytes_max: int = Field(default=64 * 2**10, ge=8192, le=2**24)
     """Largest request line and headers of a call that has not got beyond them yet."""
 
+    unknown_fields: Literal["warn", "refuse"] = "warn"
+    """What a field of a request means that nobody reads: a header that names it, or 400."""
+
     body_bytes_max: int = Field(default=8 * 2**20, ge=1024, le=2**30)
     """Largest request body. A 200,000-token prompt as ids is 1.4 MB, as text about 1 MB."""
 

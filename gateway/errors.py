@@ -29,6 +29,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 
@@ -175,6 +176,17 @@ class DeadlinePassed(Refusal):
 def invalid(param: str, value: object, accepted: str) -> BadRequest:
     """The one sentence for a wrong value: the field, what it was, what is accepted."""
     return BadRequest(f"{param} is {shown(value)}; accepted: {accepted}", param=param)
+
+
+def renamed(error: BadRequest, names: Sequence[tuple[str, str]]) -> BadRequest:
+    """The same refusal in the words of another API. `names`: pairs of a field here and there, tried in order."""
+    for here, there in names:
+        field = re.compile((r"(?<![\w.])" if here[0] != "." else "") + re.escape(here) + r"(?!\w)")
+        if error.param is not None and field.search(error.param):
+            param = field.sub(there, error.param, count=1)
+            error.message = error.message.replace(error.param, param, 1)
+            error.param = param
+    return error
 
 
 def shown(value: object) -> str:

@@ -8,7 +8,18 @@ from typing import Any
 
 from fastapi import FastAPI
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})  # probes and scrapers have no key
+from gateway import elastic, loads
+from gateway.messages.errors import PATH as MESSAGES
+
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})  # probes and scrapers have no key
+
+_ADMIN_PREFIX = "/v1/admin/"
+
+
+def is_for_admins(path: str) -> bool:
+    """Whether it opens to the admin key alone, where there is one."""
+    return path.startswith(_ADMIN_PREFIX) or path in elastic.PATHS
+
 
 ERRORS = {
     400: "a field, its value and what is accepted; or no JSON",
@@ -29,10 +40,26 @@ _GUARDED = (401, 403, 429)
 _WITH_BODY = (400, 408, 413, 415)
 _ADMIN = (400, 503)
 _GENERATING = (404, 503, 504)
-_OF_PATH = {"/ready": (503,), "/v1/models/{name}": (404,), "/tokenize": (404,), "/detokenize": (404,)}
+_OF_PATH = {
+    "/ready": (503,),
+    "/v1/models/{name}": (404,),
+    "/tokenize": (404,),
+    "/detokenize": (404,),
+    f"{MESSAGES}/count_tokens": (400, 404),
+    MESSAGES: (400,),
+    "/v1/loads": (400, 503),
+    "/server_info": (503,),
+}
 
 _JSON, _TEXT, _EVENTS = "application/json", "text/plain", "text/event-stream"
-_SAYS: dict[str, tuple[str, ...]] = {"/health": (), "/metrics": (_TEXT,), "/v1/admin/events": (_EVENTS,)}
+_SAYS: dict[str, tuple[str, ...]] = {
+    "/health": (),
+    "/ping": (),
+    "/metrics": (_TEXT,),
+    "/v1/loads": (_JSON, _TEXT),
+    f"{MESSAGES}/count_tokens": (_JSON,),
+    "/v1/admin/events": (_EVENTS,),
+}
 _STREAMED = (_JSON, _EVENTS)
 
 _WORKERS = {
@@ -43,11 +70,16 @@ _WORKERS = {
 }
 _BODIES: dict[str, dict[str, Any]] = {
     "/v1/admin/scale": {"attention": _WORKERS, "experts": _WORKERS},
+    elastic.PATHS[0]: elastic.FIELDS,
     "/v1/admin/drain": {"worker": {"type": "string", "minLength": 1, "description": "id of the worker to leave"}},
 }
 _SECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": 60, "default": 5}
 _PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "/v1/admin/trace": [{"name": "seconds", "in": "query", "required": False, "schema": _SECONDS}],
+    "/v1/loads": [
+        {"name": "include", "in": "query", "required": False, "schema": {"type": "string", "default": "all"}},
+        {"name": "format", "in": "query", "required": False, "schema": {"enum": list(loads.FORMATS)}},
+    ],
 }
 _ERROR_FIELDS = {
     "message": {"type": "string"},
@@ -72,7 +104,12 @@ def describe(app: FastAPI) -> None:
 
 def _complete(document: dict[str, Any]) -> None:
     components = document.setdefault("components", {})
-    components["schemas"] = {"Error": _object(error=_object(**_ERROR_FIELDS)), **_without_theirs(components)}
+    said = {"type": "string"}
+    components["schemas"] = {
+        "Error": _object(error=_object(**_ERROR_FIELDS)),
+        "MessagesError": _object(type={"const": "error"}, error=_object(type=said, message=said)),
+        **_without_theirs(components),
+    }
     components["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -87,26 +124,27 @@ def _complete(document: dict[str, Any]) -> None:
                 operation["requestBody"] = {"required": True, "content": content}
             if path in _PARAMETERS:
                 operation["parameters"] = _PARAMETERS[path]
-            is_generating = method == "post" and path.startswith("/v1/") and not path.startswith("/v1/admin")
+            is_generating = method == "post" and path.startswith("/v1/") and not is_for_admins(path)
             answers = operation["responses"]
             answers.pop("422", None)
             says = _SAYS.get(path, _STREAMED if is_generating else (_JSON,))
             answers["200"]["content"] = {kind: answers["200"].get("content", {}).get(kind, {}) for kind in says}
+            shape = "MessagesError" if path.startswith(MESSAGES) else "Error"
             for status in _statuses(path, is_generating, "requestBody" in operation):
-                answers.setdefault(str(status), _error(status))
+                answers.setdefault(str(status), _error(status, shape))
 
 
 def _statuses(path: str, is_generating: bool, has_body: bool) -> Iterator[int]:
     yield from _ANYWHERE
     yield from () if path in OPEN_PATHS else _GUARDED
     yield from _WITH_BODY if has_body else ()
-    yield from _ADMIN if path.startswith("/v1/admin") else ()
+    yield from _ADMIN if is_for_admins(path) else ()
     yield from _GENERATING if is_generating else ()
     yield from _OF_PATH.get(path, ())
 
 
-def _error(status: int) -> dict[str, Any]:
-    content = {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _error(status: int, name: str) -> dict[str, Any]:
+    content = {_JSON: {"schema": {"$ref": f"#/components/schemas/{name}"}}}
     return {"description": ERRORS[status], "content": content}
 
 

@@ -15,14 +15,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import openai_types
+from gateway import elastic, loads, openai_types
 from gateway.answer import answer, answer_at_once
 from gateway.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gateway.chat import ChatDialect
 from gateway.completions import CompletionDialect
 from gateway.errors import BadRequest, Forbidden, NotFound, NotReady, Refusal, shown
-from gateway.openapi import OPEN_PATHS, describe
+from gateway.messages import body as messages_body
+from gateway.messages.body import CountTokensBody, MessagesBody
+from gateway.messages.dialect import MessagesDialect
+from gateway.messages.errors import PATH as MESSAGES
+from gateway.messages.errors import error_body
+from gateway.openapi import OPEN_PATHS, describe, is_for_admins
 from gateway.prompts import unknown_model
+from gateway.responses import body as responses_body
+from gateway.responses.body import ResponsesBody
+from gateway.responses.dialect import ResponsesDialect
 from gateway.scaling import drain_request, resize_from_body, scale_request
 from gateway.state import GatewayState
 from gateway.stream import EventStream, told
@@ -48,9 +56,12 @@ def create_app(state: GatewayState) -> FastAPI:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     _add_generating(app, state)
+    _add_messages(app, state)
     _add_tokenising(app, state)
     _add_models(app, state)
+    _add_probes(app, state)
     _add_operating(app, state)
+    _add_elastic(app, state)
     describe(app)
     return app
 
@@ -63,6 +74,22 @@ def _add_generating(app: FastAPI, state: GatewayState) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
         return await answer(state, request, "chat", Validator.chat, ChatDialect)
+
+    @app.post("/v1/responses", openapi_extra=_documented(ResponsesBody))
+    async def responses(request: Request) -> Response:
+        return await answer(state, request, "responses", responses_body.call_of, ResponsesDialect)
+
+
+def _add_messages(app: FastAPI, state: GatewayState) -> None:
+    @app.post(MESSAGES, openapi_extra=_documented(MessagesBody))
+    async def messages(request: Request) -> Response:
+        messages_body.check_version(request.headers.get("anthropic-version"))
+        return await answer(state, request, "messages", messages_body.call_of, MessagesDialect)
+
+    @app.post(f"{MESSAGES}/count_tokens", openapi_extra=_documented(CountTokensBody))
+    async def count_tokens(request: Request) -> Response:
+        messages_body.check_version(request.headers.get("anthropic-version"))
+        return await answer_at_once(state, request, "count_tokens", messages_body.count_of)
 
 
 def _add_tokenising(app: FastAPI, state: GatewayState) -> None:
@@ -87,8 +114,10 @@ def _add_models(app: FastAPI, state: GatewayState) -> None:
         return JSONResponse(openai_types.model(state.card, state.model_len_max))
 
 
-def _add_operating(app: FastAPI, state: GatewayState) -> None:
+def _add_probes(app: FastAPI, state: GatewayState) -> None:
     @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
     async def health() -> Response:
         return Response()
 
@@ -105,6 +134,25 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
     @app.get("/version")
     async def version() -> Response:
         return JSONResponse({"version": state.version})
+
+
+def _add_operating(app: FastAPI, state: GatewayState) -> None:
+    @app.get("/server_info")
+    async def server_info() -> Response:
+        limits = state.config.model_dump(mode="json")
+        return JSONResponse(loads.server_info(await state.asked(state.status()), state.model_len_max, limits))
+
+    @app.get("/load")
+    async def load() -> Response:
+        return JSONResponse({"server_load": state.ledger.num_open})
+
+    @app.get("/v1/loads")
+    async def cluster_loads(request: Request) -> Response:
+        sections, kind = loads.sections_and_format(request.query_params)
+        told = loads.loads(await state.asked(state.status()), sections, state.version)
+        if kind == "prometheus":
+            return Response(loads.exposition(told), headers={"content-type": CONTENT_TYPE_LATEST})
+        return JSONResponse(told)
 
     @app.get("/v1/admin/status")
     async def status() -> Response:
@@ -127,6 +175,18 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
     @app.post("/v1/admin/drain")
     async def drain(request: Request) -> Response:
         return JSONResponse(await resize_from_body(state, request, drain_request))
+
+
+def _add_elastic(app: FastAPI, state: GatewayState) -> None:
+    @app.post("/scale_elastic_ep")
+    async def scale_elastic_ep(request: Request) -> Response:
+        pools = await resize_from_body(state, request, elastic.elastic_request)
+        return JSONResponse({"message": "the pools are on their way to these sizes", **pools})
+
+    @app.get("/is_scaling_elastic_ep")
+    @app.post("/is_scaling_elastic_ep")
+    async def is_scaling_elastic_ep() -> Response:
+        return JSONResponse(elastic.elastic_state(await state.asked(state.status())))
 
 
 class FrontDoor:
@@ -160,12 +220,12 @@ class FrontDoor:
             with visit.open():
                 await self._app(scope, receive, named)
         except Refusal as error:
-            await _error_response(error)(scope, receive, named)
+            await _error_response(error, scope["path"])(scope, receive, named)
         except Exception:
             _log.exception("request %s failed", visit.name)
             if status:
                 raise
-            await _error_response(Refusal("internal error"))(scope, receive, named)
+            await _error_response(Refusal("internal error"), scope["path"])(scope, receive, named)
         finally:
             if scope["path"] not in OPEN_PATHS:
                 what = f"{scope['method']} {_route(scope)}"
@@ -173,7 +233,7 @@ class FrontDoor:
 
     def _admit(self, visit: Visit, scope: Scope, headers: Headers) -> None:
         """Raises Unauthorized or Forbidden. Browsers send what any page has them send, and say whose it is."""
-        is_admin = scope["path"].startswith("/v1/admin")
+        is_admin = is_for_admins(scope["path"])
         keys = headers.get("authorization", ""), headers.get("x-api-key", "")
         visit.guest = self._state.keeper.admit(*keys, is_admin=is_admin)
         origin, accepted = headers.get("origin"), self._state.config.cors_origins
@@ -191,22 +251,28 @@ def _route(scope: Scope) -> str:
     return str(route.path) if route is not None else "(no route)"
 
 
-def _error_response(error: Refusal) -> Response:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+def _error_response(error: Refusal, path: str, status: int | None = None) -> Response:
+    """In the shape that callers of this path read. `status`: where it is another than the refusal's."""
+    is_anthropics = path == MESSAGES or path.startswith(f"{MESSAGES}/")
+    body = error_body(error) if is_anthropics else error.body()
+    return JSONResponse(body, status_code=status or error.status, headers=error.headers())
 
 
-async def _refused(_request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    return _error_response(error)
+    return _error_response(error, request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the framework itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
+    path = request.url.path
     if error.status_code == 404:
-        return _error_response(NotFound(f"there is no {request.url.path}"))
-    refusal = BadRequest(f"{request.method} {request.url.path}: {error.detail}", code="method_not_allowed")
-    return JSONResponse(refusal.body(), status_code=error.status_code, headers=error.headers)
+        return _error_response(NotFound(f"there is no {path}"), path)
+    refusal = BadRequest(f"{request.method} {path}: {error.detail}", code="method_not_allowed")
+    response = _error_response(refusal, path, error.status_code)
+    response.headers.update(error.headers or {})
+    return response
 
 
 def _documented(body: type[Body]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
 from gateway.server import create_app
-from tests.unit.gateway_world import card_of, state_of, write_checkpoint
+from tests.unit.gateway_world import STATUS_DOCUMENT, card_of, state_of, write_checkpoint
 
 CHECKS = (
     not_a_server_error,
@@ -34,6 +34,7 @@ ENDLESS = ("/v1/admin/events",)
 GOOD = {
     "prompt": st.sampled_from([[5, 6], "hello", ["a", "b"], [[7], [8, 9]]]),
     "messages": st.sampled_from([[{"role": "user", "content": "Hi"}]]),
+    "input": st.sampled_from(["Hi", [{"role": "user", "content": "Hi"}]]),
     "tokens": st.lists(st.integers(0, 300), max_size=5),
 }
 """What a schema cannot say: values that this checkpoint can read."""
@@ -44,7 +45,7 @@ def served(folder: Path) -> Any:
     state, _ = state_of(card_of(write_checkpoint(folder)), n_max=4)
 
     async def status() -> dict[str, Any]:
-        return {"workers": [], "pools": {}}
+        return STATUS_DOCUMENT
 
     async def resize(_asked: control_pb2.ResizeRequest) -> control_pb2.ResizeReply:
         return control_pb2.ResizeReply(json='{"pools": {}}')

@@ -21,9 +21,11 @@ def schema(tmp_path: Path) -> Any:
 
 def test_no_answer_is_a_server_error_or_undocumented(schema: Any) -> None:
     """And the cases are no monologue: endpoints with a body answer some, and refuse some."""
-    answered = {f"{op.method.upper()} {op.path}": run(op, CASES, 1) for op in operations(schema)}
-    for name, statuses in answered.items():
-        if name.startswith("POST"):
+    answered = {}
+    for operation in operations(schema):
+        name = f"{operation.method.upper()} {operation.path}"
+        answered[name] = statuses = run(operation, CASES, 1)
+        if "requestBody" in operation.definition.raw:
             assert {200, 400} <= set(statuses), (name, statuses)
     assert len(answered) >= 14
 
