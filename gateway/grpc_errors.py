@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
+import grpc.aio
 from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -73,13 +74,19 @@ async def abort(context: Context, error: Refusal) -> NoReturn:
 
 async def begin(context: Context) -> None:
     """A stream's headers, before its first message. Never cut off: until they are known to be sent the library
-    would send them again with a status, which fails, and leave the client to wait for ever."""
+    would send them again with a status, which fails, and leave the client to wait for ever. Raises ClientGone."""
     sending = asyncio.ensure_future(context.send_initial_metadata(()))
     try:
-        await asyncio.shield(sending)
+        await asyncio.wait({sending})
     except asyncio.CancelledError:
         await asyncio.wait({sending}, timeout=_HEADERS_S_MAX)
+        if sending.done():
+            sending.exception()  # known to have been: there is nobody to tell any more
         raise
+    try:
+        sending.result()
+    except grpc.aio.InternalError as error:
+        raise ClientGone("the client hung up") from error
 
 
 async def write(context: Context, message: Any, stall_s_max: float) -> None:
@@ -89,6 +96,8 @@ async def write(context: Context, message: Any, stall_s_max: float) -> None:
             await context.write(message)
     except TimeoutError:
         raise ClientGone("the client does not read") from None
+    except grpc.aio.InternalError as error:
+        raise ClientGone("the client hung up") from error
 
 
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
