@@ -58,7 +58,8 @@ def claude(server: Served) -> Iterator[Anthropic]:
 
 def test_openai_chat_streams_what_it_answers_whole(open_ai: OpenAI) -> None:
     asked: dict[str, Any] = {
-        "model": "tiny", "messages": [USER], "max_tokens": 40, "seed": 5, "extra_body": {"thinking_token_budget": 9},
+        "model": "tiny", "messages": [USER], "max_tokens": 40, "seed": 5,
+        "extra_body": {"thinking_token_budget": 9},
     }  # fmt: skip
     (whole,) = open_ai.chat.completions.create(**asked).choices
     chunks = list(open_ai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
