@@ -72,6 +72,7 @@ class Gap(NamedTuple):
     began_s: float  # by time.monotonic
     seconds: float
     client: int
+    is_first: bool = False  # until the first word of an answer
 
 
 @dataclass
@@ -172,7 +173,7 @@ class Clients:
                 async for event in _events(reader):
                     now_s = time.monotonic()
                     limit.reschedule(asyncio.get_running_loop().time() + STUCK_S)
-                    seen.gaps.append(Gap(heard_s, now_s - heard_s, i))
+                    seen.gaps.append(Gap(heard_s, now_s - heard_s, i, is_first=not choices))
                     heard_s = now_s
                     for choice in event.get("choices", ()):
                         said = choices.setdefault(choice["index"], [])
@@ -232,6 +233,7 @@ class Incident:
     gap_s: float  # worst that reaches into the loss
     later_gap_s: float  # worst of those that began after SOON_S, until all was whole again
     later_at_s: float  # when that began
+    later: str  # whose it was
     started_s: float  # until its successor was ordered, registered, and all was whole
     registered_s: float
     whole_s: float
@@ -286,11 +288,14 @@ async def lose_worker(client: httpx.AsyncClient, seen: Seen, worker: dict[str, A
     watching.cancel()
     first = seen.worst(since_s, since_s + SOON_S)
     later = seen.worst(since_s, since_s + whole_s, begins_after_s=since_s + SOON_S)
+    late = (gap for gap in seen.gaps if gap.began_s > since_s + SOON_S and gap.seconds > later.seconds / 2)
+    num_late = len({gap.client for gap in late})
     return Incident(
         who=f"{worker['id']} {signal.Signals(number).name}",
         gap_s=first.seconds,
         later_gap_s=later.seconds,
         later_at_s=later.began_s - since_s,
+        later=f"client {later.client}, {'first word' if later.is_first else 'midst'}, {num_late} clients",
         started_s=reached["started"],
         registered_s=reached["registered"],
         whole_s=whole_s,
