@@ -62,7 +62,6 @@ class GatewayProcess:
         """`node_ip`: where other hosts reach this one, if the cluster has any."""
         config = spec.config
         self._spec, self._member, self._node_ip = spec, member, node_ip
-        self._url = f"http://{config.host}:{config.port}"
         self._grpc: GrpcServer | None = None
         self._thread = LoopThread("gateway")
         self._watch = TurnWatch({"loop": config.cluster.loop_stall_s})
@@ -72,7 +71,7 @@ class GatewayProcess:
             spec.token,
             member,
             spec.facts.fingerprint,
-            lambda: Register(Role.GATEWAY, os.getpid(), platform.node(), "cpu", self._url),
+            lambda: Register(Role.GATEWAY, os.getpid(), platform.node(), "cpu", config.url),
             self._health,
             self._obey,
             config.cluster.heartbeat_s,

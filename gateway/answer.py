@@ -46,6 +46,7 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
     try:
         state.check_open()
         call, dialect = await _read(state, request, lambda *given: _spoken(state, speak, plan(*given)))
+        call = state.admitted(call)
         generation = await unless_hung_up(request.receive, state.ledger.open(call.requests))
         running = Running(state, call, generation, meter, dialect.marked)
         told = _Answer(running, call, dialect, meter)

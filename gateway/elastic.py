@@ -20,6 +20,11 @@ PATHS = ("/scale_elastic_ep", "/is_scaling_elastic_ep")  # for operators, as /v1
 _SIZES = {"new_data_parallel_size": "attention", "new_ep_size": "experts"}
 _DRAIN = "drain_timeout"  # vLLM's wait before it stops serving: ours goes on
 
+FIELDS = {
+    name: {"type": "integer", "minimum": 1, "maximum": 256, "description": f"workers of the pool of {pool}"}
+    for name, pool in _SIZES.items()
+} | {_DRAIN: {"description": "not needed: calls are served meanwhile"}}
+
 
 def elastic_request(body: dict[str, Any]) -> ResizeRequest:
     """Raises BadRequest."""

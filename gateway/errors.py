@@ -2,6 +2,7 @@
 
 GatewayError
 ├── CannotListen ── PortInUse            before anything is served
+├── TlsUnusable                          certificate, key or the CA of clients
 ├── CheckpointUnreadable                 tokenizer, template or generation defaults
 ├── MalformedMessage                     a peer inside the cluster sent what cannot be
 ├── OrderRefused                         a scheduler's order of an older term or for another checkpoint
@@ -9,6 +10,7 @@ GatewayError
     ├── BadRequest                       400  what the client did: names field, value, accepted
     │   ├── TooLarge                     400  can never fit
     │   ├── Unauthorized                 401
+    │   ├── Forbidden                    403  a key that opens other doors, a page of another origin
     │   ├── NotFound                     404
     │   ├── TooSlow                      408
     │   ├── AlreadyExists                409
@@ -43,6 +45,11 @@ class CannotListen(GatewayError):
 class PortInUse(CannotListen):
     def __init__(self, host: str, port: int) -> None:
         super().__init__(f"{host}:{port}", "the port is in use; stop what uses it or choose another")
+
+
+class TlsUnusable(GatewayError):
+    def __init__(self, field: str, file: str, why: str) -> None:
+        super().__init__(f"gateway.{field}: {file!r} cannot be used: {why}; accepted: a file in PEM format")
 
 
 class CheckpointUnreadable(GatewayError):
@@ -103,6 +110,11 @@ class TooLarge(BadRequest):
 class Unauthorized(BadRequest):
     status = 401
     code = "invalid_api_key"
+
+
+class Forbidden(BadRequest):
+    status = 403
+    code = "permission_denied"
 
 
 class NotFound(BadRequest):

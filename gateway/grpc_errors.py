@@ -28,6 +28,7 @@ _MESSAGE_CHARS_MAX = 300  # written twice, percent-encoded and in base64: what c
 CODES: dict[type[Refusal], grpc.StatusCode] = {
     errors.BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.Unauthorized: grpc.StatusCode.UNAUTHENTICATED,
+    errors.Forbidden: grpc.StatusCode.PERMISSION_DENIED,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.TooSlow: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -63,7 +64,8 @@ def _packed(detail: message.Message) -> any_pb2.Any:
 
 async def abort(context: Context, error: Refusal) -> NoReturn:
     status = rpc_status.to_status(status_of(error))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    ours = context.trailing_metadata() or ()  # the call's name: what comes with a status takes its place
+    await context.abort(status.code, status.details, (*ours, *status.trailing_metadata))
     raise AssertionError("abort raises")
 
 

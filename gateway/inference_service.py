@@ -102,7 +102,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     lambda: wire.call_of(request, self._validator),
                     may_wait=wire.may_have_grammar(request),
                 )
-                call = call.within(context.time_remaining())
+                call = state.admitted(call.within(context.time_remaining()))
                 generation = await state.ledger.open(call.requests)
                 running = Running(state, call, generation, meter)
                 try:

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from gateway.errors import invalid
 
 _SECTIONS = ("core", "queues")
-_FORMATS = ("json", "prometheus")
+FORMATS = ("json", "prometheus")
 
 
 def sections_and_format(query: Mapping[str, str]) -> tuple[frozenset[str], str]:
@@ -28,8 +28,8 @@ def sections_and_format(query: Mapping[str, str]) -> tuple[frozenset[str], str]:
         if name not in (*_SECTIONS, "all"):
             raise invalid("include", name, f"{', '.join(_SECTIONS)} or all, separated by commas")
     kind = query.get("format", "json")
-    if kind not in _FORMATS:
-        raise invalid("format", kind, " or ".join(_FORMATS))
+    if kind not in FORMATS:
+        raise invalid("format", kind, " or ".join(FORMATS))
     return frozenset(_SECTIONS if "all" in wanted else wanted), kind
 
 

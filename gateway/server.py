@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import re
-import uuid
+import time
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,31 +20,39 @@ from gateway.answer import answer, answer_at_once
 from gateway.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gateway.chat import ChatDialect
 from gateway.completions import CompletionDialect
-from gateway.errors import BadRequest, NotFound, NotReady, Refusal
-from gateway.keys import Keeper
+from gateway.errors import BadRequest, Forbidden, NotFound, NotReady, Refusal, shown
 from gateway.messages import body as messages_body
 from gateway.messages.body import CountTokensBody, MessagesBody
 from gateway.messages.dialect import MessagesDialect
 from gateway.messages.errors import PATH as MESSAGES
 from gateway.messages.errors import error_body
+from gateway.openapi import OPEN_PATHS, describe, is_for_admins
 from gateway.prompts import unknown_model
 from gateway.responses import body as responses_body
 from gateway.responses.body import ResponsesBody
 from gateway.responses.dialect import ResponsesDialect
 from gateway.scaling import drain_request, resize_from_body, scale_request
 from gateway.state import GatewayState
+from gateway.stream import EventStream, told
 from gateway.traces import trace_document, trace_seconds
 from gateway.validate import Validator
+from gateway.visit import VISIT, Visit
 
 _log = logging.getLogger(__name__)
-
-_OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/metrics", "/version"})  # probes and scrapers have no key
 
 
 def create_app(state: GatewayState) -> FastAPI:
     """The application for one gateway. Works with any ASGI server; `gateway.http_server` runs it."""
     app = FastAPI(title="ExpertMesh", version=state.version, docs_url=None, redoc_url=None)
     app.add_middleware(FrontDoor, state=state)
+    if state.config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=state.config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "x-expertmesh-ignored-fields"],
+        )
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http_error)
     _add_generating(app, state)
@@ -54,6 +62,7 @@ def create_app(state: GatewayState) -> FastAPI:
     _add_probes(app, state)
     _add_operating(app, state)
     _add_elastic(app, state)
+    describe(app)
     return app
 
 
@@ -149,6 +158,11 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
     async def status() -> Response:
         return JSONResponse(await state.asked(state.status()))
 
+    @app.get("/v1/admin/events")
+    async def events() -> Response:
+        changes = state.watch.events()
+        return EventStream(told(changes), {}, state.config.client_stall_s_max, lambda _stayed: None)
+
     @app.get("/v1/admin/trace")
     async def trace(request: Request) -> Response:
         seconds = trace_seconds(request.query_params)
@@ -176,45 +190,65 @@ def _add_elastic(app: FastAPI, state: GatewayState) -> None:
 
 
 class FrontDoor:
-    """Around the application: who may enter, the call's name in every answer, and no foreign exception out."""
+    """Around the application: who may enter and how often, the call's name in every answer, a line in the log, and
+    no foreign exception out."""
 
     def __init__(self, app: ASGIApp, state: GatewayState) -> None:
         self._app = app
-        self._keeper = Keeper(state.config.api_key)
+        self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        name = _request_id(headers)
-        has_begun = False
+        headers, began_s, status = Headers(scope=scope), time.monotonic(), 0
+        visit = Visit.of(headers)
+        VISIT.set(visit)
 
         async def named(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal status
             if message["type"] == "http.response.start":
-                has_begun = True
-                answered = MutableHeaders(scope=message)
-                answered["x-request-id"] = answered["request-id"] = name
+                status = message["status"]
+                MutableHeaders(scope=message).update(visit.headers())
             await send(message)
 
         try:
-            if scope["path"] not in _OPEN_PATHS:
-                self._keeper.check(headers.get("authorization", ""), headers.get("x-api-key", ""))
-            await self._app(scope, receive, named)
+            if scope["path"] in OPEN_PATHS:
+                await self._app(scope, receive, named)
+                return
+            self._admit(visit, scope, headers)
+            with visit.open():
+                await self._app(scope, receive, named)
         except Refusal as error:
             await _error_response(error, scope["path"])(scope, receive, named)
         except Exception:
-            _log.exception("request %s failed", name)
-            if has_begun:
+            _log.exception("request %s failed", visit.name)
+            if status:
                 raise
             await _error_response(Refusal("internal error"), scope["path"])(scope, receive, named)
+        finally:
+            if scope["path"] not in OPEN_PATHS:
+                what = f"{scope['method']} {_route(scope)}"
+                visit.log(what, str(status or "hung_up"), time.monotonic() - began_s)
+
+    def _admit(self, visit: Visit, scope: Scope, headers: Headers) -> None:
+        """Raises Unauthorized or Forbidden. Browsers send what any page has them send, and say whose it is."""
+        is_admin = is_for_admins(scope["path"])
+        keys = headers.get("authorization", ""), headers.get("x-api-key", "")
+        visit.guest = self._state.keeper.admit(*keys, is_admin=is_admin)
+        origin, accepted = headers.get("origin"), self._state.config.cors_origins
+        own = f"{scope['scheme']}://{headers.get('host', '')}"
+        if origin not in (None, own, *accepted) and "*" not in accepted:
+            raise Forbidden(
+                f"Origin is {shown(origin)}; accepted: {', '.join(accepted) or 'none'} (gateway.cors_origins)",
+                code="origin_not_allowed",
+            )
 
 
-def _request_id(headers: Headers) -> str:
-    """The client's own name for the call where it can be a header again, else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
+def _route(scope: Scope) -> str:
+    """The path where it is one of ours; what else a client wrote has no place in a log."""
+    route = scope.get("route")
+    return str(route.path) if route is not None else "(no route)"
 
 
 def _error_response(error: Refusal, path: str, status: int | None = None) -> Response:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from expertmesh.v1.control_pb2 import ResizeReply, ResizeRequest, TraceReply
 
+from gateway.cluster_events import ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.errors import NotReady
 from gateway.intake import Intake
+from gateway.keys import Keeper
 from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.model_card import ModelCard
 from gateway.port import SchedulerPort
+from gateway.validate import Call
+from gateway.visit import current
 
 Answer = TypeVar("Answer")
 
@@ -36,9 +41,13 @@ class GatewayState:
     version: str
     is_draining: bool = False
     intake: Intake = field(init=False)
+    keeper: Keeper = field(init=False)
+    watch: ClusterWatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.intake = Intake(self.config)
+        self.keeper = Keeper(self.config)
+        self.watch = ClusterWatch(self.config, lambda: self.asked(self.status()))
 
     @property
     def not_ready(self) -> str:
@@ -58,6 +67,11 @@ class GatewayState:
         if self.is_draining or (self.port.not_ready and not self.port.model_len_max):
             raise NotReady(self.not_ready, retry_after_s=self.config.retry_after_s)
         self.ledger.check_room(1)
+
+    def admitted(self, call: Call) -> Call:
+        """The call as its key's: the tenant's, and charged to it."""
+        requests = current().admit(call.requests, self.config.cache_shared_by)
+        return dataclasses.replace(call, requests=requests)
 
     async def asked(self, question: Awaitable[Answer]) -> Answer:
         """The controller's answer. Raises NotReady if it takes too long, and what `question` raises."""

@@ -48,6 +48,13 @@ UNNAMED = Framing(_unnamed, b"data: [DONE]\n\n")
 NAMED = Framing(_named, b"")  # each by its type; the last one says that it is the last
 
 
+async def told(payloads: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    """Each as an event; closed, it closes them."""
+    async with aclosing(payloads) as those:
+        async for payload in those:
+            yield UNNAMED.event(payload)
+
+
 async def unless_hung_up(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`, or ClientGone if the client hangs up first; then `work` was cancelled.
 

@@ -6,6 +6,7 @@ import argparse
 import http.client
 import json
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -18,6 +19,8 @@ from rich.text import Text
 from cluster.commands.sizes import show_size
 
 API_KEY_VARIABLE = "EXPERTMESH_API_KEY"
+ADMIN_KEY_VARIABLE = "EXPERTMESH_ADMIN_KEY"
+CLIENT_CERT_VARIABLE = "EXPERTMESH_CLIENT_CERT"
 _TIMEOUT_S = 10.0
 
 
@@ -36,11 +39,21 @@ def add_to(commands: Any) -> None:
         description="Shows phase, placement epoch and every worker of a running cluster.",
         epilog="Example:  expertmesh status --json | python -m json.tool",
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway (default: %(default)s)")
-    key = os.environ.get(API_KEY_VARIABLE)
-    parser.add_argument("--api-key", default=key, help=f"if it asks for one (default: ${API_KEY_VARIABLE})")
+    add_gateway(parser)
     parser.add_argument("--json", action="store_true", help="the whole document, for scripts")
     parser.set_defaults(run=run)
+
+
+def add_gateway(parser: argparse.ArgumentParser) -> None:
+    """Which cluster is meant, and what opens its admin doors."""
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000",
+        help="of its gateway (default: %(default)s); for https $SSL_CERT_FILE says whom to trust, and "
+        f"${CLIENT_CERT_VARIABLE} has our own certificate and key",
+    )  # fmt: skip
+    key = os.environ.get(ADMIN_KEY_VARIABLE) or os.environ.get(API_KEY_VARIABLE)
+    default = f"default: ${ADMIN_KEY_VARIABLE}, else ${API_KEY_VARIABLE}"
+    parser.add_argument("--api-key", default=key, help=f"if it asks for one ({default})")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,14 +81,14 @@ def fetch_document(
 
     Raises Refused or Unreachable."""
     if not url.startswith(("http://", "https://")):
-        raise Unreachable(f"--url: {url!r}; accepted: http://host:port")
+        raise Unreachable(f"--url: {url!r}; accepted: http://host:port or https://host:port")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     sent = None if body is None else json.dumps(body).encode()
     if sent is not None:
         headers["Content-Type"] = "application/json"
     try:
         request = urllib.request.Request(f"{url.rstrip('/')}{path}", sent, headers)
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=_tls(url)) as answer:
             document = json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 400:
@@ -86,6 +99,20 @@ def fetch_document(
     if not isinstance(document, dict) or key not in document:
         raise Unreachable(f"{url} is not an ExpertMesh gateway")
     return document
+
+
+def _tls(url: str) -> ssl.SSLContext | None:
+    """Who is trusted is OpenSSL's business, its $SSL_CERT_FILE included. Raises OSError, naming the file."""
+    if not url.startswith("https://"):
+        return None
+    context = ssl.create_default_context()
+    if own := os.environ.get(CLIENT_CERT_VARIABLE):
+        try:
+            context.load_cert_chain(own)
+        except OSError as error:
+            told = f"{CLIENT_CERT_VARIABLE}: {own!r}: {error}; accepted: certificate and key, PEM"
+            raise OSError(told) from error
+    return context
 
 
 def _message(error: urllib.error.HTTPError) -> str:

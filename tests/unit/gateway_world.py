@@ -223,3 +223,38 @@ async def until(happened: Callable[[], bool], patience_s: float = 5.0) -> None:
     async with asyncio.timeout(patience_s):
         while not happened():
             await asyncio.sleep(0.001)
+
+
+def attention(name: str, running: int, paused: int, free: int, cached: int) -> dict[str, Any]:
+    gauges = {
+        "sequences": running,
+        "sequences_paused": paused,
+        "kv_blocks_total": 100,
+        "kv_blocks_free": free,
+        "kv_blocks_cached": cached,
+        "kv_block_tokens": 32,
+    }
+    return {"id": name, "role": "attention", "gauges": gauges}
+
+
+def pool(wanted: int, ready: int, leaving: int = 0) -> dict[str, int]:
+    return {"wanted": wanted, "ready": ready, "leaving": leaving}
+
+
+STATUS_DOCUMENT: dict[str, Any] = {
+    "version": "0.1.0",
+    "model": "tiny",
+    "model_path": "/srv/models/tiny",
+    "phase": "ready",
+    "controller": {"address": "unix:secret"},
+    "epoch": {"term": 1, "number": 4},
+    "pools": {"attention": pool(2, 2), "expert": pool(2, 1)},
+    "scaling_failed": "",
+    "workers": [
+        attention("attention-0", 3, 1, 40, 10),
+        {"id": "expert-0", "role": "expert", "gauges": {"slots": 8}},
+        attention("attention-1", 1, 0, 100, 0),
+        {"id": "attention-2", "role": "attention", "gauges": {}},
+    ],
+    "scheduler": {"gauges": {"waiting": 5, "waiting_tokens": 700}},
+}

@@ -21,6 +21,7 @@ from cluster.commands.sizes import parse_size, parse_size_or_share, show_size
 from cluster.config import load_config
 from cluster.preflight import PreflightError, RoleBytes, check, check_memory, role_bytes
 from cluster.version import VERSION
+from gateway.keys import hashed
 from model.checkpoint import ROUTER_SUFFIXES, Checkpoint, attention_tensor_names
 from model.device import HOST
 from model.exact import bytes_kept
@@ -84,7 +85,7 @@ def test_api_key_may_come_from_the_environment(
     monkeypatch.setenv("EXPERTMESH_API_KEY", "sesame")
     assert main(["serve", "--model", "m", "--print-config"]) == 0
     shown = capsys.readouterr().out
-    assert yaml.safe_load(shown)["gateway"]["api_key"] == "**********"
+    assert yaml.safe_load(shown)["gateway"]["api_key"] == hashed("sesame")
     assert "sesame" not in shown
 
 

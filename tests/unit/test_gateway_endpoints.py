@@ -11,42 +11,7 @@ from expertmesh.v1.control_pb2 import ResizeReply, ResizeRequest
 from gateway.elastic import elastic_state
 from gateway.model_card import ModelCard
 from gateway.server import create_app
-from tests.unit.gateway_world import card_of, state_of, write_checkpoint
-
-
-def attention(name: str, running: int, paused: int, free: int, cached: int) -> dict[str, Any]:
-    gauges = {
-        "sequences": running,
-        "sequences_paused": paused,
-        "kv_blocks_total": 100,
-        "kv_blocks_free": free,
-        "kv_blocks_cached": cached,
-        "kv_block_tokens": 32,
-    }
-    return {"id": name, "role": "attention", "gauges": gauges}
-
-
-def pool(wanted: int, ready: int, leaving: int = 0) -> dict[str, int]:
-    return {"wanted": wanted, "ready": ready, "leaving": leaving}
-
-
-DOCUMENT: dict[str, Any] = {
-    "version": "0.1.0",
-    "model": "tiny",
-    "model_path": "/srv/models/tiny",
-    "phase": "ready",
-    "controller": {"address": "unix:secret"},
-    "epoch": {"term": 1, "number": 4},
-    "pools": {"attention": pool(2, 2), "expert": pool(2, 1)},
-    "scaling_failed": "",
-    "workers": [
-        attention("attention-0", 3, 1, 40, 10),
-        {"id": "expert-0", "role": "expert", "gauges": {"slots": 8}},
-        attention("attention-1", 1, 0, 100, 0),
-        {"id": "attention-2", "role": "attention", "gauges": {}},
-    ],
-    "scheduler": {"gauges": {"waiting": 5, "waiting_tokens": 700}},
-}
+from tests.unit.gateway_world import STATUS_DOCUMENT, card_of, pool, state_of, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +32,7 @@ class World:
         )
 
     async def _status(self) -> dict[str, Any]:
-        return DOCUMENT
+        return STATUS_DOCUMENT
 
     async def _resize(self, asked: ResizeRequest) -> ResizeReply:
         self.asked.append(asked)
@@ -157,7 +122,7 @@ async def test_elastic_ep_scales_the_pools(card: ModelCard) -> None:
     ],
 )
 def test_elastic_ep_tells_how_scaling_ended(expert: dict[str, int], failed: str, expected: Any) -> None:
-    document = {**DOCUMENT, "pools": {"attention": pool(1, 1), "expert": expert}, "scaling_failed": failed}
+    document = {**STATUS_DOCUMENT, "pools": {"attention": pool(1, 1), "expert": expert}, "scaling_failed": failed}
     told = elastic_state(document)
     assert (told["is_scaling_elastic_ep"], told["phase"], told["error"]) == expected
 
