@@ -10,6 +10,7 @@ from expertmesh.v1 import admin_pb2, admin_pb2_grpc, control_pb2
 from gateway import admin_wire
 from gateway.errors import NotReady, invalid
 from gateway.grpc_errors import Context, begin, write
+from gateway.rebalancing import typed
 from gateway.scaling import drain_request, resized
 from gateway.state import GatewayState
 from gateway.traces import SECONDS, checked_seconds
@@ -64,6 +65,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         seconds = checked_seconds(request.seconds if request.HasField("seconds") else SECONDS)
         reply = await self._state.asked(self._state.trace(seconds))
         return admin_pb2.GetTraceResponse(traces=reply.traces, silent=reply.silent)
+
+    async def Rebalance(
+        self, request: admin_pb2.RebalanceRequest, _context: Context
+    ) -> admin_pb2.RebalanceResponse:
+        return typed(await self._state.rebalanced(request.dry_run))
 
     async def WatchEvents(self, _request: admin_pb2.WatchEventsRequest, context: Context) -> None:
         """Until the client ends it, does not read, or its deadline passes."""

@@ -47,6 +47,9 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         "serve",
         "status",
+        "scale",
+        "drain",
+        "rebalance",
         "trace",
         "make-checkpoint",
         "bench",
@@ -262,6 +265,8 @@ DOCUMENT = {
                     "kv_sliding_block_bytes": 24576.0}},
     ],
     "scheduler": {"gauges": {"running": 3.0, "waiting": 1.0}},
+    "balance": {"imbalance": 1.2, "loads": {"expert-0": 30.0, "expert-1": 20.0},
+                "preparing": {"term": 1, "number": 3}},
     "gateways": [{"id": "gateway-0", "address": "http://127.0.0.1:8000", "state": "ready"}],
     "scaling_failed": "expert-1: its memory is full",
     "failures": [{"id": "expert-0", "incarnation": 1, "reason": "silent for 5.1 s", "ago_s": 9.0}],
@@ -316,6 +321,7 @@ def test_status_for_people_shows_workers_and_what_was_lost(
         "4.0 MiB bfloat16",
         "3 running, 1 waiting",
         "silent for 5.1 s",
+        "1.20 of the mean load (expert-0 60%, expert-1 40%); epoch 1.3 is being prepared",
         "not scaled: expert-1: its memory is full",
     ):
         assert words in shown
