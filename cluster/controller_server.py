@@ -233,19 +233,20 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         self, requests: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         """One stream, from its Register to its end."""
-        stream, member = _Stream(), None
+        stream, member, register = _Stream(), None, None
         tasks: list[asyncio.Task[Any]] = []
         try:
             first = await anext(requests, None)
             if first is None:
                 return
             report = wire.decode_report(first)
-            if not isinstance(report.body, Register):
+            register = report.body
+            if not isinstance(register, Register):
                 raise wire.Malformed("report: not a register; accepted: register first on every stream")
             if report.term > self._controller.term:
                 # Another controller decides: this one must not be heard, and its members will find the other.
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"superseded by term {report.term}")
-            member, register = report.sender, report.body
+            member = report.sender
             self._open(member, stream)
             await self._inbox.put(report)
             tasks = [
@@ -265,7 +266,8 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
             if member is not None and self._streams.get(member) is stream:
                 del self._streams[member]
                 await self._inbox.put(Left(member))
-                await self._look_whether_ended(member, register)
+                if isinstance(register, Register):
+                    await self._look_whether_ended(member, register)
 
     async def _look_whether_ended(self, member: MemberId, register: Register) -> None:
         """A process that dies closes its sockets a moment before it is gone. Where it ran here that is seen at

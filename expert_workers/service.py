@@ -7,6 +7,7 @@ freed between turns, by the thread that reads them.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _ORDERS_MAX = 64
 _TURN_WAIT_S = 0.5
+_BEHIND = 5  # niceness of the thread that loads: who serves goes before it, here and beside
 PERMANENT = (ModelError, NumericsError, RouterError)
 
 
@@ -154,6 +156,7 @@ class ExpertService:
     # --- loader thread -----------------------------------------------------------------------
 
     def _load(self) -> None:
+        os.nice(_BEHIND)
         torch.set_num_threads(self._config.threads)
         try:
             while (order := self._orders.get()) is not None and not self._stopping.is_set():

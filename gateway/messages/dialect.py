@@ -32,7 +32,7 @@ class MessagesDialect(Dialect):
         self._call = call
         self._card = card
         self._turn = Turn(call, card)
-        self._blocks = _Blocks()
+        self._blocks = Blocks()
         self._stop: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
         self.marked = card.tags.ids if card.tags is not None else frozenset[int]()
 
@@ -91,7 +91,7 @@ class MessagesDialect(Dialect):
         }
 
 
-class _Blocks:
+class Blocks:
     """A message's content as far as it has come, and the events that told it."""
 
     def __init__(self) -> None:

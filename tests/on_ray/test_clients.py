@@ -65,7 +65,8 @@ def test_openai_chat_streams_what_it_answers_whole(open_ai: OpenAI) -> None:
     chunks = list(open_ai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     choices = [chunk.choices[0] for chunk in chunks[:-1]]
     assert "".join(choice.delta.content or "" for choice in choices) == whole.message.content != ""
-    assert "".join(getattr(choice.delta, "reasoning", "") for choice in choices) == whole.message.reasoning  # type: ignore[attr-defined]
+    thought = "".join(getattr(choice.delta, "reasoning", "") for choice in choices)
+    assert thought == whole.message.reasoning  # type: ignore[attr-defined]
     assert choices[-1].finish_reason == whole.finish_reason
     assert chunks[-1].usage is not None
 

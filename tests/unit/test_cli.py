@@ -130,6 +130,13 @@ def test_bad_flags_are_refused_before_anything_is_started(
     ("argv", "words"),
     [
         ("transport --kinds shm,pigeon", "--kinds: 'pigeon'; accepted: local, shm, grpc"),
+        ("transport --kinds nccl", "--kinds: 'nccl'; accepted: local, shm, grpc, faulty:shm:name=value,..."),
+        ("transport --kinds faulty:KIND", "--kinds: 'faulty:KIND'; accepted: local, shm, grpc, faulty:shm:"),
+        (
+            "transport --kinds faulty:shm:loss=2,delay_s=1",
+            "--kinds: 'faulty:shm:loss=2,delay_s=1': loss: 2.0; must be",
+        ),
+        ("transport --kinds faulty:shm:weather=3", "'weather=3'; must be name=value, the name one of seed, loss"),
         ("transport --rows 8,0", "--rows: '0'; accepted: whole numbers from 1 to 4096"),
         ("transport --dtype int8", "--dtype: 'int8'; accepted: bfloat16, float32"),
         ("decode --topologies 1x2,2y2", "--topologies: '2y2'; accepted: AxE"),
