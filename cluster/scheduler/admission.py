@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.scheduler.config import SchedulerConfig
-from cluster.scheduler.events import RejectCode, Submission, WorkerLimits
+from cluster.scheduler.events import RejectCode, Submission
 from cluster.scheduler.waiting import Waiting, WaitingQueue
+from cluster.scheduler.workers import Starting
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,19 @@ def too_large(submission: Submission, tokens_max: int) -> str:
 def refusal(
     entry: Waiting,
     queue: WaitingQueue,
-    workers: Iterable[WorkerLimits],
-    starting: tuple[int, int],
+    tokens_max: int,
+    starting: Starting,
     service: Service,
     config: SchedulerConfig,
 ) -> Refusal | None:
-    """None: it may enter. `workers` may be empty while they are expected: then size is not judged.
-    `starting`: sequences that were placed and have no token yet, and what rows are left of their prompts."""
-    num_starting, rows_starting = starting
+    """None: it may enter. `tokens_max`: of the longest sequence that some worker can run; 0 while none has joined:
+    then size is not judged. `starting`: what was placed and has no token yet."""
     submission = entry.submission
     num_prompt, total = len(submission.prompt), entry.tokens_total
-    tokens_max = max((limits.tokens_max for limits in workers), default=total)
-    if total > tokens_max:
+    if 0 < tokens_max < total:
         return Refusal(RejectCode.TOO_LARGE, too_large(submission, tokens_max))
     if not len(queue):
-        return _too_late(num_starting, rows_starting, submission.time_left_s, service, config)
+        return _too_late(starting.num, starting.rows, submission.time_left_s, service, config)
     num_requests = queue.num_requests + 1
     waiting_after = num_prompt * len(submission.siblings) + queue.num_tokens
     for name, value, bound in (
@@ -129,8 +127,8 @@ def refusal(
                 retry_after_s(queue, service.ended.per_second(), config),
             )
     num_ahead = queue.ahead_of(entry)
-    rows_ahead = rows_starting + queue.num_tokens * num_ahead / len(queue)  # about
-    return _too_late(num_starting + num_ahead, rows_ahead, submission.time_left_s, service, config)
+    rows_ahead = starting.rows + queue.num_tokens * num_ahead / len(queue)  # about
+    return _too_late(starting.num + num_ahead, rows_ahead, submission.time_left_s, service, config)
 
 
 def _too_late(

@@ -133,7 +133,7 @@ class Scheduler:
             self._gateways.restart_leases(now_s)
             self._workers.restart_deadlines(now_s)
             self._books.queue.restart_waits(now_s)
-        elif len(self._books.queue) or self._books.num_starting:
+        elif len(self._books.queue) or self._books.starting.num:
             self._service.wait(now_s - before_s)
         self._now_s = now_s
 
