@@ -18,6 +18,10 @@ GROWTH_MAX = 3.0
 """Its bound where many wait: as much as those that wait are of those that decode, up to this. Else a queue of
 prompts would be worked off at leisure while few decode, and fewer tokens would come in all."""
 
+GOES_ON = 3
+"""As many new prompts does one count whose answer has begun, before a loss or a pause: its reader waits between
+two tokens, not for the first."""
+
 PROMISED_MIN = 0.1
 """Of a step without prompts: what prompts may take whatever was promised, so that they come to their end."""
 

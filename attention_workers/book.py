@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from attention_workers import prefix_names
-from attention_workers.batching import Pace, in_turn, share
+from attention_workers.batching import GOES_ON, Pace, in_turn, share
 from attention_workers.kv_blocks import BlockTable, KvBlocks
 from attention_workers.prefix_cache import PrefixCache
 from attention_workers.sequence import Guide, Sequence, Span
@@ -171,7 +171,8 @@ class Book:
                 spans[sequence.start.attempt] = Span(sequence, sequence.computed, 1)
                 budget -= 1
         waiting = [s for s in running if s.pending > 1 or not s.computed]
-        budget = self.pace.prompt_rows(len(spans), budget, len(waiting))
+        num_waiting = sum(GOES_ON if s.num_generated else 1 for s in waiting)
+        budget = self.pace.prompt_rows(len(spans), budget, num_waiting)
         under_way: set[bytes] = set()  # blocks that this step works at
         prompts = in_turn(waiting)
         for number, sequence in enumerate(prompts):

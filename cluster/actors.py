@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import ray
 
+from cluster import logs
 from cluster.events import Role
+from cluster.processes import import_behind
 from cluster.ray_driver import RayWorkers, node_ip
 from cluster.ray_store import RayStore
 from cluster.spec import ClusterSpec
@@ -24,13 +25,6 @@ from cluster.store import draw
 from router.placement import Member
 
 log = logging.getLogger(__name__)
-
-
-def _log_to_stderr() -> None:
-    """Into Ray's log file of this process."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
 
 
 def _use_threads(count: int) -> None:
@@ -61,9 +55,11 @@ class _Worker:
         parsed = ClusterSpec.from_json(spec)
         config = parsed.config
         _use_threads(config.attention.threads if role is Role.ATTENTION else config.expert.threads)
+        service = "attention_workers.service" if role is Role.ATTENTION else "expert_workers.service"
+        import_behind(service, "cluster.worker_process")
         from cluster.worker_process import WorkerProcess
 
-        _log_to_stderr()
+        logs.to_stderr(config.cluster.log_format)
         self._process = WorkerProcess(parsed, role, Member(worker_id, incarnation), node_ip())
         self._process.start()
 
@@ -90,9 +86,9 @@ class ControllerActor:
         _use_threads(1)
         from cluster.controller_process import ControllerProcess
 
-        _log_to_stderr()
+        parsed = ClusterSpec.from_json(spec)
+        logs.to_stderr(parsed.config.cluster.log_format)
         with _beginning("controller"):
-            parsed = ClusterSpec.from_json(spec)
             store = RayStore(parsed.cluster_id)
             workers = RayWorkers(parsed, store, {Role.ATTENTION: AttentionActor, Role.EXPERT: ExpertActor})
             self._process = ControllerProcess(parsed, store, workers)
@@ -111,9 +107,9 @@ class SchedulerActor:
         _use_threads(1)
         from cluster.scheduler_process import SchedulerProcess
 
-        _log_to_stderr()
+        parsed = ClusterSpec.from_json(spec)
+        logs.to_stderr(parsed.config.cluster.log_format)
         with _beginning("scheduler"):
-            parsed = ClusterSpec.from_json(spec)
             self._process = SchedulerProcess(parsed, draw(RayStore(parsed.cluster_id), "scheduler"))
             self._process.start()
 
@@ -130,6 +126,7 @@ class GatewayReplica:
         from cluster.gateway_process import GatewayProcess
 
         parsed, name = ClusterSpec.from_json(spec), f"gateway-{index}"
+        logs.to_stderr(parsed.config.cluster.log_format)
         incarnation = draw(RayStore(parsed.cluster_id), name)
         own = replace(parsed, config=parsed.config.of_gateway(index))
         self._process = GatewayProcess(own, Member(name, incarnation), node_ip())

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from attention_workers.config import AttentionConfig
+from cluster.balancer.config import BalancerConfig
 from cluster.scheduler.config import SchedulerConfig
 from expert_workers.config import ExpertConfig
 from gateway.config import GatewayConfig
 from router.config import RouterConfig
 
-_MASK = "**********"
+_SECRETS = ("api_key", "admin_key", "key")  # settings whose values are in no message
 _ENVELOPE_BYTES = 4096  # of a submission's message, beside the submission
 
 
@@ -93,6 +93,9 @@ class LifeConfig(_Section):
     dashboard: bool = False
     """Ray's dashboard and job server on 127.0.0.1:8265, when we start Ray. Costs some 200 MB."""
 
+    log_format: Literal["text", "json"] = "text"
+    """What processes say on stderr, which Ray keeps: lines for people or of JSON; without prompts, either way."""
+
     startup_timeout_s: float = Field(120.0, gt=0)
     """Longest start of one process until it registers, and longest loading without a byte of progress."""
 
@@ -152,7 +155,7 @@ class Config(_Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
-    """Where REST is served. A wider host than loopback should come with an api_key."""
+    """Where REST is served. A wider host than loopback should come with keys and TLS (`gateway`)."""
 
     grpc_port: int | None = Field(9000, ge=0, le=65535)
     """Where gRPC is served, on the same host; 0 or null: nowhere."""
@@ -170,6 +173,8 @@ class Config(_Section):
     expert: ExpertConfig = ExpertConfig.model_validate({})
     router: RouterConfig = RouterConfig()
     """The exchange between the pools: the same for both ends."""
+    balancer: BalancerConfig = BalancerConfig()
+    """Which expert workers hold which experts."""
     scheduler: SchedulerConfig = SchedulerConfig.model_validate({})
     gateway: GatewayConfig = GatewayConfig.model_validate({})
 
@@ -262,17 +267,19 @@ class Config(_Section):
     def model_name(self) -> str:
         return self.served_name or self.model_path.name
 
+    @property
+    def url(self) -> str:
+        """Where REST is served."""
+        return f"{'https' if self.gateway.tls_cert else 'http'}://{self.host}:{self.port}"
+
     def to_yaml(self) -> str:
-        """Everything, defaults included; secrets are masked."""
+        """Everything, defaults included; of keys only their hashes are known."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         return text
 
     def to_json(self) -> str:
-        """For the cluster's own processes: secrets are spelled out. `Config.model_validate_json` reads it."""
-        api_key = self.gateway.api_key
-        tree = self.model_dump(mode="json")
-        tree["gateway"]["api_key"] = api_key.get_secret_value() if api_key else None
-        return json.dumps(tree)
+        """For the cluster's own processes. `Config.model_validate_json` reads it."""
+        return self.model_dump_json()
 
 
 def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
@@ -287,8 +294,6 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> Config:
                 raise ConfigError(f"{part}: {below!r}; accepted: a mapping")
             branch = below
         branch[last] = value
-    if isinstance(tree.get("gateway"), dict) and tree["gateway"].get("api_key") == _MASK:
-        raise ConfigError("gateway.api_key: masked, as --print-config shows it; accepted: the key itself, or null")
     unknown = list(_unknown(tree, Config, ""))
     if unknown:
         raise ConfigError("\n".join(unknown))
@@ -329,15 +334,20 @@ def _unknown(tree: Mapping[Any, Any], branch: type, where: str) -> Iterator[str]
             yield f"{where}{key}: unknown setting; {hint}"
         elif isinstance(value, dict) and isinstance(fields[key], type):
             yield from _unknown(value, fields[key], f"{where}{key}.")
+        elif isinstance(value, list):
+            kind = get_args(fields[key])[0] if get_args(fields[key]) else None
+            for number, item in enumerate(value):
+                if isinstance(item, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
+                    yield from _unknown(item, kind, f"{where}{key}.{number}.")
 
 
 def _line(mistake: Any) -> str:
     where = ".".join(map(str, mistake["loc"]))
     if mistake["type"] == "missing":
-        return f"{where}: none given; accepted: a value (--{where})"
+        return f"{where}: none given; accepted: a value" + ("" if "." in where else f" (--{where})")
     message = mistake["msg"].removeprefix("Value error, ").replace("Input should be", "accepted:")
     message = message.split(", unable to parse")[0]
     value = mistake["input"]
-    if isinstance(value, dict | BaseModel) or where == "gateway.api_key":
+    if isinstance(value, dict | BaseModel) or where.split(".")[-1] in _SECRETS:
         return f"{where}: {message}" if where else message
     return f"{where}: {value!r}; {message}"

@@ -16,6 +16,7 @@ from attention_workers.kv_memory import kv_memory
 from cluster.config import Config
 from cluster.spec import CheckpointFacts
 from expert_workers.config import ExpertConfig
+from gateway import tls
 from gateway.errors import GatewayError
 from gateway.http_server import bind
 from gateway.model_card import read_model_card
@@ -58,6 +59,7 @@ def check(config: Config) -> tuple[Config, CheckpointFacts]:
         )  # fmt: skip
         fitted = _fit(config, checkpoint)
         fitted = fit_memory(fitted, checkpoint, available_bytes(device.HOST))
+        tls.server_context(config.gateway)
         for one in map(config.of_gateway, range(config.pools.gateways)):
             for port in filter(None, (one.port, one.grpc_port)):
                 bind(config.host, port).close()

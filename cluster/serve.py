@@ -246,9 +246,10 @@ class _Cluster:
             return None  # it is being restarted; what runs goes on without it
 
     def _announce(self, took_s: float) -> None:
-        config, url = self._spec.config, f"http://{self._spec.config.host}:{self._spec.config.port}"
+        config, url = self._spec.config, self._spec.config.url
         attention, experts = config.pools.attention_workers, config.pools.expert_workers
-        key = " -H 'Authorization: Bearer '$EXPERTMESH_API_KEY" if config.gateway.api_key else ""
+        needs_key = config.gateway.api_key or config.gateway.keys
+        key = " -H 'Authorization: Bearer '$EXPERTMESH_API_KEY" if needs_key else ""
         has_text = (config.model_path / "tokenizer.json").is_file()
         prompt = '"Hello"' if has_text else "[1, 2, 3]"
         grpc_url = f" and gRPC on {config.host}:{config.grpc_port}" if config.grpc_port else ""

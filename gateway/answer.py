@@ -9,46 +9,29 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway import bodies
-from gateway.errors import ClientGone, Refusal
+from gateway.dialect import Dialect
+from gateway.errors import BadRequest, ClientGone, Refusal
 from gateway.metrics import Meter
 from gateway.model_card import ModelCard
-from gateway.openai_types import Usage
 from gateway.running import Running, beside, outcome
 from gateway.state import GatewayState
-from gateway.stream import DONE, EventStream, event, unless_hung_up
+from gateway.stream import EventStream, unless_hung_up
 from gateway.text import Piece
 from gateway.validate import Call, Validator
 
 _LOGPROB_BYTES = 64
 
 _log = logging.getLogger(__name__)
-
-
-class Dialect(Protocol):
-    """How one API writes a call's answer. Streamed: opening, chunks of each piece, closing if usage is wanted.
-
-    `marked`: tokens whose places in the text it wants to know.
-    """
-
-    marked: frozenset[int]
-
-    def opening(self) -> Iterable[dict[str, Any]]: ...
-
-    def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]: ...
-
-    def closing(self, usage: Usage) -> dict[str, Any]: ...
-
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]: ...
 
 
 Read = TypeVar("Read")
@@ -63,6 +46,7 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
     try:
         state.check_open()
         call, dialect = await _read(state, request, lambda *given: _spoken(state, speak, plan(*given)))
+        call = state.admitted(call)
         generation = await unless_hung_up(request.receive, state.ledger.open(call.requests))
         running = Running(state, call, generation, meter, dialect.marked)
         told = _Answer(running, call, dialect, meter)
@@ -81,6 +65,12 @@ async def answer(state: GatewayState, request: Request, endpoint: str, plan: Pla
 
 
 def _spoken(state: GatewayState, speak: Speak, call: Call) -> tuple[Call, Dialect]:
+    if call.ignored and state.config.unknown_fields == "refuse":
+        raise BadRequest(
+            f"{listed(call.ignored)}: not read here; accepted: fields that are (gateway.unknown_fields: refuse)",
+            param=call.ignored[0],
+            code="unknown_field",
+        )
     return call, speak(call, state.card)
 
 
@@ -126,24 +116,27 @@ class _Answer:
         return await beside(size, lambda: self._dialect.whole(choices, self._running.usage))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
+        dialect = self._dialect
+        event = dialect.framing.event
         try:
-            for payload in self._dialect.opening():
+            for payload in dialect.opening():
                 yield event(payload)
             async with aclosing(self._running.pieces()) as pieces:
                 async for piece in pieces:
                     for payload in await beside(self._size(piece), partial(self._chunks, piece)):
                         yield event(payload)
-            if self._call.include_usage:
-                yield event(self._dialect.closing(self._running.usage))
-        except Refusal as error:
-            self._trouble = error
-            yield event(error.body())
+            for payload in dialect.closing(self._running.usage):
+                yield event(payload)
         except Exception as error:
-            # The response has begun: the client can only be told in it, and we in the log.
-            _log.exception("call %s failed", self._call.id)
+            # The response has begun: the client can only be told in it, and of a bug we in the log.
             self._trouble = error
-            yield event(Refusal("internal error").body())
-        yield DONE
+            if not isinstance(error, Refusal):
+                _log.exception("call %s failed", self._call.id)
+                error = Refusal("internal error")
+            for payload in dialect.failed(error):
+                yield event(payload)
+        if dialect.framing.end:
+            yield dialect.framing.end
 
     def _chunks(self, piece: Piece) -> list[dict[str, Any]]:
         return list(self._dialect.chunks(piece))

@@ -7,8 +7,8 @@ named in a response header; known ones whose meaning is not served are refused b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,16 +20,17 @@ _INT32 = 2**31
 
 
 class Body(BaseModel):
+    """`neutral`: known fields that would change the answer and are not served, with the values that do not."""
+
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     model: str | None = Field(None, description="the name of the served model, see /v1/models")
 
 
-class GenerateBody(Body):
-    """What both dialects of the OpenAI API share, and the extensions that other engines have too."""
+class SamplingBody(Body):
+    """What every generating endpoint takes: how tokens are drawn, and how the call is served."""
 
-    max_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
-    n: int | None = Field(None, ge=1, description="an integer of at least 1")
     temperature: float | None = Field(None, ge=0, le=1e6, description="a number from 0 to 1000000; 0 is greedy")
     top_p: float | None = Field(None, gt=0, le=1, description="a number above 0 and at most 1")
     top_k: int | None = Field(None, ge=-1, description="an integer of at least 0; 0 or -1 for all tokens")
@@ -48,28 +49,54 @@ class GenerateBody(Body):
     allowed_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = Field(
         None, description="a list of at least one token id"
     )
-    prompt_logprobs: int | None = Field(None, ge=0, description="an integer of at least 0, unless stream is true")
     min_tokens: int | None = Field(None, ge=0, description="an integer from 0 to max_tokens")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="an integer from -2^63 to 2^63 - 1")
-    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
-        None, description="a string or a list of strings, none of them empty"
-    )
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = Field(
         None, description="a list of token ids"
     )
     ignore_eos: bool | None = Field(None, description="true or false")
     stream: bool | None = Field(None, description="true or false")
-    stream_options: dict[str, Any] | None = Field(
-        None, description="an object with include_usage (true or false), together with stream: true"
-    )
     priority: int | None = Field(
         None, ge=-_INT32, lt=_INT32, description="an integer from -2^31 to 2^31 - 1; lower runs earlier"
     )
-    user: str | None = Field(None, max_length=64, description="a string of at most 64 characters")
     cache_salt: str | None = Field(
         None, min_length=1, max_length=256, description="a string of 1 to 256 characters"
     )
     timeout: float | None = Field(None, gt=0, description="a number of seconds above 0")
+
+
+class GenerateBody(SamplingBody):
+    """What completions and chat share, and the extensions that other engines have too."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "tools": (None,),
+        "tool_choice": (None, "none"),
+        "functions": (None,),
+        "function_call": (None, "none"),
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "suffix": (None, ""),
+        "truncate_prompt_tokens": (None,),
+        "skip_special_tokens": (None, True),
+        "include_stop_str_in_output": (None, False),
+        "continue_final_message": (None, False),
+        "add_generation_prompt": (None, True),
+        "chat_template": (None,),
+        "chat_template_kwargs": (None, {}),
+        "modalities": (None, ["text"]),
+        "audio": (None,),
+    }
+
+    max_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
+    n: int | None = Field(None, ge=1, description="an integer of at least 1")
+    prompt_logprobs: int | None = Field(None, ge=0, description="an integer of at least 0, unless stream is true")
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        None, description="a string or a list of strings, none of them empty"
+    )
+    stream_options: dict[str, Any] | None = Field(
+        None, description="an object with include_usage (true or false), together with stream: true"
+    )
+    user: str | None = Field(None, max_length=64, description="a string of at most 64 characters")
     response_format: Any = Field(
         None, description='{"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": …}'
     )
@@ -113,6 +140,11 @@ class ChatBody(GenerateBody):
 class TokenizeBody(Body):
     """As vLLM's, for a prompt or for messages."""
 
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        name: GenerateBody.neutral[name]
+        for name in ("continue_final_message", "add_generation_prompt", "chat_template", "chat_template_kwargs")
+    }
+
     prompt: str | None = Field(None, description="a string, unless messages are given")
     messages: Any = Field(None, description="a list of messages, unless a prompt is given")
     tools: Any = Field(None, description="a list of tools, with messages")
@@ -124,25 +156,8 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[int], Field(fail_fast=True)] | None = Field(None, description="a list of token ids")
 
 
-# Known fields that change the answer and are not served yet: each with the values that change nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": (None,),
-    "tool_choice": (None, "none"),
-    "functions": (None,),
-    "function_call": (None, "none"),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "truncate_prompt_tokens": (None,),
-    "skip_special_tokens": (None, True),
-    "include_stop_str_in_output": (None, False),
-    "continue_final_message": (None, False),
-    "add_generation_prompt": (None, True),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-}
+# What a request names, in any dialect, whose answer is held to a grammar.
+_HOLDING = (b"response_format", b"structured_outputs", b"guided_", b"tool_choice", b"json_schema", b"json_object")
 
 Kind = TypeVar("Kind", bound=Body)
 
@@ -163,20 +178,25 @@ def parse(raw: bytes | bytearray, content_type: str) -> dict[str, Any]:
 
 def may_have_grammar(raw: bytes | bytearray) -> bool:
     """Whether the answer may have to be held to one, which takes time to compile. True for some without."""
-    return any(name in raw for name in (b"response_format", b"structured_outputs", b"guided_", b"tool_choice"))
+    return any(name in raw for name in _HOLDING)
 
 
 def read(body: dict[str, Any], kind: type[Kind]) -> tuple[Kind, tuple[str, ...]]:
     """The typed body and the names of the fields nobody will look at. Raises BadRequest naming a field."""
-    for field, accepted in _NEUTRAL.items():
+    for field, accepted in kind.neutral.items():
         if field in body and field not in kind.model_fields and body[field] not in accepted:
             raise unsupported(field, body[field], accepted)
     try:
         typed = kind.model_validate(body)
     except ValidationError as error:
         raise _refusal(error, kind, body) from None
-    unknown = (name for name in body if name not in kind.model_fields and name not in _NEUTRAL)
+    unknown = (name for name in body if name not in kind.model_fields and name not in kind.neutral)
     return typed, tuple(unknown)
+
+
+def passed_on(body: dict[str, Any]) -> dict[str, Any]:
+    """What of a body every generating endpoint reads under the same name."""
+    return {name: body[name] for name in SamplingBody.model_fields if name in body}
 
 
 def unsupported(field: str, value: Any, accepted: Sequence[Any]) -> BadRequest:

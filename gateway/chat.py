@@ -8,41 +8,43 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gateway import openai_types
+from gateway.dialect import Dialect
 from gateway.model_card import ModelCard
 from gateway.openai_types import Usage
 from gateway.parsers.calls import CallDelta, Parsed
-from gateway.parsers.minimax_m2 import AnswerParser
 from gateway.request import FinishReason
 from gateway.text import Piece
+from gateway.turn import Turn
 from gateway.validate import Call
 
 
-class ChatDialect:
+class ChatDialect(Dialect):
     def __init__(self, call: Call, card: ModelCard) -> None:
         self._call = call
         self._card = card
         self._created = int(time.time())
-        self._choices = [_Choice(call, card) for _ in range(call.requests[0].n)]
+        self._turns = [Turn(call, card) for _ in range(call.requests[0].n)]
         self.marked = card.tags.ids if card.tags is not None else frozenset[int]()
 
     def opening(self) -> Iterable[dict[str, Any]]:
         """The role of each choice, before any of its content."""
-        for choice in range(len(self._choices)):
+        for choice in range(len(self._turns)):
             delta = {"role": "assistant", "content": ""}
             chunk = self._chunk([{"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}])
             yield {**chunk, **self._prompt_token_ids()} if choice == 0 else chunk
 
     def chunks(self, piece: Piece) -> Iterable[dict[str, Any]]:
-        delta = self._delta(self._choices[piece.choice].take(piece))
+        delta = self._delta(self._turns[piece.choice].take(piece))
         if delta or piece.finish is not None or (piece.tokens and self._shows_tokens):
             yield self._chunk([self._choice(piece, {"delta": delta})])
 
-    def closing(self, usage: Usage) -> dict[str, Any]:
-        return {**self._chunk([]), "usage": self._usage(usage)}
+    def closing(self, usage: Usage) -> Iterable[dict[str, Any]]:
+        if self._call.include_usage:
+            yield {**self._chunk([]), "usage": self._usage(usage)}
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         choices = [
-            self._choice(piece, {"message": self._message(self._choices[piece.choice].take(piece))})
+            self._choice(piece, {"message": self._message(self._turns[piece.choice].take(piece))})
             for piece in pieces
         ]
         answer = self._envelope("chat.completion", choices)
@@ -77,7 +79,7 @@ class ChatDialect:
     def _usage(self, usage: Usage) -> dict[str, Any]:
         if self._card.tags is None:
             return usage.body()
-        tokens = sum(choice.num_reasoning_tokens for choice in self._choices)
+        tokens = sum(choice.num_reasoning_tokens for choice in self._turns)
         return {**usage.body(), "completion_tokens_details": {"reasoning_tokens": tokens}}
 
     # --- around it -----------------------------------------------------------------------------
@@ -92,7 +94,7 @@ class ChatDialect:
             logprobs = openai_types.chat_logprobs(piece, self._card, as_ids=self._call.tokens_as_ids)
         has_called = (
             piece.finish is FinishReason.STOP
-            and self._choices[piece.choice].num_calls > 0
+            and self._turns[piece.choice].num_calls > 0
             and not self._call.is_call_named  # as OpenAI has it: then nothing was left to the model
         )
         choice = {
@@ -115,43 +117,6 @@ class ChatDialect:
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return openai_types.envelope(kind, self._call.id, self._card, self._created, choices)
-
-
-class _Choice:
-    """One choice as far as it has come. Without tags in the tokenizer all of it is content."""
-
-    def __init__(self, call: Call, card: ModelCard) -> None:
-        self._parser: AnswerParser | None = None
-        if card.tags is not None:
-            self._parser = AnswerParser(
-                card.tags,
-                {tool.name: tool.kinds for tool in call.tools},
-                in_thought=card.tags.leave_thought_open(call.requests[0].prompt),
-                calls_max=None if call.parallel_tool_calls else 1,
-            )
-        self._num_tokens = 0
-
-    @property
-    def num_calls(self) -> int:
-        return self._parser.num_calls if self._parser is not None else 0
-
-    @property
-    def num_reasoning_tokens(self) -> int:
-        return self._parser.num_reasoning_tokens(self._num_tokens) if self._parser is not None else 0
-
-    def take(self, piece: Piece) -> Parsed:
-        if self._parser is None:
-            return Parsed(content=piece.text)
-        parsed, ends_by_token = (
-            Parsed(),
-            piece.finish is FinishReason.STOP and not isinstance(piece.stop_reason, str),
-        )
-        self._num_tokens += len(piece.tokens)
-        self._parser.take(piece.text, piece.marks, parsed)
-        if piece.finish is not None:
-            self._num_tokens -= ends_by_token  # a stop token is no thought
-            self._parser.end(parsed, is_cut=not ends_by_token)
-        return parsed
 
 
 def _call(call: CallDelta) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gateway import openai_types
+from gateway.dialect import Dialect
 from gateway.echo import Echo, before
 from gateway.model_card import ModelCard
 from gateway.openai_types import Usage
@@ -15,7 +16,7 @@ from gateway.text import Piece
 from gateway.validate import Call
 
 
-class CompletionDialect:
+class CompletionDialect(Dialect):
     """Text as it was generated, tags included, after its prompt where that is to be said again."""
 
     marked: frozenset[int] = frozenset()
@@ -40,8 +41,9 @@ class CompletionDialect:
         if piece.text or piece.finish is not None or (piece.tokens and self._shows_tokens):
             yield self._chunk([self._choice(piece)])
 
-    def closing(self, usage: Usage) -> dict[str, Any]:
-        return {**self._chunk([]), "usage": usage.body()}
+    def closing(self, usage: Usage) -> Iterable[dict[str, Any]]:
+        if self._call.include_usage:
+            yield {**self._chunk([]), "usage": usage.body()}
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         with_prompt = self._call.return_token_ids

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from gateway.keys import KeyHash, NamedKey
+
+# Absolute: the gateway's process may have another working folder.
+_File = Annotated[str, Field(min_length=1), AfterValidator(lambda file: str(Path(file).absolute()))]
 
 
 class GatewayConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    api_key: SecretStr | None = Field(default=None, min_length=1)
-    """What clients must send as `Authorization: Bearer` or `x-api-key`; None: nobody is asked."""
+    # --- who may enter ------------------------------------------------------------------------
+
+    api_key: KeyHash | None = None
+    """What clients must send as `Authorization: Bearer` or `x-api-key`: the key, or `sha256:` and its hash, which
+    is all that is kept. Null, and no `keys`: nobody is asked."""
+
+    admin_key: KeyHash | None = None
+    """Opens every door, and alone those that watch and change the cluster. Null: `api_key` opens them, too, and
+    where there is none and no `keys`, everybody may."""
+
+    keys: tuple[NamedKey, ...] = Field(default=(), max_length=1024)
+    """Further keys, each a tenant with a name and limits of its own. They open no admin doors."""
+
+    cors_origins: tuple[str, ...] = Field(default=(), max_length=64)
+    """Web pages that may call, such as `https://chat.example.org`; `*`: all. Calls of other pages are refused."""
+
+    tls_cert: _File | None = None
+    """The gateway's certificate and its chain (PEM): then REST and gRPC are served over TLS 1.2 or later."""
+
+    tls_key: _File | None = None
+    """The certificate's private key, unencrypted."""
+
+    tls_client_ca: _File | None = None
+    """Who signs clients' certificates: then each must present one, probes and scrapers too."""
 
     # --- one client call: beyond these 400, 413 for the body, 431 for the head ----------------
 
     head_bytes_max: int = Field(default=64 * 2**10, ge=8192, le=2**24)
     """Largest request line and headers of a call that has not got beyond them yet."""
+
+    unknown_fields: Literal["warn", "refuse"] = "warn"
+    """What a field of a request means that nobody reads: a header that names it, or 400."""
 
     body_bytes_max: int = Field(default=8 * 2**20, ge=1024, le=2**30)
     """Largest request body. A 200,000-token prompt as ids is 1.4 MB, as text about 1 MB."""
@@ -64,8 +96,9 @@ class GatewayConfig(BaseModel):
     """Logprobs of one call's prompts: tokens times `n` times (1 + alternatives). Each takes some 150 bytes until
     the call is answered."""
 
-    cache_shared_by: Literal["all", "user"] = "all"
-    """Who shares cached prefixes where a request gives no `cache_salt`: everybody, or those of one `user` only."""
+    cache_shared_by: Literal["all", "key", "user"] = "all"
+    """Who shares cached prefixes where a request gives no `cache_salt`: everybody, those of one API key, or of one
+    `user` of a key only."""
 
     # --- all calls together -------------------------------------------------------------------
 
@@ -134,6 +167,45 @@ class GatewayConfig(BaseModel):
 
     status_timeout_s: float = Field(default=5.0, gt=0)
     """Longest wait for the controller's status document."""
+
+    rebalance_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait for the controller to work out a better placement: seconds for large models."""
+
+    watch_s: float = Field(default=0.5, ge=0.05)
+    """Between two looks at the cluster while anybody watches its events."""
+
+    watchers_max: int = Field(default=64, ge=1, le=2**16)
+    """Who may watch the cluster's events at once; beyond: 429."""
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@*]+", origin):
+                raise ValueError(f"cors_origins has {origin!r}; accepted: * or scheme://host:port without a path")
+        return origins
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> GatewayConfig:
+        names = [named.name for named in self.keys]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"keys: the name {twice[0]!r} is given twice; accepted: a name of its own for each")
+        labels = {"api_key": self.api_key, "admin_key": self.admin_key}
+        labels |= {f"the key of {named.name!r}": named.key for named in self.keys}
+        seen: dict[str, str] = {}
+        for label, key in labels.items():
+            if key is not None and (other := seen.setdefault(key, label)) != label:
+                raise ValueError(f"{other} and {label} are the same; accepted: keys that differ")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> GatewayConfig:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            missing = "tls_cert" if self.tls_cert is None else "tls_key"
+            raise ValueError(f"{missing} is null; accepted: a file, since tls_cert and tls_key go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError(f"tls_client_ca is {self.tls_client_ca!r}; accepted: null, unless tls_cert is given")
+        return self
 
     @model_validator(mode="after")
     def _one_body_fits(self) -> GatewayConfig:

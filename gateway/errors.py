@@ -2,6 +2,7 @@
 
 GatewayError
 ├── CannotListen ── PortInUse            before anything is served
+├── TlsUnusable                          certificate, key or the CA of clients
 ├── CheckpointUnreadable                 tokenizer, template or generation defaults
 ├── MalformedMessage                     a peer inside the cluster sent what cannot be
 ├── OrderRefused                         a scheduler's order of an older term or for another checkpoint
@@ -9,6 +10,7 @@ GatewayError
     ├── BadRequest                       400  what the client did: names field, value, accepted
     │   ├── TooLarge                     400  can never fit
     │   ├── Unauthorized                 401
+    │   ├── Forbidden                    403  a key that opens other doors, a page of another origin
     │   ├── NotFound                     404
     │   ├── TooSlow                      408
     │   ├── AlreadyExists                409
@@ -27,6 +29,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 
@@ -42,6 +45,11 @@ class CannotListen(GatewayError):
 class PortInUse(CannotListen):
     def __init__(self, host: str, port: int) -> None:
         super().__init__(f"{host}:{port}", "the port is in use; stop what uses it or choose another")
+
+
+class TlsUnusable(GatewayError):
+    def __init__(self, field: str, file: str, why: str) -> None:
+        super().__init__(f"gateway.{field}: {file!r} cannot be used: {why}; accepted: a file in PEM format")
 
 
 class CheckpointUnreadable(GatewayError):
@@ -104,6 +112,11 @@ class Unauthorized(BadRequest):
     code = "invalid_api_key"
 
 
+class Forbidden(BadRequest):
+    status = 403
+    code = "permission_denied"
+
+
 class NotFound(BadRequest):
     status = 404
     code = "not_found"
@@ -163,6 +176,17 @@ class DeadlinePassed(Refusal):
 def invalid(param: str, value: object, accepted: str) -> BadRequest:
     """The one sentence for a wrong value: the field, what it was, what is accepted."""
     return BadRequest(f"{param} is {shown(value)}; accepted: {accepted}", param=param)
+
+
+def renamed(error: BadRequest, names: Sequence[tuple[str, str]]) -> BadRequest:
+    """The same refusal in the words of another API. `names`: pairs of a field here and there, tried in order."""
+    for here, there in names:
+        field = re.compile((r"(?<![\w.])" if here[0] != "." else "") + re.escape(here) + r"(?!\w)")
+        if error.param is not None and field.search(error.param):
+            param = field.sub(there, error.param, count=1)
+            error.message = error.message.replace(error.param, param, 1)
+            error.param = param
+    return error
 
 
 def shown(value: object) -> str:

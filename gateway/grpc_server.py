@@ -13,13 +13,12 @@ from expertmesh.v1 import admin_pb2_grpc, inference_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from gateway import admin_service, inference_service
+from gateway import admin_service, inference_service, tls
 from gateway.admin_service import AdminService
 from gateway.config import GatewayConfig
 from gateway.errors import PortInUse
 from gateway.grpc_door import GrpcDoor
 from gateway.inference_service import InferenceService
-from gateway.keys import Keeper
 from gateway.state import GatewayState
 
 _LOOK_S = 0.1
@@ -34,7 +33,7 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._looking: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(
-            interceptors=[GrpcDoor(Keeper(state.config.api_key))],
+            interceptors=[GrpcDoor(state.keeper)],
             options=_options(state.config),
             maximum_concurrent_rpcs=state.config.grpc_rpcs_max,
         )
@@ -45,15 +44,21 @@ class GrpcServer:
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self) -> None:
-        """Raises PortInUse."""
+        """Raises PortInUse or TlsUnusable."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{self.port}")
+            self.port = self._add_port(f"{host}:{self.port}")
         except RuntimeError as error:
             raise PortInUse(self._host, self.port) from error
         await self._tell_health()
         await self._server.start()
         self._looking = asyncio.create_task(self._look(), name="grpc-health")
+
+    def _add_port(self, address: str) -> int:
+        credentials = tls.grpc_credentials(self._state.config)
+        if credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, credentials)
 
     async def drain(self) -> None:
         """Tell everyone who asks that this gateway takes no more calls. What runs goes on."""

@@ -13,6 +13,7 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
+from gateway import tls
 from gateway.config import GatewayConfig
 from gateway.connection import Connection
 from gateway.errors import CannotListen, PortInUse
@@ -48,7 +49,11 @@ class HttpServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self, app: ASGIApp, limits: GatewayConfig, *, stop_timeout_s: float) -> None:
-        """Serve `app`; returns once connections are accepted. Calls get `stop_timeout_s` when stopped."""
+        """Serve `app`; returns once connections are accepted. Calls get `stop_timeout_s` when stopped.
+
+        Raises TlsUnusable.
+        """
+        context = tls.server_context(limits)
         config = uvicorn.Config(
             app,
             http=cast(type[asyncio.Protocol], partial(Connection, limits)),
@@ -58,6 +63,7 @@ class HttpServer:
             ws="none",
             server_header=False,
             timeout_graceful_shutdown=max(1, round(stop_timeout_s)),
+            ssl_context_factory=None if context is None else lambda _config, _default: context,
         )
         self._server = _Uvicorn(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http-server")

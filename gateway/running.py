@@ -18,6 +18,7 @@ from gateway.request import FinishReason, TokenDelta
 from gateway.state import GatewayState
 from gateway.text import ChoiceText, Piece, joined
 from gateway.validate import Call
+from gateway.visit import current
 
 _IN_LOOP_BYTES_MAX = 32_768  # larger messages are rendered and tokenised in a thread: 100 KB take some 30 ms
 
@@ -44,6 +45,7 @@ class Running:
         self._call = call
         self._generation = generation
         self._meter = meter
+        self._visit = current()
         self._marked = marked
         self._cached: dict[str, int] = {}  # by request: the fewest of its choices' tokens
         self._texts: dict[int, ChoiceText] = {}
@@ -84,6 +86,7 @@ class Running:
         self.usage.completion_tokens += len(piece.tokens)
         if piece.tokens:
             self._meter.tokens(choice, len(piece.tokens))
+            self._visit.answered(len(piece.tokens))
         return piece
 
     def _count_cached(self, request_id: str, num_cached: int) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from expertmesh.v1.control_pb2 import ResizeReply, ResizeRequest, TraceReply
 
+from gateway.cluster_events import ClusterWatch
 from gateway.config import GatewayConfig
 from gateway.errors import NotReady
 from gateway.intake import Intake
+from gateway.keys import Keeper
 from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.model_card import ModelCard
 from gateway.port import SchedulerPort
+from gateway.validate import Call
+from gateway.visit import current
 
 Answer = TypeVar("Answer")
 
@@ -23,7 +28,8 @@ Answer = TypeVar("Answer")
 @dataclass
 class GatewayState:
     """`status` brings the cluster's status document, or raises a Refusal; `trace` the step traces of
-    the last so many seconds; `resize` what the controller says to other pools. Draining: no new calls."""
+    the last so many seconds; `resize` what the controller says to other pools; `rebalance` has experts moved, or
+    says what would be (True). Draining: no new calls."""
 
     config: GatewayConfig
     card: ModelCard
@@ -33,12 +39,17 @@ class GatewayState:
     status: Callable[[], Awaitable[dict[str, Any]]]
     trace: Callable[[float], Awaitable[TraceReply]]
     resize: Callable[[ResizeRequest], Awaitable[ResizeReply]]
+    rebalance: Callable[[bool], Awaitable[dict[str, Any]]]
     version: str
     is_draining: bool = False
     intake: Intake = field(init=False)
+    keeper: Keeper = field(init=False)
+    watch: ClusterWatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.intake = Intake(self.config)
+        self.keeper = Keeper(self.config)
+        self.watch = ClusterWatch(self.config, lambda: self.asked(self.status()))
 
     @property
     def not_ready(self) -> str:
@@ -59,12 +70,22 @@ class GatewayState:
             raise NotReady(self.not_ready, retry_after_s=self.config.retry_after_s)
         self.ledger.check_room(1)
 
-    async def asked(self, question: Awaitable[Answer]) -> Answer:
-        """The controller's answer. Raises NotReady if it takes too long, and what `question` raises."""
+    def admitted(self, call: Call) -> Call:
+        """The call as its key's: the tenant's, and charged to it."""
+        requests = current().admit(call.requests, self.config.cache_shared_by)
+        return dataclasses.replace(call, requests=requests)
+
+    async def asked(self, question: Awaitable[Answer], timeout_s: float | None = None) -> Answer:
+        """The controller's answer, within `status_timeout_s` if not told otherwise. Raises NotReady if it takes
+        too long, and what `question` raises."""
         try:
-            async with asyncio.timeout(self.config.status_timeout_s):
+            async with asyncio.timeout(timeout_s or self.config.status_timeout_s):
                 return await question
         except TimeoutError:
             raise NotReady(
                 "the controller did not answer in time", retry_after_s=self.config.retry_after_s
             ) from None
+
+    async def rebalanced(self, dry_run: bool) -> dict[str, Any]:
+        """The document of `expertmesh rebalance`. Raises NotReady."""
+        return await self.asked(self.rebalance(dry_run), self.config.rebalance_timeout_s)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
@@ -20,8 +21,6 @@ from gateway.errors import ClientGone
 
 Result = TypeVar("Result")
 
-DONE = b"data: [DONE]\n\n"
-
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -29,9 +28,31 @@ _HEADERS = {
 }
 
 
-def event(payload: dict[str, Any]) -> bytes:
-    """One unnamed event."""
+@dataclass(frozen=True)
+class Framing:
+    """Events as bytes, and what comes after the last."""
+
+    event: Callable[[dict[str, Any]], bytes]
+    end: bytes
+
+
+def _unnamed(payload: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(payload) + b"\n\n"
+
+
+def _named(payload: dict[str, Any]) -> bytes:
+    return f"event: {payload['type']}\n".encode() + _unnamed(payload)
+
+
+UNNAMED = Framing(_unnamed, b"data: [DONE]\n\n")
+NAMED = Framing(_named, b"")  # each by its type; the last one says that it is the last
+
+
+async def told(payloads: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    """Each as an event; closed, it closes them."""
+    async with aclosing(payloads) as those:
+        async for payload in those:
+            yield UNNAMED.event(payload)
 
 
 async def unless_hung_up(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

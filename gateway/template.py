@@ -6,6 +6,7 @@ strings, a second system message), so what the API allows is normalised first:
 - content: text parts are joined by newlines; null, for assistant and tool messages only, is empty;
 - role developer is system; all system messages are joined by a blank line into one at the front;
 - a tool call's arguments, a JSON string in the API, become an object;
+- tool results that follow each other come in the order of their calls;
 - reasoning is `reasoning_content`, also where it came as `reasoning` or `reasoning_details`.
 """
 
@@ -99,7 +100,7 @@ def normalise(messages: Sequence[Any]) -> list[Message]:
         role = message.get("role")
         if role not in _ROLES:
             raise invalid(f"{at}.role", role, ", ".join(_ROLES))
-        content = _text(message.get("content"), f"{at}.content", may_be_null=role in ("assistant", "tool"))
+        content = text_of(message.get("content"), f"{at}.content", may_be_null=role in ("assistant", "tool"))
         if role in ("system", "developer"):
             system.append(content)
         elif role == "assistant":
@@ -107,14 +108,30 @@ def normalise(messages: Sequence[Any]) -> list[Message]:
         else:
             kept = {key: message[key] for key in ("name", "tool_call_id") if key in message}
             others.append({**kept, "role": role, "content": content})
+    _order_results(others)
     return [{"role": "system", "content": "\n\n".join(system)}, *others] if system else others
+
+
+def _order_results(messages: list[Message]) -> None:
+    """Templates tell results of several calls apart by their order alone, clients by their ids."""
+    places: dict[Any, int] = {}
+    start = 0
+    for number, message in enumerate([*messages, {"role": "end"}]):
+        if message["role"] == "tool":
+            continue
+        results = messages[start:number]
+        if len(places) > 1 and all(result.get("tool_call_id") in places for result in results):
+            messages[start:number] = sorted(results, key=lambda result: places[result["tool_call_id"]])
+        calls = message.get("tool_calls") or []
+        places = {call["id"]: place for place, call in enumerate(calls) if isinstance(call.get("id"), str)}
+        start = number + 1
 
 
 def _assistant(message: Message, content: str, at: str) -> Message:
     result: Message = {"role": "assistant", "content": content}
     reasoning = message.get("reasoning_content") or message.get("reasoning") or message.get("reasoning_details")
     if reasoning:
-        result["reasoning_content"] = _text(
+        result["reasoning_content"] = text_of(
             reasoning, f"{at}.reasoning_content", may_be_null=True, kinds=_REASONING_PARTS
         )
     calls = message.get("tool_calls")
@@ -131,18 +148,23 @@ def _tool_call(call: Any, at: str) -> Message:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise invalid(at, call, "an object with function: {name, arguments}")
-    arguments = function.get("arguments") or "{}"
+    arguments = arguments_of(function.get("arguments") or "{}", f"{at}.function.arguments")
+    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def arguments_of(arguments: Any, at: str) -> dict[str, Any]:
+    """A call's arguments as an object. Raises BadRequest."""
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
         json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise invalid(f"{at}.function.arguments", arguments, "a JSON object, or a string that holds one")
-    return {**call, "type": "function", "function": {"name": function["name"], "arguments": parsed}}
+        raise invalid(at, arguments, "a JSON object, or a string that holds one")
+    return parsed
 
 
-def _text(content: Any, at: str, *, may_be_null: bool, kinds: tuple[str, ...] = _TEXT_PARTS) -> str:
+def text_of(content: Any, at: str, *, may_be_null: bool, kinds: tuple[str, ...] = _TEXT_PARTS) -> str:
     if isinstance(content, str):
         return content
     if content is None and may_be_null:

@@ -12,7 +12,7 @@ from expertmesh.v1.control_pb2 import TraceReply
 from gateway.errors import invalid
 
 SECONDS_MAX = 60.0  # as the controller's
-_SECONDS = "5"
+SECONDS = 5.0  # unless something else is asked for
 _ACCEPTED = f"a number of seconds above 0, at most {SECONDS_MAX:g}"
 
 
@@ -21,13 +21,18 @@ def trace_seconds(query: Mapping[str, str]) -> float:
     for name in query:
         if name != "seconds":
             raise invalid(name, query[name], "no such parameter; known: seconds")
-    given = query.get("seconds", _SECONDS)
+    given = query.get("seconds", str(SECONDS))
     try:
         seconds = float(given)
     except ValueError:
         raise invalid("seconds", given, _ACCEPTED) from None
+    return checked_seconds(seconds)
+
+
+def checked_seconds(seconds: float) -> float:
+    """Raises BadRequest."""
     if not (math.isfinite(seconds) and 0 < seconds <= SECONDS_MAX):
-        raise invalid("seconds", given, _ACCEPTED)
+        raise invalid("seconds", seconds if math.isfinite(seconds) else str(seconds), _ACCEPTED)
     return seconds
 
 

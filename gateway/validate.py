@@ -58,6 +58,7 @@ class Call:
     echo: bool = False  # the prompt is said again before each answer
     wants_answer: bool = True  # False: only the echo
     num_prompt_logprobs: int | None = None  # to be shown beside the choices
+    repeated: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the request, in its answer
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -105,13 +106,14 @@ class Validator:
         asked = 1 if body.max_tokens == 0 else body.max_tokens
         limits = [self._room(prompt, "prompt", "max_tokens", asked, _COMPLETION_TOKENS) for prompt in prompts]
         scores = [k for k in (body.prompt_logprobs, body.logprobs if body.echo else None) if k is not None]
-        call = self._call("cmpl", body, ignored, prompts, limits, body.logprobs, max(scores, default=None))
+        call = self._call("cmpl-", body, ignored, prompts, limits, body.logprobs, max(scores, default=None))
         requests = self._structure.of_completion(body, call.requests)
         return dataclasses.replace(
             call, requests=requests, echo=bool(body.echo), wants_answer=body.max_tokens != 0
         )
 
-    def chat(self, raw: dict[str, Any]) -> Call:
+    def chat(self, raw: dict[str, Any], prefix: str = "chatcmpl-") -> Call:
+        """`prefix`: of the call's name."""
         body, ignored = read(raw, ChatBody)
         check_model(body, self._card)
         if body.top_logprobs is not None and not body.logprobs:
@@ -125,7 +127,7 @@ class Validator:
         asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         limit = self._room(prompt, "messages", name, asked, self._model_len_max)
         num_logprobs = top if body.logprobs else None
-        call = self._call("chatcmpl", body, ignored, [prompt], [limit], num_logprobs, body.prompt_logprobs)
+        call = self._call(prefix, body, ignored, [prompt], [limit], num_logprobs, body.prompt_logprobs)
         request = self._structure.of_chat(body, tools, call.requests[0])
         if any(tool.is_strict for tool in tools) and not (request.grammar and request.grammar.text):
             ignored += ("tools.strict",)
@@ -167,7 +169,7 @@ class Validator:
         stop, stop_token_ids = self._stop(body), self._stop_token_ids(body)
         sampling = self._sampling(body)
         constraints.check_left(sampling, stop_token_ids, body.min_tokens or 0, self._card.vocab_size)
-        call_id = f"{prefix}-{uuid.uuid4().hex}"
+        call_id = f"{prefix}{uuid.uuid4().hex}"
         requests = tuple(
             GenerateRequest(
                 request_id=f"{call_id}-{number}",

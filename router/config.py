@@ -34,7 +34,8 @@ class RouterConfig:
     """How many times the rows of one dispatch may be planned again after losses and refusals."""
 
     overload_pause_s: float = 0.001
-    """Pause before a parcel is offered again to a peer that was full; doubles with each further attempt."""
+    """Pause before rows that found their peer full are planned again, on a replica if there is one; doubles with
+    each further attempt."""
 
     stay_awake_s: float = 1e-4
     """How long who waits for parcels or replies stays awake before it sleeps, giving its core to others meanwhile:

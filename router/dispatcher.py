@@ -41,7 +41,10 @@ from router.transport.base import (
 )
 
 _LOSSES = frozenset({RefusalReason.PEER_LOST, RefusalReason.DEADLINE})
-_NOT_HERE = frozenset({RefusalReason.STALE_EPOCH, RefusalReason.NOT_RESIDENT, RefusalReason.WRONG_INCARNATION})
+_REFUSALS = frozenset({
+    RefusalReason.STALE_EPOCH, RefusalReason.NOT_RESIDENT, RefusalReason.WRONG_INCARNATION,
+    RefusalReason.OVERLOADED,
+})  # fmt: skip
 _Failure = tuple[Parcel, Tensor, Refusal]  # with the positions of its routes
 
 
@@ -306,7 +309,7 @@ class Dispatcher:
         self, pending: Pending, failed: list[_Failure], attempt: int
     ) -> Generator[Ticket | Pause, list[Reply | Refusal], Pending]:
         """Plan the failed routes on workers that neither are lost nor refused them, where there are any."""
-        avoided = pending.avoided.union(parcel.to for parcel, _, refusal in failed if refusal.reason in _NOT_HERE)
+        avoided = pending.avoided.union(parcel.to for parcel, _, refusal in failed if refusal.reason in _REFUSALS)
         if any(refusal.reason is RefusalReason.OVERLOADED for _, _, refusal in failed):
             yield Pause(self._config.overload_pause_s * 2**attempt)
         self._counts["replans"] += 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from cluster.commands.sizes import show_size
-from cluster.commands.status import API_KEY_VARIABLE, Refused, Unreachable, fetch, fetch_document
+from cluster.commands.status import Refused, Unreachable, add_gateway, fetch, fetch_document
 from cluster.config import ConfigError
 
 _LOOK_S = 0.5
@@ -35,9 +34,7 @@ def add_to(commands: Any) -> None:
 
 def add_door(parser: argparse.ArgumentParser) -> None:
     """What `scale` and `drain` have in common."""
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway (default: %(default)s)")
-    key = os.environ.get(API_KEY_VARIABLE)
-    parser.add_argument("--api-key", default=key, help=f"if it asks for one (default: ${API_KEY_VARIABLE})")
+    add_gateway(parser)
     parser.add_argument("--wait", action="store_true", help="until it is so, with progress on stderr")
     parser.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="longest --wait (default: %(default)g)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.commands.sizes import parse_size_or_share
-from cluster.commands.status import API_KEY_VARIABLE
+from cluster.commands.status import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from cluster.config import ConfigError, load_config
 
 # flag -> the settings it overrides, and how to read and explain it
@@ -41,6 +41,10 @@ _SETTINGS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "--grpc-port": (("grpc_port",), "PORT", "gRPC; default 9000, 0 for none"),
     "--gateways": (("pools.gateways",), "N", "each on the ports that follow the one before; default 1"),
     "--api-key": (("gateway.api_key",), "KEY", f"clients must present it; better in ${API_KEY_VARIABLE}"),
+    "--admin-key": (("gateway.admin_key",), "KEY", f"and for status, scale …; better in ${ADMIN_KEY_VARIABLE}"),
+    "--tls-cert": (("gateway.tls_cert",), "FILE", "serve REST and gRPC over TLS with this certificate (PEM)"),
+    "--tls-key": (("gateway.tls_key",), "FILE", "its private key (PEM)"),
+    "--tls-client-ca": (("gateway.tls_client_ca",), "FILE", "clients must have a certificate signed by it (PEM)"),
     "--name": (("cluster.name",), "NAME", "tells clusters on one Ray apart"),
     "--ray-address": (("cluster.ray_address",), "ADDR", "a Ray to join (auto or host:port) instead of our own"),
 }  # fmt: skip
@@ -89,8 +93,9 @@ def _overrides(given: dict[str, Any]) -> dict[str, Any]:
     overrides: dict[str, Any] = {"cluster.dashboard": True} if given["dashboard"] else {}
     if given[_PREFIX_CACHE] is not None:
         overrides[_PREFIX_CACHE] = given[_PREFIX_CACHE]
-    if key := os.environ.get(API_KEY_VARIABLE):
-        overrides["gateway.api_key"] = key
+    for name, variable in (("gateway.api_key", API_KEY_VARIABLE), ("gateway.admin_key", ADMIN_KEY_VARIABLE)):
+        if key := os.environ.get(variable):
+            overrides[name] = key
     for flag, (names, _, _) in _SETTINGS.items():
         value = given[names[0]]
         if value is None:

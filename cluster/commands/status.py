@@ -6,6 +6,7 @@ import argparse
 import http.client
 import json
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -18,6 +19,8 @@ from rich.text import Text
 from cluster.commands.sizes import show_size
 
 API_KEY_VARIABLE = "EXPERTMESH_API_KEY"
+ADMIN_KEY_VARIABLE = "EXPERTMESH_ADMIN_KEY"
+CLIENT_CERT_VARIABLE = "EXPERTMESH_CLIENT_CERT"
 _TIMEOUT_S = 10.0
 
 
@@ -36,11 +39,21 @@ def add_to(commands: Any) -> None:
         description="Shows phase, placement epoch and every worker of a running cluster.",
         epilog="Example:  expertmesh status --json | python -m json.tool",
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway (default: %(default)s)")
-    key = os.environ.get(API_KEY_VARIABLE)
-    parser.add_argument("--api-key", default=key, help=f"if it asks for one (default: ${API_KEY_VARIABLE})")
+    add_gateway(parser)
     parser.add_argument("--json", action="store_true", help="the whole document, for scripts")
     parser.set_defaults(run=run)
+
+
+def add_gateway(parser: argparse.ArgumentParser) -> None:
+    """Which cluster is meant, and what opens its admin doors."""
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000",
+        help="of its gateway (default: %(default)s); for https $SSL_CERT_FILE says whom to trust, and "
+        f"${CLIENT_CERT_VARIABLE} has our own certificate and key",
+    )  # fmt: skip
+    key = os.environ.get(ADMIN_KEY_VARIABLE) or os.environ.get(API_KEY_VARIABLE)
+    default = f"default: ${ADMIN_KEY_VARIABLE}, else ${API_KEY_VARIABLE}"
+    parser.add_argument("--api-key", default=key, help=f"if it asks for one ({default})")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,20 +75,27 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
 
 
 def fetch_document(
-    url: str, api_key: str | None, path: str, key: str, body: dict[str, Any] | None = None
+    url: str,
+    api_key: str | None,
+    path: str,
+    key: str,
+    body: dict[str, Any] | None = None,
+    method: str | None = None,
+    timeout_s: float = _TIMEOUT_S,
 ) -> dict[str, Any]:
-    """What the gateway at `url` has at `path`, or answers to `body`: a JSON object that has `key`.
+    """What the gateway at `url` has at `path`, or answers to `body`: a JSON object that has `key`. `method`: GET,
+    or POST with a body, if not told otherwise.
 
     Raises Refused or Unreachable."""
     if not url.startswith(("http://", "https://")):
-        raise Unreachable(f"--url: {url!r}; accepted: http://host:port")
+        raise Unreachable(f"--url: {url!r}; accepted: http://host:port or https://host:port")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     sent = None if body is None else json.dumps(body).encode()
     if sent is not None:
         headers["Content-Type"] = "application/json"
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}{path}", sent, headers)
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        request = urllib.request.Request(f"{url.rstrip('/')}{path}", sent, headers, method=method)
+        with urllib.request.urlopen(request, timeout=timeout_s, context=_tls(url)) as answer:
             document = json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 400:
@@ -86,6 +106,20 @@ def fetch_document(
     if not isinstance(document, dict) or key not in document:
         raise Unreachable(f"{url} is not an ExpertMesh gateway")
     return document
+
+
+def _tls(url: str) -> ssl.SSLContext | None:
+    """Who is trusted is OpenSSL's business, its $SSL_CERT_FILE included. Raises OSError, naming the file."""
+    if not url.startswith("https://"):
+        return None
+    context = ssl.create_default_context()
+    if own := os.environ.get(CLIENT_CERT_VARIABLE):
+        try:
+            context.load_cert_chain(own)
+        except OSError as error:
+            told = f"{CLIENT_CERT_VARIABLE}: {own!r}: {error}; accepted: certificate and key, PEM"
+            raise OSError(told) from error
+    return context
 
 
 def _message(error: urllib.error.HTTPError) -> str:
@@ -124,6 +158,8 @@ def show(document: dict[str, Any], console: Console) -> None:
             console.print(f"{worker['id']}: links {told}", highlight=False)
         if worker["gauges"].get("microbatches"):
             console.print(f"{worker['id']}: {_waits(worker['gauges'])}", highlight=False)
+    if (imbalance := document["balance"]["imbalance"]) is not None:
+        console.print(f"experts: {_balance(document['balance'], imbalance)}", highlight=False)
     gauges = (document["scheduler"] or {}).get("gauges", {})
     told = ", ".join(f"{gauges[name]:g} {name}" for name in ("running", "waiting") if name in gauges)
     console.print(f"scheduler: {told or 'not there'}")
@@ -171,6 +207,15 @@ def _waits(gauges: dict[str, float]) -> str:
         f"steps wait for experts {100 * gauges['exposed_wait_share']:.0f} % of their time (exchange "
         f"{100 * gauges['exchange_share']:.0f} %), {gauges['microbatches']:g} microbatch(es) in the last one"
     )
+
+
+def _balance(balance: dict[str, Any], imbalance: float) -> str:
+    """Of late, since the placement last changed."""
+    total = sum(balance["loads"].values())
+    shares = ", ".join(f"{worker} {load / total:.0%}" for worker, load in balance["loads"].items())
+    preparing = balance["preparing"]
+    then = f"; epoch {preparing['term']}.{preparing['number']} is being prepared" if preparing else ""
+    return f"the busiest has {imbalance:.2f} of the mean load ({shares}){then}"
 
 
 def _headline(document: dict[str, Any]) -> Text:

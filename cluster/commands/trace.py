@@ -6,7 +6,6 @@ import argparse
 import base64
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.table import Table
 from attention_workers.trace_events import write_events
 from attention_workers.trace_records import Snapshot, TraceMalformed, decode
 from attention_workers.trace_summary import summarise
-from cluster.commands.status import API_KEY_VARIABLE, Unreachable, fetch_document
+from cluster.commands.status import Unreachable, add_gateway, fetch_document
 from cluster.config import ConfigError
 
 SECONDS_MAX = 60.0
@@ -36,9 +35,7 @@ def add_to(commands: Any) -> None:
         "          expertmesh trace --seconds 2 --json | python -m json.tool",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway (default: %(default)s)")
-    key = os.environ.get(API_KEY_VARIABLE)
-    parser.add_argument("--api-key", default=key, help=f"if it asks for one (default: ${API_KEY_VARIABLE})")
+    add_gateway(parser)
     parser.add_argument("--seconds", default="5", metavar="N", help="how long, at most 60 (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="Chrome trace events, as Perfetto reads them")
     parser.add_argument("--json", action="store_true", help="the summary for scripts")

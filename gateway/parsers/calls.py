@@ -40,18 +40,50 @@ class CallDelta:
 
 
 @dataclass
-class Parsed:
-    """What a piece of an answer says."""
+class Said:
+    """More text, of a thought or of the content."""
 
-    reasoning: str = ""
-    content: str = ""
-    calls: list[CallDelta] = field(default_factory=list)
+    is_thought: bool
+    text: str
+
+
+@dataclass
+class Parsed:
+    """What a piece of an answer says, in order."""
+
+    parts: list[Said | CallDelta] = field(default_factory=list)
+
+    def say(self, text: str, *, is_thought: bool = False) -> None:
+        last = self.parts[-1] if self.parts else None
+        if isinstance(last, Said) and last.is_thought == is_thought:
+            last.text += text
+        elif text:
+            self.parts.append(Said(is_thought, text))
 
     def call(self, index: int, arguments: str, name: str | None = None) -> None:
         if self.calls and self.calls[-1].index == index:
             self.calls[-1].arguments += arguments
         else:
-            self.calls.append(CallDelta(index, name, arguments))
+            self.parts.append(CallDelta(index, name, arguments))
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Said) and part.is_thought)
+
+    @property
+    def content(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Said) and not part.is_thought)
+
+    @property
+    def calls(self) -> list[CallDelta]:
+        return [part for part in self.parts if isinstance(part, CallDelta)]
+
+
+def key_of(part: Said | CallDelta) -> str:
+    """The same for parts that go on with what the one before said."""
+    if isinstance(part, CallDelta):
+        return f"call {part.index}"
+    return "thought" if part.is_thought else "content"
 
 
 class CallParser:
@@ -209,7 +241,7 @@ class CallParser:
     def _give_stray(self, out: Parsed) -> None:
         stray = "".join(self._stray)
         self._stray.clear()
-        out.content += stray if stray.strip() else ""
+        out.say(stray if stray.strip() else "")
 
     def _taken(self, count: int) -> str:
         taken, self._text = self._text[:count], self._text[count:]

@@ -129,7 +129,4 @@ class AnswerParser:
         return text
 
     def _give(self, text: str, out: Parsed) -> None:
-        if self._part is _Part.REASONING:
-            out.reasoning += text
-        else:
-            out.content += text
+        out.say(text, is_thought=self._part is _Part.REASONING)

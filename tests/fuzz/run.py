@@ -66,7 +66,7 @@ def _run(name: str, cases: int, seed: int, seeds: tuple[bytes, ...]) -> int:
 def _fuzz(name: str, of_fuzzer: list[str]) -> int:
     import atheris
 
-    with atheris.instrument_imports(include=["router.transport"]):
+    with atheris.instrument_imports(include=["router.transport", "gateway"]):
         from tests.fuzz.targets import TARGETS
     target = TARGETS[name]
     target.run(target.seeds[0])  # what it opens once is no case's

@@ -36,6 +36,7 @@ from router.transport.wire import (
     welcome_from_bytes,
     welcome_to_bytes,
 )
+from tests.fuzz.gateway_targets import READERS
 
 CONFIG = RouterConfig(rows_max=8, experts_per_row_max=2, link_bytes_max=PAGE_BYTES, parcels_in_flight_max=4)
 OWN = LinkIdentity(Member("expert-0", 6), "0123456789abcdef", "swordfish", 3, torch.bfloat16)
@@ -264,4 +265,5 @@ TARGETS = {
     "answers": Target(read_answers, (b"\0" + _packed(*ANSWERS), b"\xf0" + _packed(ANSWERS[0])), 128 << 10),
     "greetings": Target(read_greetings, (_HELLO, _WELCOME), 64 << 10),
     "handshake": Target(shake_hands, (b"\x14" + _HELLO, b"\x16" + _HELLO, b"\x17" + _HELLO), 64 << 10),
+    **{name: Target(read, seeds, 4 << 20) for name, (read, seeds) in READERS.items()},
 }

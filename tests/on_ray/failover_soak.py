@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 
 from model.synthetic import make_checkpoint
+from tests.on_ray.failover_rays import freeze_head, lose_node, ray_of, restart_head
 from tests.on_ray.failover_story import Clients, Seen, lose_worker, status_of, until_whole
 from tests.on_ray.served import Served
 
@@ -42,7 +43,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", type=int, default=12, help="of each story")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("stories", nargs="*", choices=[*STORIES, []], help=f"of {', '.join(STORIES)}; none: all")
+    names = [*STORIES, *OF_RAY]
+    parser.add_argument("stories", nargs="*", choices=[*names, []], help=f"of {', '.join(names)}; none: all")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp") as folder:  # short: Ray's sockets lie there
         os.environ |= {
@@ -50,15 +52,24 @@ def main() -> int:
             "OMP_NUM_THREADS": "1", "RAY_TMPDIR": folder,
         }  # fmt: skip
         make_checkpoint("demo", Path(folder) / "demo", seed=0)
-        codes = [run(name, Path(folder), arguments) for name in arguments.stories or STORIES]
+        codes = [run(name, Path(folder), arguments) for name in arguments.stories or names]
     return max(codes)
 
 
 def run(name: str, folder: Path, arguments: argparse.Namespace) -> int:
     """The exit code of one story."""
+    chance, log = random.Random(arguments.seed), folder / f"{name}.log"
+    if name in OF_RAY:
+        with ray_of(2) as ray, Served(folder / "demo", *POOLS, "--replicas", "2", *ray.flags, log=log) as cluster:
+
+            async def story(client: httpx.AsyncClient, seen: Seen, chance: random.Random, _losses: int) -> None:
+                await asyncio.sleep(PAUSE_S)
+                tell(await OF_RAY[name](client, seen, ray, chance))
+
+            return asyncio.run(told(name, cluster, story, chance, 1))
     flags, story = STORIES[name]
-    with Served(folder / "demo", *POOLS, *flags, log=folder / f"{name}.log") as cluster:
-        return asyncio.run(told(name, cluster, story, random.Random(arguments.seed), arguments.losses))
+    with Served(folder / "demo", *POOLS, *flags, log=log) as cluster:
+        return asyncio.run(told(name, cluster, story, chance, arguments.losses))
 
 
 async def told(name: str, cluster: Served, story: Story, chance: random.Random, losses: int) -> int:
@@ -149,7 +160,11 @@ async def gateways(client: httpx.AsyncClient, seen: Seen, _chance: random.Random
             await asyncio.sleep(0.1)
         again_s = time.monotonic() - since_s
         await asyncio.sleep(2.0)
-        others = [gap for gap in seen.gaps if gap.client % 2 == 0 and gap.began_s + gap.seconds > since_s]
+        others = [
+            gap
+            for gap in seen.gaps
+            if gap.client % 2 == 0 and not gap.is_first and gap.began_s + gap.seconds > since_s
+        ]
         tell({
             "who": "gateway-1", "again_after_s": again_s, "reconnected": len(seen.reconnected) - num_before,
             "gap_of_others_s": max(gap.seconds for gap in others),
@@ -170,6 +185,8 @@ STORIES: dict[str, tuple[tuple[str, ...], Story]] = {
     "deciders": (("--replicas", "2"), deciders),
     "gateways": (("--replicas", "2", "--gateways", "2"), gateways),
 }
+
+OF_RAY = {"node": lose_node, "head_frozen": freeze_head, "head_restarted": restart_head}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Processes of a cluster, spawned by a test, in which something stops turning once the test says so."""
+"""Processes of a cluster in which something stops turning once the test says so."""
 
 from __future__ import annotations
 

@@ -20,6 +20,9 @@ from router.placement import Member
 from tests.processes import hung_process
 from tests.unit.served_controller import WAIT_S, Cluster
 
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pytest", hung_process.__name__])  # torch once, and not in each
+
 QUICK = {
     "cluster": {"heartbeat_s": 0.1, "loop_stall_s": 0.5, "compute_stall_s": 0.5},
     "router": {"combine_timeout_s": 0.05, "combine_total_s": 0.4, "connect_timeout_s": 0.2, "replans_max": 1},
@@ -46,11 +49,10 @@ def cluster(spec: ClusterSpec) -> Iterator[Cluster]:
 
 
 @contextmanager
-def spawned(target: Callable[..., None], *arguments: str) -> Iterator[Connection]:
+def forked(target: Callable[..., None], *arguments: str) -> Iterator[Connection]:
     """A process of its own, and the pipe by which it is told to hang."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=target, args=(theirs, *arguments), daemon=True)
     process.start()
     try:
         yield ours
@@ -69,7 +71,7 @@ def wait_until(cluster: Cluster, is_wanted: Callable[[dict], bool]) -> None:
 
 
 def test_a_scheduler_whose_loop_hangs_is_killed_with_the_reason(cluster: Cluster, spec: ClusterSpec) -> None:
-    with spawned(hung_process.scheduler, spec.to_json()) as pipe:
+    with forked(hung_process.scheduler, spec.to_json()) as pipe:
         wait_until(cluster, lambda status: status["scheduler"] and status["scheduler"]["state"] == "ready")
         pipe.send_bytes(b"hang")
         assert cluster.driver.killed.get(timeout=WAIT_S) == Member("scheduler", 1)
@@ -83,7 +85,7 @@ def test_an_attention_worker_whose_compute_thread_hangs_is_replaced(cluster: Clu
         return {worker["state"] for worker in status["workers"]} == {"ready"}
 
     text = spec.to_json()
-    with spawned(hung_process.worker, text, "expert"), spawned(hung_process.worker, text, "attention") as pipe:
+    with forked(hung_process.worker, text, "expert"), forked(hung_process.worker, text, "attention") as pipe:
         wait_until(cluster, are_ready)
         pipe.send_bytes(b"hang")
         assert cluster.driver.killed.get(timeout=WAIT_S) == Member("attention-0", 1)

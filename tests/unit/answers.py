@@ -44,14 +44,21 @@ def read(
     stop: tuple[str, ...] = (),
     in_thought: bool = True,
     calls_max: int | None = None,
+    each: list[Parsed] | None = None,
 ) -> tuple[Parsed, AnswerParser]:
-    """What an answer says whose tokens come in deltas cut at `cuts`; eos comes last where `finish` is STOP."""
+    """What an answer says whose tokens come in deltas cut at `cuts`; eos comes last where `finish` is STOP.
+
+    `each`: where what each of them says is put, instead of all in one.
+    """
     ids = [*ids, EOS] if finish is FinishReason.STOP else list(ids)
     request = GenerateRequest("r", (1,), Sampling(), 10**6, stop=stop, stop_token_ids=frozenset({EOS}))
     text = ChoiceText(0, request, TOKENS, frozenset({EOS}), TAGS.ids)
     parser, out = AnswerParser(TAGS, tools, in_thought=in_thought, calls_max=calls_max), Parsed()
     for begin, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         last = finish if end == len(ids) else None
+        if each is not None:
+            out = Parsed()
+            each.append(out)
         piece = text.take(TokenDelta("r", 0, 1, begin, tuple(ids[begin:end]), finish=last))
         parser.take(piece.text, piece.marks, out)
         if piece.finish is not None:

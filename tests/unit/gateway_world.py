@@ -195,7 +195,16 @@ def state_of(card: ModelCard, **limits: Any) -> tuple[GatewayState, EchoEngine]:
     async def resize(asked: control_pb2.ResizeRequest) -> control_pb2.ResizeReply:
         raise AssertionError(f"no controller is here to be asked for {asked}")
 
-    return GatewayState(config, card, engine, ledger, metrics, status, trace, resize, "0.1.0"), engine
+    async def rebalance(dry_run: bool) -> dict[str, Any]:
+        epoch = None if dry_run else {"term": 1, "number": 2}
+        moves = [{"layer": 3, "expert": 5, "to": "expert-1", "from": source} for source in ("expert-0", None)]
+        return {
+            "epoch": epoch, "moves": moves, "dropped": 1, "bytes": 64, "imbalance_before": 1.5,
+            "imbalance_after": 1.25,
+        }  # fmt: skip
+
+    state = GatewayState(config, card, engine, ledger, metrics, status, trace, resize, rebalance, "0.1.0")
+    return state, engine
 
 
 async def settled() -> None:
@@ -223,3 +232,38 @@ async def until(happened: Callable[[], bool], patience_s: float = 5.0) -> None:
     async with asyncio.timeout(patience_s):
         while not happened():
             await asyncio.sleep(0.001)
+
+
+def attention(name: str, running: int, paused: int, free: int, cached: int) -> dict[str, Any]:
+    gauges = {
+        "sequences": running,
+        "sequences_paused": paused,
+        "kv_blocks_total": 100,
+        "kv_blocks_free": free,
+        "kv_blocks_cached": cached,
+        "kv_block_tokens": 32,
+    }
+    return {"id": name, "role": "attention", "gauges": gauges}
+
+
+def pool(wanted: int, ready: int, leaving: int = 0) -> dict[str, int]:
+    return {"wanted": wanted, "ready": ready, "leaving": leaving}
+
+
+STATUS_DOCUMENT: dict[str, Any] = {
+    "version": "0.1.0",
+    "model": "tiny",
+    "model_path": "/srv/models/tiny",
+    "phase": "ready",
+    "controller": {"address": "unix:secret"},
+    "epoch": {"term": 1, "number": 4},
+    "pools": {"attention": pool(2, 2), "expert": pool(2, 1)},
+    "scaling_failed": "",
+    "workers": [
+        attention("attention-0", 3, 1, 40, 10),
+        {"id": "expert-0", "role": "expert", "gauges": {"slots": 8}},
+        attention("attention-1", 1, 0, 100, 0),
+        {"id": "attention-2", "role": "attention", "gauges": {}},
+    ],
+    "scheduler": {"gauges": {"waiting": 5, "waiting_tokens": 700}},
+}

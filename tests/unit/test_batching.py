@@ -75,6 +75,23 @@ def test_prompts_that_many_wait_for_have_more_of_the_time() -> None:
     assert mean[-1] <= 1 + GROWTH_MAX
 
 
+def test_an_answer_that_has_begun_comes_back_sooner_than_a_new_one_begins() -> None:
+    """As after a loss: beside as many decodes its prompt has thrice the time."""
+    rows = []
+    for accepted in ((), tuple(range(100, 190))):
+        b = book(blocks=400, block_tokens=4, model_len_max=1024)
+        decoding = [start(f"d{n}", prompt=2, max_tokens=50, arrival=n) for n in range(4)]
+        b.apply(plan(1, decoding, step_tokens_max=200, chunk_tokens_max=200), StepResult())
+        run_step(b)
+        b.pace = measured(0.0, 0.010, 0.0002)
+        long = start("long", prompt=190 - len(accepted), max_tokens=200, accepted=accepted, arrival=9)
+        b.apply(plan(2, [long], step_tokens_max=200, chunk_tokens_max=200), StepResult())
+        spans = b.compose(StepResult())
+        rows.append(sum(span.count for span in spans if not span.is_decode))
+    new, begun = rows
+    assert ROWS_MIN <= new < begun
+
+
 def test_a_prompt_goes_on_whatever_was_promised() -> None:
     """In rows worth a step, in some of the steps."""
     rows = [rows for rows, _ in run(measured(0.001, 0.010, 0.001), 0.010, 0.001)]

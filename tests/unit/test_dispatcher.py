@@ -236,6 +236,15 @@ def test_a_full_worker_is_asked_again(stage: Stage) -> None:
     assert stage.lost == []
 
 
+def test_a_worker_that_stays_full_is_left_for_its_replica(stage: Stage) -> None:
+    """Its link may be full of what a frozen worker never answers: that is no reason to give the step up."""
+    full = stage.expert("expert-0", refuse_first(RefusalReason.OVERLOADED, times=99))
+    stage.adopt(full, stage.expert("expert-1"), replicas=2)
+    stage.exchange()
+    assert stage.received["expert-0"] == 1
+    assert stage.lost == []
+
+
 def test_asking_again_is_bounded(stage: Stage) -> None:
     """A worker that always refuses must not hold the step for ever; the bound is named."""
     stage.adopt(stage.expert("expert-0", refuse_first(RefusalReason.OVERLOADED, times=99)))

@@ -14,7 +14,7 @@ from cluster.events import Register, Report, Role, StartWorker, Tick
 from cluster.lifecycle import WorkerState
 from cluster.overview import DRAINING, overview
 from cluster.wire import encode_placement
-from gateway.admin_service import PHASES, STATES, placement_page
+from gateway.admin_wire import PHASES, STATES, placement_page
 from gateway.errors import BadRequest, NotReady
 from gateway.model_card import ModelCard
 from router.membership import Health, HealthState

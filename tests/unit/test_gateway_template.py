@@ -121,3 +121,20 @@ def test_the_template_is_found_in_either_file(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(CheckpointUnreadable, match="chat template"):
         load_template(tmp_path)
+
+
+def test_results_come_in_the_order_of_their_calls() -> None:
+    """Templates tell them apart by it alone. Where ids say nothing they stay as they are."""
+
+    def conversation(ids: list[Any], results: list[Any]) -> list[dict[str, Any]]:
+        calls = [{"id": i, "function": {"name": "f", "arguments": "{}"}} for i in ids]
+        tools = [{"role": "tool", "tool_call_id": i, "content": str(i)} for i in results]
+        user = {"role": "user", "content": "x"}
+        return [user, {"role": "assistant", "content": None, "tool_calls": calls}, *tools, user]
+
+    def order(ids: list[Any], results: list[Any]) -> list[str]:
+        return [one["content"] for one in normalise(conversation(ids, results)) if one["role"] == "tool"]
+
+    assert order(["a", "b", "c"], ["c", "a", "b"]) == ["a", "b", "c"]
+    assert order(["a", "b"], ["b", "x"]) == ["b", "x"]
+    assert order([None, None], ["b", "a"]) == ["b", "a"]

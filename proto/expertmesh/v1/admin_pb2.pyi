@@ -197,3 +197,88 @@ class GetPlacementResponse(_message.Message):
     layers: _containers.RepeatedCompositeFieldContainer[LayerPlacement]
     next_page_token: str
     def __init__(self, epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[_identity_pb2.Incarnation, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerPlacement, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class GetTraceRequest(_message.Message):
+    __slots__ = ("seconds",)
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    def __init__(self, seconds: _Optional[float] = ...) -> None: ...
+
+class GetTraceResponse(_message.Message):
+    __slots__ = ("traces", "silent")
+    TRACES_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    traces: _containers.RepeatedScalarFieldContainer[bytes]
+    silent: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, traces: _Optional[_Iterable[bytes]] = ..., silent: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class WatchEventsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerFailure(_message.Message):
+    __slots__ = ("number", "worker", "incarnation", "reason")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    worker: str
+    incarnation: int
+    reason: str
+    def __init__(self, number: _Optional[int] = ..., worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class WatchEventsResponse(_message.Message):
+    __slots__ = ("status", "phase", "epoch", "worker", "worker_left", "pool", "failure", "scaling_failed", "unreachable")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    WORKER_LEFT_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FAILED_FIELD_NUMBER: _ClassVar[int]
+    UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
+    status: GetStatusResponse
+    phase: ClusterPhase
+    epoch: _identity_pb2.Epoch
+    worker: Worker
+    worker_left: str
+    pool: Pool
+    failure: WorkerFailure
+    scaling_failed: str
+    unreachable: str
+    def __init__(self, status: _Optional[_Union[GetStatusResponse, _Mapping]] = ..., phase: _Optional[_Union[ClusterPhase, str]] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., worker: _Optional[_Union[Worker, _Mapping]] = ..., worker_left: _Optional[str] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., failure: _Optional[_Union[WorkerFailure, _Mapping]] = ..., scaling_failed: _Optional[str] = ..., unreachable: _Optional[str] = ...) -> None: ...
+
+class RebalanceRequest(_message.Message):
+    __slots__ = ("dry_run",)
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    def __init__(self, dry_run: _Optional[bool] = ...) -> None: ...
+
+class ExpertMove(_message.Message):
+    __slots__ = ("layer", "expert", "to")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    to: str
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., to: _Optional[str] = ..., **kwargs) -> None: ...
+
+class RebalanceResponse(_message.Message):
+    __slots__ = ("epoch", "moves", "dropped", "bytes", "imbalance_before", "imbalance_after")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    IMBALANCE_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    IMBALANCE_AFTER_FIELD_NUMBER: _ClassVar[int]
+    epoch: _identity_pb2.Epoch
+    moves: _containers.RepeatedCompositeFieldContainer[ExpertMove]
+    dropped: int
+    bytes: int
+    imbalance_before: float
+    imbalance_after: float
+    def __init__(self, epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., moves: _Optional[_Iterable[_Union[ExpertMove, _Mapping]]] = ..., dropped: _Optional[int] = ..., bytes: _Optional[int] = ..., imbalance_before: _Optional[float] = ..., imbalance_after: _Optional[float] = ...) -> None: ...

@@ -59,6 +59,21 @@ class AdminServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.GetTrace = channel.unary_unary(
+                '/expertmesh.v1.AdminService/GetTrace',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.GetTraceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetTraceResponse.FromString,
+                _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/expertmesh.v1.AdminService/WatchEvents',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.WatchEventsResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/expertmesh.v1.AdminService/Rebalance',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -100,6 +115,29 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTrace(self, request, context):
+        """What attention workers did in the last seconds, step by step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """The whole cluster first, then what changes, until the client ends it. Who reads slowly is told the difference to
+        what it knew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Experts moved and copied to where the busiest workers are relieved. Returns when the new placement is
+        ordered; it is in use once GetStatus shows its epoch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +165,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=expertmesh_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'GetTrace': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTrace,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.GetTraceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.GetTraceResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.WatchEventsRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +317,87 @@ class AdminService:
             '/expertmesh.v1.AdminService/Drain',
             expertmesh_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             expertmesh_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/GetTrace',
+            expertmesh_dot_v1_dot_admin__pb2.GetTraceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.GetTraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/WatchEvents',
+            expertmesh_dot_v1_dot_admin__pb2.WatchEventsRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/Rebalance',
+            expertmesh_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,
