@@ -91,6 +91,7 @@ class Scheduler:
         if self._recovery.over:
             self._books.place(self._gateways.address_of, self.config.plan_bytes_max)
             commands.extend(self._workers.preempt(now_s))
+        self._service.is_full = len(self._books.queue) > 0
         commands.extend(self._workers.plans())
         return commands
 

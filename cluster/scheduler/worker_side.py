@@ -101,7 +101,7 @@ class WorkerSide:
         yield from self._endings(book, event)
         gone = book.update(event, self._term)
         if book.rows_done > rows_before:
-            self._service.rows.add(book.rows_done - rows_before)
+            self._service.add_rows(book.rows_done - rows_before)
         yield from self._settle(book, gone, event.state or (), now_s)
         # They have lost their blocks already, so nothing more is lost. A bounded number of times each: a gateway
         # opens no more than so many attempts.
@@ -214,7 +214,7 @@ class WorkerSide:
         for tenant, num_unused in unused.items():
             self._books.shares.give_back(tenant, num_unused)
         if handles:
-            self._service.ended.add(len(handles) - num_ignored)
+            self._service.add_ended(len(handles) - num_ignored)
             found = {"ended_finished": len(finished), "stopped": num_stopped, "ignored_completions": num_ignored}
             self._counters.update({name: count for name, count in found.items() if count})
         for held in book.named(report.undelivered):
