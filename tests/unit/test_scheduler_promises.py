@@ -71,8 +71,8 @@ def test_short_prompts_after_long_ones_are_not_taken_for_long() -> None:
 
 
 def test_what_ends_while_nobody_waits_does_not_make_the_service_look_fast() -> None:
-    """A burst after a quiet while: not one of those admitted waits much longer than promised. Eight places, answers
-    of five seconds; a quarter of them asked for at first, more than twice as many then."""
+    """A burst after a quiet while: not one of those admitted waits much longer than promised. Eight places,
+    answers of five seconds; a quarter of them asked for at first, more than twice as many then."""
     story = Story(W0, config=SchedulerConfig(first_token_s=15.0))
     came, ends, waits = {}, [], []
     for tick in range(1600):
