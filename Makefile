@@ -29,8 +29,8 @@ test: setup
 	$(BIN)/python -m pytest
 
 # Longer than `make test`: ten times as many topologies, 2,000 histories of a worker's blocks, 10,000 of the scheduler,
-# 1,000 of whole clusters, 2,000 answers cut in all ways, 500 schemas kept to, and pools that grow and shrink 50 times
-# under streams.
+# 1,000 of whole clusters, 2,000 answers cut in all ways, 500 schemas kept to, pools that grow and shrink 50 times
+# under streams, and every kind of process killed and frozen under them.
 soak: setup
 	$(BIN)/python -m pytest tests/equivalence/test_grand.py --topologies 500
 	$(BIN)/python -m pytest tests/equivalence/test_grammars.py --schemas 500 -s
@@ -38,6 +38,7 @@ soak: setup
 	$(BIN)/python -m tests.unit.scheduler_soak
 	$(BIN)/expertmesh simulate --seeds 0-999
 	$(BIN)/python -m tests.on_ray.scaling_soak
+	$(BIN)/python -m tests.on_ray.failover_soak
 	$(BIN)/python -m tests.unit.parser_soak
 
 check: setup

@@ -19,8 +19,8 @@ GROWTH_MAX = 3.0
 prompts would be worked off at leisure while few decode, and fewer tokens would come in all."""
 
 GOES_ON = 3
-"""As many new prompts does one count whose answer has begun, on a worker that was lost or before a pause: its reader
-waits between two tokens, not for the first."""
+"""As many new prompts does one count whose answer has begun, before a loss or a pause: its reader waits between
+two tokens, not for the first."""
 
 PROMISED_MIN = 0.1
 """Of a step without prompts: what prompts may take whatever was promised, so that they come to their end."""
@@ -29,7 +29,7 @@ ROWS_MIN = 16
 """Rows of prompts worth a step: one query tile, which is computed whole."""
 
 SHORTEST = 3
-"""Prompts that go beside the first in order: those with least left. With the first they share a step."""
+"""Prompts that go beside the first in order and the first to come: those with least left. They share a step."""
 
 _FRESH = 0.2  # weight of the newest measurement
 
@@ -41,6 +41,9 @@ class Prompt(Protocol):
 
     @property
     def order(self) -> Any: ...
+
+    @property
+    def arrival(self) -> int: ...
 
     @property
     def pending(self) -> int: ...
@@ -96,12 +99,15 @@ class Pace:
 
 
 def in_turn(prompts: Sequence[P]) -> list[P]:
-    """Of prompts in order those that this step computes, in order: the first, so that none waits for ever, and
-    the shortest of the others, so that none waits for a long one. In strict order while one waits for blocks."""
+    """Of prompts in order those that this step computes, in order: the first; the first to come, so that none waits
+    for ever behind higher priorities; and the shortest of the others, so that none waits for a long one. In strict
+    order while one waits for blocks."""
     if len(prompts) <= 1 + SHORTEST or any(sequence.is_paused for sequence in prompts):
         return list(prompts)
-    shortest = sorted(prompts[1:], key=lambda sequence: (sequence.pending, sequence.order))[:SHORTEST]
-    return sorted([prompts[0], *shortest], key=lambda sequence: sequence.order)
+    oldest = min(range(len(prompts)), key=lambda number: prompts[number].arrival)
+    others = [number for number in range(1, len(prompts)) if number != oldest]
+    others.sort(key=lambda number: prompts[number].pending)  # of equals the first in order
+    return [prompts[number] for number in sorted({0, oldest, *others[:SHORTEST]})]
 
 
 def share(rows_left: int, num_prompts_left: int) -> int:

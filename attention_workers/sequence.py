@@ -56,6 +56,11 @@ class Sequence:
         return (self.start.priority, self.start.arrival, self.start.attempt)
 
     @property
+    def arrival(self) -> int:
+        """Lower came earlier."""
+        return self.start.arrival
+
+    @property
     def has_begun(self) -> bool:
         return self.guide is None or self.guide.has_begun
 

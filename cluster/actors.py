@@ -17,6 +17,7 @@ import ray
 
 from cluster import logs
 from cluster.events import Role
+from cluster.processes import import_behind
 from cluster.ray_driver import RayWorkers, node_ip
 from cluster.ray_store import RayStore
 from cluster.spec import ClusterSpec
@@ -54,6 +55,8 @@ class _Worker:
         parsed = ClusterSpec.from_json(spec)
         config = parsed.config
         _use_threads(config.attention.threads if role is Role.ATTENTION else config.expert.threads)
+        service = "attention_workers.service" if role is Role.ATTENTION else "expert_workers.service"
+        import_behind(service, "cluster.worker_process")
         from cluster.worker_process import WorkerProcess
 
         logs.to_stderr(config.cluster.log_format)

@@ -9,11 +9,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cluster.commands import bench, drain, make_checkpoint, scale, serve, simulate, status, trace
+from cluster.commands import bench, drain, make_checkpoint, rebalance, scale, serve, simulate, status, trace
 from cluster.config import ConfigError
 from cluster.version import VERSION
 
-_COMMANDS = (serve, status, scale, drain, trace, make_checkpoint, bench, simulate)
+_COMMANDS = (serve, status, scale, drain, rebalance, trace, make_checkpoint, bench, simulate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

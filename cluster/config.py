@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from attention_workers.config import AttentionConfig
+from cluster.balancer.config import BalancerConfig
 from cluster.scheduler.config import SchedulerConfig
 from expert_workers.config import ExpertConfig
 from gateway.config import GatewayConfig
@@ -172,6 +173,8 @@ class Config(_Section):
     expert: ExpertConfig = ExpertConfig.model_validate({})
     router: RouterConfig = RouterConfig()
     """The exchange between the pools: the same for both ends."""
+    balancer: BalancerConfig = BalancerConfig()
+    """Which expert workers hold which experts."""
     scheduler: SchedulerConfig = SchedulerConfig.model_validate({})
     gateway: GatewayConfig = GatewayConfig.model_validate({})
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.accusations import Accusations, Verdict
+from cluster.balancer.balancer import Balancer, Task
+from cluster.balancer.config import BalancerConfig
 from cluster.epochs import Epochs, ModelShape
 from cluster.events import (
     WORKER_ROLES,
@@ -30,6 +32,7 @@ from cluster.events import (
     Pools,
     Prepare,
     Publish,
+    Rebalance,
     Register,
     Report,
     Resize,
@@ -43,7 +46,7 @@ from cluster.lifecycle import WorkerState
 from cluster.roster import NOT_HEARD, Patience, Roster, Worker
 from cluster.scaling import Refused, Scaling
 from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Unprepared
-from router.placement import Member
+from router.placement import Member, Placement
 
 
 class Phase(enum.StrEnum):
@@ -67,6 +70,7 @@ class ControllerConfig:
     """Longest wait for gateways to finish what runs."""
     stop_timeout_s: float = 10.0
     """Longest wait for workers to exit by themselves."""
+    balancer: BalancerConfig = field(default_factory=BalancerConfig)
     companion_deadline_s: float = 30.0
     """A scheduler or gateway silent for so long is killed, and started again by Ray."""
     pid: int = 0
@@ -99,7 +103,8 @@ class Controller:
         self.began_s = now_s
         pools = config.pools or Pools.of_sizes(config.attention_workers, config.expert_workers)
         self.roster, self._first_commands = Roster.expecting(config.patience, pools, incarnations, now_s)
-        self.epochs = Epochs(term, shape, config.replicas)
+        self.balancer = Balancer(config.balancer, shape.num_layers, shape.num_experts, config.replicas)
+        self.epochs = Epochs(term, shape, self.balancer)
         self.scaling = Scaling(self.roster, self.epochs, term)
         self.accusations = Accusations(config.patience.doubt_s, config.patience.member_deadline_s)
         self.companions: dict[str, Companion] = {}
@@ -123,6 +128,8 @@ class Controller:
                 self._leave(member)
             case Resize() | Drain():
                 commands += self.scaling.follow(event, now_s) if self.refusal(event) is None else []
+            case Rebalance(proposal):
+                commands += self._prepare(self.epochs.rebalance(proposal), now_s)
             case StopAll():
                 commands += self._drain(now_s)
             case Tick():
@@ -187,6 +194,7 @@ class Controller:
                 self._present.add(worker.member)
                 return self._catch_up(worker, now_s)
             case Health():
+                self.balancer.hear(worker.member, body.load, now_s)
                 return self.roster.hear(worker, body, now_s)
             case Prepared() | Adopted() if worker.is_live:
                 self.roster.settle(worker, body.epoch, now_s)
@@ -304,18 +312,44 @@ class Controller:
         commands: list[Command] = []
         experts = self.roster.live(Role.EXPERT)
         staying = [worker for worker in experts if worker.is_wanted]
-        here = {worker.member: worker.register.address for worker in staying if worker.register}
-        if proposed := self.epochs.propose(here, self._all_here(staying)):
-            for worker in experts:
-                if any(placed.member == worker.member for placed in proposed.workers):
-                    commands += self._order(worker, Prepare(proposed), now_s)
+        commands += self._prepare(self.epochs.propose(self._experts_here(), self._all_here(staying)), now_s)
         if published := self.epochs.publish({worker.member: worker.epoch for worker in experts}):
+            self.balancer.book.forget({placed.member.id for placed in published.workers})
             for worker in self.roster.live(Role.ATTENTION):
                 commands += self._order(worker, Publish(published), now_s)
         attention = [worker for worker in self.roster.pool(Role.ATTENTION) if worker.may_be_alive]
         if stale := self.epochs.retire([worker.epoch for worker in attention]):
             commands += [Send(worker.member, Retire(stale)) for worker in experts]
         return commands
+
+    def rebalancing(self) -> Task | None:
+        """What to work out so as to rebalance the placement in use; None: there is none, or another follows."""
+        epochs, config = self.epochs, self.config.balancer
+        if epochs.published is None or epochs.preparing is not None:
+            return None
+        return self.balancer.task(self.shape.fingerprint, self._experts_here(), epochs.published, config.moves_max)
+
+    def _experts_here(self) -> dict[Member, Register]:
+        """Expert workers that may be given experts, which those that are to leave may not, and what they have
+        registered."""
+        staying = [worker for worker in self.roster.live(Role.EXPERT) if worker.is_wanted]
+        return {worker.member: worker.register for worker in staying if worker.register}
+
+    def _prepare(self, placement: Placement | None, now_s: float) -> list[Command]:
+        """Unhurried while everything is held by somebody who lives."""
+        if placement is None:
+            return []
+        experts, published = self.roster.live(Role.EXPERT), self.epochs.published
+        live = {worker.member for worker in experts}
+        gone = {placed.member for placed in published.workers} - live if published else set()
+        unhurried = published is not None and published.is_covered_without(gone)
+        placed = {worker.member for worker in placement.workers}
+        return [
+            command
+            for worker in experts
+            if worker.member in placed
+            for command in self._order(worker, Prepare(placement, unhurried), now_s)
+        ]
 
     def _all_here(self, staying: list[Worker]) -> bool:
         """Every expert worker that is wanted. Once we have served, none waits for one that cannot start."""

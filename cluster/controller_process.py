@@ -61,6 +61,7 @@ def _controller_config(spec: ClusterSpec, remembered: Pools | None) -> Controlle
         expert_workers=sizes.expert_workers,
         replicas=sizes.replicas,
         pools=remembered,
+        balancer=spec.config.balancer,
         drain_timeout_s=life.drain_timeout_s + _DRAIN_MARGIN_S,
         companion_deadline_s=life.companion_deadline_s,
         pid=os.getpid(),

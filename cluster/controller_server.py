@@ -31,6 +31,7 @@ from cluster.events import (
     KillWorker,
     Left,
     Order,
+    Rebalance,
     Register,
     Remember,
     Role,
@@ -41,7 +42,7 @@ from cluster.events import (
     Tick,
     WatchWorker,
 )
-from cluster.overview import overview
+from cluster.overview import overview, rebalancing
 from cluster.processes import is_gone
 from cluster.traces import SECONDS_MAX, Traces
 from router.membership import Traced
@@ -105,6 +106,7 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         self._inbox: asyncio.Queue[Event] = asyncio.Queue(_INBOX_MAX)
         self._pump: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._balancing = asyncio.Lock()
         self._to_keep: Remember | None = None  # for the next term
         self._keeping: Future[None] | None = None
         self._traces = Traces(self._send_trace, controller.term)
@@ -172,6 +174,27 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "others ask for a trace; accepted: later")
         return control_pb2.TraceReply(traces=[trace for trace in came.values() if trace], silent=silent)
 
+    async def Balance(
+        self, request: control_pb2.BalanceRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> control_pb2.BalanceReply:
+        """Worked out in a thread of its own, accepted between two events if nothing has changed meanwhile."""
+        if self._balancing.locked():
+            await context.abort(grpc.StatusCode.ABORTED, "others rebalance; accepted: later")
+        async with self._balancing:
+            task = self._controller.rebalancing()
+            if task is None:
+                why = "a placement is being prepared, or none is in use; accepted: once one is"
+                await context.abort(grpc.StatusCode.ABORTED, why)
+            assert task is not None
+            proposal = await asyncio.to_thread(task.propose)
+            epochs = self._controller.epochs
+            if not (request.dry_run or proposal.is_empty):
+                self._turn(Rebalance(proposal))
+                if epochs.preparing is None or epochs.preparing.workers != proposal.after.workers:
+                    await context.abort(grpc.StatusCode.ABORTED, "workers came or went; accepted: again")
+            ordered = epochs.preparing.epoch if epochs.preparing and not request.dry_run else None
+            return wire.encode_rebalancing(rebalancing(self._controller, proposal, ordered))
+
     async def Resize(
         self, request: control_pb2.ResizeRequest, _context: grpc.aio.ServicerContext[Any, Any]
     ) -> control_pb2.ResizeReply:
@@ -210,14 +233,15 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         self, requests: AsyncIterator[control_pb2.MemberReport], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         """One stream, from its Register to its end."""
-        stream, member = _Stream(), None
+        stream, member, register = _Stream(), None, None
         tasks: list[asyncio.Task[Any]] = []
         try:
             first = await anext(requests, None)
             if first is None:
                 return
             report = wire.decode_report(first)
-            if not isinstance(report.body, Register):
+            register = report.body
+            if not isinstance(register, Register):
                 raise wire.Malformed("report: not a register; accepted: register first on every stream")
             if report.term > self._controller.term:
                 # Another controller decides: this one must not be heard, and its members will find the other.
@@ -242,7 +266,8 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
             if member is not None and self._streams.get(member) is stream:
                 del self._streams[member]
                 await self._inbox.put(Left(member))
-                await self._look_whether_ended(member, report.body)
+                if isinstance(register, Register):
+                    await self._look_whether_ended(member, register)
 
     async def _look_whether_ended(self, member: MemberId, register: Register) -> None:
         """A process that dies closes its sockets a moment before it is gone. Where it ran here that is seen at

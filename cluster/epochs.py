@@ -1,18 +1,18 @@
 """Which placement comes next: proposed, prepared by its expert workers, published, and its elders retired. Pure.
 
 One placement is being prepared at a time, and one is published. What is being prepared is left to finish unless
-one of its workers is lost, is to leave, or cannot hold it. Knows expert workers as (member, address), and no
-life cycles.
+one of its workers is lost, is to leave, or cannot hold it. Knows expert workers by where they are, and no life
+cycles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cluster.arrangement import arrange
+from cluster.balancer.balancer import Balancer, Home, Proposal
 from router.errors import PlacementError
-from router.placement import EpochId, Member, PlacedWorker, Placement
+from router.placement import EpochId, Member, Placement
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModelShape:
 class Epochs:
     term: int
     shape: ModelShape
-    replicas: int
+    balancer: Balancer
     number: int = 0  # of the newest epoch proposed in this term
     preparing: Placement | None = None
     published: Placement | None = None
@@ -36,22 +36,28 @@ class Epochs:
     _considered: tuple[tuple[tuple[Member, str], ...], bool] | None = None
 
     @property
+    def replicas(self) -> int:
+        """Holders of each expert, wherever there are as many workers."""
+        return self.balancer.replicas
+
+    @property
     def newest(self) -> Placement | None:
         return self.preparing or self.published
 
-    def propose(self, here: Mapping[Member, str], is_complete: bool) -> Placement | None:
+    def propose(self, here: Mapping[Member, Home], is_complete: bool) -> Placement | None:
         """The placement to prepare now; None when nothing is to change, or nothing can.
 
-        `here`: live expert workers that are to stay, in a fixed order, and their addresses. `is_complete`: all
-        that are expected are here. With everyone here experts are arranged anew, which gives a replacement its
-        predecessor's slots and moves what newcomers and leavers make necessary; with someone missing the rest go
-        on as soon as they cover the model. Otherwise: wait for who is to come. Where an epoch was begun in vain
-        one follows, be it like the published one: its retirement frees what was loaded for the other.
+        `here`: live expert workers that are to stay, in a fixed order, and where they are. `is_complete`: all
+        that are expected are here. With everyone here experts are arranged by the balancer, which gives a
+        replacement its predecessor's slots and moves what newcomers and leavers make necessary; with someone
+        missing the rest go on as soon as they cover the model. Otherwise: wait for who is to come. Where an epoch
+        was begun in vain one follows, be it like the published one: its retirement frees what was loaded for the
+        other.
         """
         if self.preparing and here.keys() >= _members(self.preparing):
             return None
         self.preparing = None
-        considered = (tuple(here.items()), is_complete)
+        considered = (tuple((member, home.address) for member, home in here.items()), is_complete)
         if considered == self._considered:
             return None  # asked at every event: the answer has not changed
         self._considered = considered
@@ -62,13 +68,19 @@ class Epochs:
         self.preparing = wanted
         return wanted
 
-    def _everyone(self, here: Mapping[Member, str]) -> Placement:
-        workers = tuple(PlacedWorker(member, address, ()) for member, address in here.items())
-        shape = self.shape
-        wanted = Placement(self._next, shape.fingerprint, shape.num_layers, shape.num_experts, workers)
-        return arrange(self.published, wanted, min(self.replicas, len(here)))
+    def rebalance(self, proposal: Proposal) -> Placement | None:
+        """The placement to prepare now: what is proposed, if what it set out from is still in use."""
+        if self.preparing or self.published is None or proposal.before != self.published:
+            return None
+        self.number += 1
+        self.preparing = replace(proposal.after, epoch=EpochId(self.term, self.number))
+        return self.preparing
 
-    def _survivors(self, here: Mapping[Member, str]) -> Placement | None:
+    def _everyone(self, here: Mapping[Member, Home]) -> Placement:
+        """What must be, and no more: others may wait for it."""
+        return self.balancer.task(self.shape.fingerprint, here, self.published, moves_max=0).solve(self._next)
+
+    def _survivors(self, here: Mapping[Member, Home]) -> Placement | None:
         if self.published is None:
             return None
         workers = tuple(worker for worker in self.published.workers if worker.member in here)

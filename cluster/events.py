@@ -11,6 +11,7 @@ import enum
 import json
 from dataclasses import dataclass
 
+from cluster.balancer.balancer import Proposal
 from router.membership import Adopted, Health, PeerLost, Prepared, Traced, Unprepared
 from router.placement import EpochId, Member, Placement
 
@@ -105,6 +106,13 @@ class Drain:
 
 
 @dataclass(frozen=True)
+class Rebalance:
+    """A person or the autoscaler wants experts where the balancer would have them."""
+
+    proposal: Proposal
+
+
+@dataclass(frozen=True)
 class StopAll:
     """Drain: gateways first, then everything else."""
 
@@ -114,7 +122,7 @@ class Tick:
     """Time has passed; everything that came before it has been told."""
 
 
-Event = Report | Left | ActorDied | Resize | Drain | StopAll | Tick
+Event = Report | Left | ActorDied | Resize | Drain | Rebalance | StopAll | Tick
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,7 @@ class Prepare:
     """Expert worker: load what this placement gives you, then report Prepared."""
 
     placement: Placement
+    unhurried: bool = False  # nothing waits for it: loaded at a bounded rate
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from cluster.loop_thread import LoopThread
 from cluster.member_link import (
     ControllerUnreachable,
     MemberLink,
+    ask_rebalance,
     ask_resize,
     fetch_placement,
     fetch_status,
@@ -104,7 +105,16 @@ class GatewayProcess:
         self._ledger = Ledger(self._link, config, metrics)
         self._tokens = TokenService(identity, spec.token, self._ledger, config, metrics)
         self._state = GatewayState(
-            config, card, self._link, self._ledger, metrics, self._status, self._trace, self._resize, VERSION
+            config,
+            card,
+            self._link,
+            self._ledger,
+            metrics,
+            self._status,
+            self._trace,
+            self._resize,
+            self._rebalance,
+            VERSION,
         )
         self._link.token_address = await self._tokens.start()
         if spec.config.grpc_port:
@@ -129,10 +139,16 @@ class GatewayProcess:
     async def _resize(self, asked: ResizeRequest) -> ResizeReply:
         return await self._ask(functools.partial(ask_resize, asked=asked))
 
-    async def _ask(self, fetch: Callable[[str, str, float], Awaitable[Answer]]) -> Answer:
+    async def _rebalance(self, dry_run: bool) -> dict[str, Any]:
+        timeout_s = self._spec.config.gateway.rebalance_timeout_s
+        return await self._ask(functools.partial(ask_rebalance, dry_run=dry_run), timeout_s)
+
+    async def _ask(
+        self, fetch: Callable[[str, str, float], Awaitable[Answer]], timeout_s: float | None = None
+    ) -> Answer:
         config, spec = self._spec.config.gateway, self._spec
         try:
-            return await fetch(spec.controller_address, spec.token, config.status_timeout_s)
+            return await fetch(spec.controller_address, spec.token, timeout_s or config.status_timeout_s)
         except ControllerUnreachable as error:
             raise NotReady(str(error), retry_after_s=config.retry_after_s) from error
 

@@ -197,6 +197,15 @@ async def fetch_trace(address: str, token: str, timeout_s: float, seconds: float
         return reply
 
 
+async def ask_rebalance(address: str, token: str, timeout_s: float, dry_run: bool) -> dict[str, Any]:
+    """What rebalancing does, or would do. Raises ControllerUnreachable."""
+    async with _controller(address) as stub:
+        request = control_pb2.BalanceRequest(dry_run=dry_run)
+        return wire.decode_rebalancing(
+            await stub.Balance(request, metadata=auth_metadata(token), timeout=timeout_s)
+        )
+
+
 async def ask_resize(
     address: str, token: str, timeout_s: float, asked: control_pb2.ResizeRequest
 ) -> control_pb2.ResizeReply:
@@ -212,8 +221,10 @@ async def _controller(address: str) -> AsyncIterator[Any]:
         async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
             yield control_pb2_grpc.ControllerServiceStub(channel)
     except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.ABORTED:
+            raise ControllerUnreachable(f"not now: {error.details()}") from error
         raise ControllerUnreachable(f"the controller cannot be reached ({error.code().name})") from error
 
 
 class ControllerUnreachable(Exception):
-    """It does not answer; it may be starting anew."""
+    """It does not answer, for it may be starting anew, or says that it cannot now."""

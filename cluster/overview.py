@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.balancer.balancer import Proposal
 from cluster.controller import Companion, Controller
 from cluster.events import WORKER_ROLES, Role
 from cluster.lifecycle import WorkerState
 from cluster.roster import Worker
+from router.placement import EpochId
 
 DRAINING = "draining"  # of a worker that serves and is to leave
 
@@ -34,6 +36,7 @@ def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> 
         "replicas": epochs.replicas,
         "pools": {role.value: _pool(controller, role) for role in WORKER_ROLES},
         "scaling_failed": controller.scaling.failed,
+        "balance": _balance(controller),
         "reports_refused": controller.reports_refused,
         "workers": [_worker(controller, worker, now_s) for worker in controller.roster.workers.values()],
         "scheduler": schedulers[-1] if schedulers else None,
@@ -49,6 +52,38 @@ def overview(controller: Controller, about: Mapping[str, Any], now_s: float) -> 
             for failure in controller.roster.failures
         ],
     }  # fmt: skip
+
+
+def _balance(controller: Controller) -> dict[str, Any]:
+    """`imbalance`: the busiest expert worker's load over the mean, summed over layers, since the placement last
+    changed; null: there was none."""
+    book, epochs = controller.balancer.book, controller.epochs
+    published = tuple(worker.member.id for worker in epochs.published.workers) if epochs.published else ()
+    imbalance = book.imbalance(published)
+    return {
+        "imbalance": None if imbalance is None else round(imbalance, 4),
+        "loads": {worker: round(level, 1) for worker, level in book.levels.items()},
+        "preparing": {"term": epochs.preparing.epoch.term, "number": epochs.preparing.epoch.number}
+        if epochs.preparing
+        else None,
+    }
+
+
+def rebalancing(controller: Controller, proposal: Proposal, ordered: EpochId | None) -> dict[str, Any]:
+    """The document of `expertmesh rebalance --json`. `ordered`: the epoch it is being prepared as."""
+    slots = sum(len(worker.experts) for worker in proposal.before.workers)
+    stored = sum(worker.health.bytes_loaded for worker in controller.roster.live(Role.EXPERT))
+    return {
+        "epoch": {"term": ordered.term, "number": ordered.number} if ordered else None,
+        "imbalance_before": proposal.imbalance_before,
+        "imbalance_after": proposal.imbalance_after,
+        "moves": [
+            {"layer": move.layer, "expert": move.expert, "to": move.to, "from": move.source}
+            for move in proposal.moves
+        ],
+        "bytes": len(proposal.moves) * stored // max(slots, 1),
+        "dropped": proposal.dropped,
+    }
 
 
 def _pool(controller: Controller, role: Role) -> dict[str, int]:

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
+BEHIND = 5
+"""Niceness of a thread whose work can wait for those who serve: a third of their share where cores are scarce."""
+
 _RAY_TITLE = "ray::"  # how Ray names the processes of its actors
+
+
+def step_back() -> None:
+    """This thread, and those it starts, for good: on Linux niceness is a thread's own."""
+    os.nice(BEHIND)
+
+
+def import_behind(*names: str) -> None:
+    """Import these modules behind those who serve: a worker's start is two seconds of a core, most of them torch's
+    import, and beside what it is to replace few are idle."""
+    with ThreadPoolExecutor(1, "importing", step_back) as aside:
+        for name in names:
+            aside.submit(importlib.import_module, name).result()
 
 
 def end_process(pid: int) -> None:

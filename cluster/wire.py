@@ -28,7 +28,7 @@ from cluster.events import (
 )
 from cluster.scaling import Refused
 from router.errors import PlacementError
-from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced, Unprepared
+from router.membership import Adopted, ExpertLoad, Health, HealthState, PeerLost, Prepared, Traced, Unprepared
 from router.placement import EpochId, Member, Placement
 from router.wire import incarnation_to_pb, member_from_pb, placement_from_pb, placement_to_pb
 
@@ -104,8 +104,9 @@ def _report_body(message: control_pb2.MemberReport) -> ReportBody:
 def encode_order(order: Order) -> control_pb2.MemberOrder:
     message = control_pb2.MemberOrder(term=order.term, fingerprint=order.fingerprint)
     match order.body:
-        case Prepare(placement):
+        case Prepare(placement, unhurried):
             message.prepare.CopyFrom(placement_to_pb(placement))
+            message.unhurried = unhurried
         case Publish(placement):
             message.publish.CopyFrom(placement_to_pb(placement))
         case Retire(epoch):
@@ -128,7 +129,7 @@ def decode_order(message: control_pb2.MemberOrder) -> Order:
 def _order_body(message: control_pb2.MemberOrder) -> OrderBody:
     match message.WhichOneof("body"):
         case "prepare":
-            return Prepare(_placement(message.prepare))
+            return Prepare(_placement(message.prepare), message.unhurried)
         case "publish":
             return Publish(_placement(message.publish))
         case "retire":
@@ -152,6 +153,17 @@ def decode_status(reply: control_pb2.StatusReply) -> dict[str, Any]:
     document = json.loads(reply.json)
     if not isinstance(document, dict):
         raise Malformed(f"status: a {type(document).__name__}; accepted: an object")
+    return document
+
+
+def encode_rebalancing(document: dict[str, Any]) -> control_pb2.BalanceReply:
+    return control_pb2.BalanceReply(json=json.dumps(document))
+
+
+def decode_rebalancing(reply: control_pb2.BalanceReply) -> dict[str, Any]:
+    document = json.loads(reply.json)
+    if not isinstance(document, dict):
+        raise Malformed(f"rebalancing: a {type(document).__name__}; accepted: an object")
     return document
 
 
@@ -203,7 +215,7 @@ def _heartbeat(body: Health) -> control_pb2.Heartbeat:
     return control_pb2.Heartbeat(
         state=_STATES[HealthState(body.state)], bytes_loaded=body.bytes_loaded, bytes_total=body.bytes_total,
         detail=body.detail, gauges=dict(body.gauges), bytes_kept=body.bytes_kept, kept_as=body.kept_as,
-        links=dict(body.links),
+        links=dict(body.links), load=_load(body.load),
     )  # fmt: skip
 
 
@@ -212,8 +224,21 @@ def _decode_heartbeat(body: control_pb2.Heartbeat) -> Health:
         raise Malformed(f"heartbeat: state {body.state}; accepted: {sorted(_STATES_BACK)}")
     return Health(
         _STATES_BACK[body.state], body.bytes_loaded, body.bytes_total, body.detail, dict(body.gauges),
-        body.bytes_kept, body.kept_as, dict(body.links),
+        body.bytes_kept, body.kept_as, dict(body.links), _decode_load(body.load),
     )  # fmt: skip
+
+
+def _load(load: ExpertLoad) -> control_pb2.ExpertLoad | None:
+    return control_pb2.ExpertLoad(slots=load.slots, reads=load.reads, rows=load.rows) if load.slots else None
+
+
+def _decode_load(load: control_pb2.ExpertLoad) -> ExpertLoad:
+    slots, reads, rows = tuple(load.slots), tuple(load.reads), tuple(load.rows)
+    if not len(slots) == len(reads) == len(rows):
+        raise Malformed(
+            f"load: {len(slots)} slots, {len(reads)} reads, {len(rows)} rows; accepted: as many of each"
+        )
+    return ExpertLoad(slots, reads, rows)
 
 
 def _member(incarnation: identity_pb2.Incarnation) -> Member:

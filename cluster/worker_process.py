@@ -148,7 +148,7 @@ def _expert(
         spec.exchange_host(node_ip), config.device, config.pools.gpus_per_worker, on_event,
     )  # fmt: skip
     handlers: Handlers = {
-        Prepare: lambda order: service.prepare(order.placement),
+        Prepare: lambda order: service.prepare(order.placement, order.unhurried),
         Retire: lambda order: service.retire(order.epoch),
     }
     return service, handlers, lambda: service.address

@@ -29,6 +29,10 @@ class ExpertConfig(BaseModel):
     batch_parcels_max: int = Field(default=64, ge=1)
     """Parcels in hand at most, waiting to be joined. What more there is waits in its sender's link."""
 
+    load_bytes_per_s: int = Field(default=256 << 20, ge=0)
+    """Of weights, as stored, loaded beside the work when nothing waits for them: while the pool is rebalanced, or
+    workers come and go. 0: as fast as it goes. What waits for a lost worker's experts is never slowed."""
+
     join_wait_s: float = Field(default=0.002, ge=0, le=0.1)
     """How long at most a parcel is held for another attention worker that is expected to ask for the same layer;
     0: only what waits already is joined. Longer joins more, and lets a fast attention worker wait for a slow one

@@ -75,10 +75,11 @@ class Residency:
         placement: Placement,
         should_stop: Callable[[], bool] = lambda: False,
         keep: Keep = "dequantised",
+        rest: Callable[[int], object] = lambda _: None,
     ) -> None:
         """Load what the placement asks for and is not here. `bytes_loaded` of `bytes_total` grows meanwhile.
 
-        `keep`: how to hold those of them that are stored in FP8.
+        `keep`: how to hold those of them that are stored in FP8. `rest`: called after each expert, with its bytes.
         """
         wanted = self.wanted(placement)
         with self._writing:
@@ -94,6 +95,7 @@ class Residency:
             with self._writing:
                 self._layers[layer] = {**self._layers[layer], expert: loaded}
                 self.bytes_loaded += self._nbytes(layer, expert)
+            rest(self._nbytes(layer, expert))
 
     def retire(self, epoch: EpochId) -> None:
         """Free what only `epoch` and older ones held."""

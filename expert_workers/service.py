@@ -7,14 +7,17 @@ freed between turns, by the thread that reads them.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from expert_workers.config import ExpertConfig
+from expert_workers.pace import Pace
 from expert_workers.residency import Residency
 from expert_workers.worker import ExpertWorker
 from model.checkpoint import Checkpoint
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _ORDERS_MAX = 64
 _TURN_WAIT_S = 0.5
+_BEHIND = 5  # niceness of the thread that loads: who serves goes before it, here and beside
 PERMANENT = (ModelError, NumericsError, RouterError)
 
 
@@ -58,7 +62,7 @@ class ExpertService:
         self._transport, self._host = transport, host
         self._kind, self._device_share, self._device = device, device_share, HOST
         self._on_event = on_event
-        self._orders: queue.Queue[Placement | None] = queue.Queue(_ORDERS_MAX)
+        self._orders: queue.Queue[tuple[Placement, bool] | None] = queue.Queue(_ORDERS_MAX)
         self._retired: queue.Queue[EpochId] = queue.Queue(_ORDERS_MAX)
         self._stopping = threading.Event()
         self._turns = 0
@@ -86,10 +90,11 @@ class ExpertService:
         self._loader.start()
         self._answerer.start()
 
-    def prepare(self, placement: Placement) -> None:
+    def prepare(self, placement: Placement, unhurried: bool = False) -> None:
         """Load in the background what the placement gives this worker. Emits Prepared; or Unprepared where it has
-        no room for it but serves another, which goes on; or Failed."""
-        self._orders.put_nowait(placement)
+        no room for it but serves another, which goes on; or Failed. `unhurried`: at `load_bytes_per_s`, for the
+        sake of what is being answered."""
+        self._orders.put_nowait((placement, unhurried))
 
     def retire(self, epoch: EpochId) -> None:
         """Free, between two turns, what only this epoch and older ones held."""
@@ -112,7 +117,7 @@ class ExpertService:
         }
         return Health(
             self._state, residency.bytes_loaded, residency.bytes_total, self._detail, gauges,
-            residency.bytes_kept, residency.kept_as,
+            residency.bytes_kept, residency.kept_as, load=worker.tally.total(),
         )  # fmt: skip
 
     def turns(self) -> dict[str, int]:
@@ -151,10 +156,11 @@ class ExpertService:
     # --- loader thread -----------------------------------------------------------------------
 
     def _load(self) -> None:
+        os.nice(_BEHIND)
         torch.set_num_threads(self._config.threads)
         try:
-            while (placement := self._orders.get()) is not None and not self._stopping.is_set():
-                self._prepare(placement)
+            while (order := self._orders.get()) is not None and not self._stopping.is_set():
+                self._prepare(*order)
         except PERMANENT as error:
             self._fail(str(error))
         except Exception as error:
@@ -162,7 +168,7 @@ class ExpertService:
             log.exception("expert worker %s", self.member)
             self._fail(f"{type(error).__name__}: {error}")
 
-    def _prepare(self, placement: Placement) -> None:
+    def _prepare(self, placement: Placement, unhurried: bool) -> None:
         residency = self._residency
         assert residency is not None
         self._detail = f"loading experts of epoch {placement.epoch.term}.{placement.epoch.number}"
@@ -177,7 +183,14 @@ class ExpertService:
             self._detail = ""
             self._on_event(Unprepared(placement.epoch, str(error)))
             return
-        residency.prepare(placement, self._stopping.is_set, keep)
+        beside_work = unhurried and self._state is HealthState.READY
+        pace = Pace(self._config.load_bytes_per_s if beside_work else 0, time.monotonic())
+
+        def rest(nbytes: int) -> None:
+            if self._orders.empty():  # else something else waits
+                self._stopping.wait(pace.wait_s(nbytes, time.monotonic()))
+
+        residency.prepare(placement, self._stopping.is_set, keep, rest)
         if not self._stopping.is_set():
             self._state, self._detail = HealthState.READY, ""
             self._on_event(Prepared(placement.epoch))

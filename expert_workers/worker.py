@@ -13,6 +13,7 @@ from expert_workers.batcher import Batcher
 from expert_workers.config import ExpertConfig
 from expert_workers.residency import Residency
 from expert_workers.staging import Staging
+from expert_workers.tally import Tally
 from model.experts import Expert, grouped
 from router.config import RowsSent
 from router.placement import EpochId, Member
@@ -30,6 +31,7 @@ class ExpertWorker:
         self.end = end
         num_layers = residency.checkpoint.config.num_layers
         self.batcher = Batcher(num_layers, config.batch_rows_max, config.batch_parcels_max, config.join_wait_s)
+        self.tally = Tally(num_layers, residency.checkpoint.config.num_experts)
         self._staging = Staging(residency.device, end.device)
         self._taken_ns: dict[int, int] = {}  # when each parcel in hand, by its id(), was taken in
         self.rows = 0
@@ -76,6 +78,7 @@ class ExpertWorker:
         out = self._staging.to_host(out)
         self.rows += len(out)
         self.batches += 1
+        self.tally.add(layer, experts)
         computed_ns = time.perf_counter_ns() - began_ns
         self.parcels += len(batch)
         for parcel, part in zip(batch, out.split([len(p.route_rows) for p in batch]), strict=True):

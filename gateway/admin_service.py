@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
 from expertmesh.v1 import admin_pb2, admin_pb2_grpc, control_pb2
 
 from gateway import admin_wire
-from gateway.errors import ClientGone, NotReady, invalid
-from gateway.grpc_errors import Context
+from gateway.errors import NotReady, invalid
+from gateway.grpc_errors import Context, begin, write
+from gateway.rebalancing import typed
 from gateway.scaling import drain_request, resized
 from gateway.state import GatewayState
 from gateway.traces import SECONDS, checked_seconds
@@ -66,12 +66,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         reply = await self._state.asked(self._state.trace(seconds))
         return admin_pb2.GetTraceResponse(traces=reply.traces, silent=reply.silent)
 
+    async def Rebalance(
+        self, request: admin_pb2.RebalanceRequest, _context: Context
+    ) -> admin_pb2.RebalanceResponse:
+        return typed(await self._state.rebalanced(request.dry_run))
+
     async def WatchEvents(self, _request: admin_pb2.WatchEventsRequest, context: Context) -> None:
         """Until the client ends it, does not read, or its deadline passes."""
         async with aclosing(self._state.watch.events()) as events:
+            await begin(context)
             async for change in events:
-                try:
-                    async with asyncio.timeout(self._state.config.client_stall_s_max):
-                        await context.write(admin_wire.event(change))
-                except TimeoutError:
-                    raise ClientGone("the client does not read") from None
+                await write(context, admin_wire.event(change), self._state.config.client_stall_s_max)

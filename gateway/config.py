@@ -168,6 +168,9 @@ class GatewayConfig(BaseModel):
     status_timeout_s: float = Field(default=5.0, gt=0)
     """Longest wait for the controller's status document."""
 
+    rebalance_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait for the controller to work out a better placement: seconds for large models."""
+
     watch_s: float = Field(default=0.5, ge=0.05)
     """Between two looks at the cluster while anybody watches its events."""
 

@@ -6,23 +6,26 @@ field at fault, RetryInfo where a time to come back is known.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
+import grpc.aio
 from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from gateway import errors
-from gateway.errors import BadRequest, Refusal
+from gateway.errors import BadRequest, ClientGone, Refusal
 
 _log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _DOMAIN = "expertmesh"
+_HEADERS_S_MAX = 5.0  # for what waits for no reader, only for the socket
 _MESSAGE_CHARS_MAX = 300  # written twice, percent-encoded and in base64: what clients read of metadata is 8 KiB
 
 CODES: dict[type[Refusal], grpc.StatusCode] = {
@@ -67,6 +70,34 @@ async def abort(context: Context, error: Refusal) -> NoReturn:
     ours = context.trailing_metadata() or ()  # the call's name: what comes with a status takes its place
     await context.abort(status.code, status.details, (*ours, *status.trailing_metadata))
     raise AssertionError("abort raises")
+
+
+async def begin(context: Context) -> None:
+    """A stream's headers, before its first message. Never cut off: until they are known to be sent the library
+    would send them again with a status, which fails, and leave the client to wait for ever. Raises ClientGone."""
+    sending = asyncio.ensure_future(context.send_initial_metadata(()))
+    try:
+        await asyncio.wait({sending})
+    except asyncio.CancelledError:
+        await asyncio.wait({sending}, timeout=_HEADERS_S_MAX)
+        if sending.done():
+            sending.exception()  # known to have been: there is nobody to tell any more
+        raise
+    try:
+        sending.result()
+    except grpc.aio.InternalError as error:
+        raise ClientGone("the client hung up") from error
+
+
+async def write(context: Context, message: Any, stall_s_max: float) -> None:
+    """One message of a stream. Raises ClientGone where its client does not read."""
+    try:
+        async with asyncio.timeout(stall_s_max):
+            await context.write(message)
+    except TimeoutError:
+        raise ClientGone("the client does not read") from None
+    except grpc.aio.InternalError as error:
+        raise ClientGone("the client hung up") from error
 
 
 Behaviour = Callable[[Any, Context], Awaitable[Any]]

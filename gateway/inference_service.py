@@ -18,7 +18,7 @@ from expertmesh.v1 import inference_pb2, inference_pb2_grpc
 
 from gateway import inference_wire as wire
 from gateway.errors import AlreadyExists, ClientGone, DeadlinePassed, NotFound, invalid
-from gateway.grpc_errors import Context
+from gateway.grpc_errors import Context, begin, write
 from gateway.metrics import Meter
 from gateway.prompts import unknown_model
 from gateway.running import Running, beside, outcome
@@ -66,6 +66,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Writes instead of yielding: wherever it ends it ends in here, not when a generator is collected."""
         async with self._running(request, context, "grpc_generate_stream") as (name, call, running):
             positions: Counter[int] = Counter()
+            await begin(context)
             async with aclosing(running.pieces()) as pieces:
                 async for piece in pieces:
                     if piece.prompt_logprobs:  # the same for all choices
@@ -137,11 +138,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             opened.over.set()
 
     async def _write(self, context: Context, message: inference_pb2.GenerateStreamResponse) -> None:
-        try:
-            async with asyncio.timeout(self._state.config.client_stall_s_max):
-                await context.write(message)
-        except TimeoutError:
-            raise ClientGone("the client does not read") from None
+        await write(context, message, self._state.config.client_stall_s_max)
 
     @property
     def _validator(self) -> Validator:

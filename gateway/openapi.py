@@ -76,6 +76,9 @@ _BODIES: dict[str, dict[str, Any]] = {
 _SECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": 60, "default": 5}
 _PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "/v1/admin/trace": [{"name": "seconds", "in": "query", "required": False, "schema": _SECONDS}],
+    "/v1/admin/rebalance": [
+        {"name": "dry_run", "in": "query", "required": False, "schema": {"type": "boolean", "default": False}}
+    ],
     "/v1/loads": [
         {"name": "include", "in": "query", "required": False, "schema": {"type": "string", "default": "all"}},
         {"name": "format", "in": "query", "required": False, "schema": {"enum": list(loads.FORMATS)}},

@@ -28,6 +28,7 @@ from gateway.messages.errors import PATH as MESSAGES
 from gateway.messages.errors import error_body
 from gateway.openapi import OPEN_PATHS, describe, is_for_admins
 from gateway.prompts import unknown_model
+from gateway.rebalancing import is_dry_run
 from gateway.responses import body as responses_body
 from gateway.responses.body import ResponsesBody
 from gateway.responses.dialect import ResponsesDialect
@@ -167,6 +168,10 @@ def _add_operating(app: FastAPI, state: GatewayState) -> None:
     async def trace(request: Request) -> Response:
         seconds = trace_seconds(request.query_params)
         return JSONResponse(trace_document(await state.asked(state.trace(seconds))))
+
+    @app.post("/v1/admin/rebalance")
+    async def rebalance(request: Request) -> Response:
+        return JSONResponse(await state.rebalanced(is_dry_run(request.query_params)))
 
     @app.post("/v1/admin/scale")
     async def scale(request: Request) -> Response:

@@ -28,7 +28,8 @@ Answer = TypeVar("Answer")
 @dataclass
 class GatewayState:
     """`status` brings the cluster's status document, or raises a Refusal; `trace` the step traces of
-    the last so many seconds; `resize` what the controller says to other pools. Draining: no new calls."""
+    the last so many seconds; `resize` what the controller says to other pools; `rebalance` has experts moved, or
+    says what would be (True). Draining: no new calls."""
 
     config: GatewayConfig
     card: ModelCard
@@ -38,6 +39,7 @@ class GatewayState:
     status: Callable[[], Awaitable[dict[str, Any]]]
     trace: Callable[[float], Awaitable[TraceReply]]
     resize: Callable[[ResizeRequest], Awaitable[ResizeReply]]
+    rebalance: Callable[[bool], Awaitable[dict[str, Any]]]
     version: str
     is_draining: bool = False
     intake: Intake = field(init=False)
@@ -73,12 +75,17 @@ class GatewayState:
         requests = current().admit(call.requests, self.config.cache_shared_by)
         return dataclasses.replace(call, requests=requests)
 
-    async def asked(self, question: Awaitable[Answer]) -> Answer:
-        """The controller's answer. Raises NotReady if it takes too long, and what `question` raises."""
+    async def asked(self, question: Awaitable[Answer], timeout_s: float | None = None) -> Answer:
+        """The controller's answer, within `status_timeout_s` if not told otherwise. Raises NotReady if it takes
+        too long, and what `question` raises."""
         try:
-            async with asyncio.timeout(self.config.status_timeout_s):
+            async with asyncio.timeout(timeout_s or self.config.status_timeout_s):
                 return await question
         except TimeoutError:
             raise NotReady(
                 "the controller did not answer in time", retry_after_s=self.config.retry_after_s
             ) from None
+
+    async def rebalanced(self, dry_run: bool) -> dict[str, Any]:
+        """The document of `expertmesh rebalance`. Raises NotReady."""
+        return await self.asked(self.rebalance(dry_run), self.config.rebalance_timeout_s)

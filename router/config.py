@@ -34,7 +34,7 @@ class RouterConfig:
     """How many times the rows of one dispatch may be planned again after losses and refusals."""
 
     overload_pause_s: float = 0.001
-    """Pause before rows that found their peer full are planned again, on a replica where there is one; doubles with
+    """Pause before rows that found their peer full are planned again, on a replica if there is one; doubles with
     each further attempt."""
 
     stay_awake_s: float = 1e-4

@@ -42,7 +42,8 @@ from router.transport.base import (
 
 _LOSSES = frozenset({RefusalReason.PEER_LOST, RefusalReason.DEADLINE})
 _REFUSALS = frozenset({
-    RefusalReason.STALE_EPOCH, RefusalReason.NOT_RESIDENT, RefusalReason.WRONG_INCARNATION, RefusalReason.OVERLOADED,
+    RefusalReason.STALE_EPOCH, RefusalReason.NOT_RESIDENT, RefusalReason.WRONG_INCARNATION,
+    RefusalReason.OVERLOADED,
 })  # fmt: skip
 _Failure = tuple[Parcel, Tensor, Refusal]  # with the positions of its routes
 

@@ -24,6 +24,15 @@ class HealthState(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class ExpertLoad:
+    """What an expert worker was asked for, in all its life: one entry for each expert that ever was."""
+
+    slots: tuple[int, ...] = ()  # layer * num_experts + expert
+    reads: tuple[int, ...] = ()  # computations that read the expert's weights
+    rows: tuple[int, ...] = ()  # rows that these had for it
+
+
+@dataclass(frozen=True)
 class Health:
     """How a process is, sent with every heartbeat."""
 
@@ -35,6 +44,7 @@ class Health:
     bytes_kept: int = 0  # of weights in memory; bytes_loaded counts them as stored
     kept_as: str = ""  # their dtypes in memory: "bfloat16", "fp8", "bfloat16 and fp8"
     links: Mapping[str, str] = field(default_factory=dict)  # attention: expert worker to the link's transport
+    load: ExpertLoad = ExpertLoad()  # expert
 
     @property
     def is_drained(self) -> bool:

@@ -11,7 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.commands import bench_serving
-from cluster.commands.bench_faces import chosen, console, counts, failed, print_json, show_machine, teller
+from cluster.commands.bench_faces import (
+    chosen,
+    console,
+    counts,
+    failed,
+    print_json,
+    refuse_many,
+    show_machine,
+    teller,
+)
 from cluster.config import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _COUNT_MAX = 1 << 20
+_LINKS = ("local", "shm", "grpc")  # those after the first between processes
 
 
 def add_to(commands: Any) -> None:
@@ -48,12 +58,17 @@ def _add_transport(benchmarks: Any) -> None:
         "transport",
         help="round trips and bandwidth between two processes, by kind of link",
         description="Round trips of parcels between two processes, many parcels in flight, and the bandwidth of\n"
-        "4 MB one way, read in place, against memcpy in the same run.",
-        epilog="Example:  expertmesh bench transport --kinds shm --rows 8 --hidden 768",
+        "4 MB one way, read in place, against memcpy in the same run. A faulty link is another as bad or slow as\n"
+        "said. Between GPUs: python -m benchmarks.gpu_links --help",
+        epilog="Example:  expertmesh bench transport --kinds shm --rows 8 --hidden 768\n"
+        "          expertmesh bench transport --kinds shm,faulty:shm:latency_s=0.001,bytes_per_s=1e8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--kinds", default="local,shm,grpc", metavar="KINDS", help="of link (default: %(default)s)"
+        "--kinds",
+        default="local,shm,grpc",
+        metavar="KIND,...",
+        help="of link: local, shm, grpc, faulty:shm:name=value,..., faulty:grpc:... (default: %(default)s)",
     )
     parser.add_argument("--rows", default="8,1,64,256", metavar="N,...", help="of a parcel (default: %(default)s)")
     parser.add_argument(
@@ -130,9 +145,8 @@ def _transport(arguments: argparse.Namespace) -> int:
     # Here, as below: every other command starts without torch.
     from benchmarks.errors import BenchmarkError
     from benchmarks.transport import DTYPES, Effort, Shape, measure
-    from router.transport.select import KINDS
 
-    kinds = chosen("--kinds", arguments.kinds, [kind for kind in KINDS if kind != "auto"])
+    kinds = _links(arguments.kinds)
     [dtype] = chosen("--dtype", arguments.dtype, list(DTYPES), most=1)
     hidden = counts("--hidden", arguments.hidden, 8, 1 << 16)
     rows = counts("--rows", arguments.rows, 1, 1 << 12)
@@ -152,6 +166,30 @@ def _transport(arguments: argparse.Namespace) -> int:
     else:
         _show_transport(crossings, bandwidths, console())
     return 0
+
+
+def _links(text: str) -> list[str]:
+    """Kinds of link; a faulty one has commas of its own. Raises ConfigError."""
+    from router.transport.faults import Faults
+
+    kinds: list[str] = []
+    for part in text.split(","):
+        if kinds and kinds[-1].startswith("faulty:") and "=" in part and ":" not in part:
+            kinds[-1] += f",{part}"
+        else:
+            kinds.append(part)
+    for kind in kinds:
+        scheme, _, rest = kind.partition(":")
+        wrapped, _, faults = rest.partition(":")
+        if kind not in _LINKS and (scheme != "faulty" or wrapped not in _LINKS[1:]):
+            raise ConfigError(f"--kinds: {kind!r}; accepted: {', '.join(_LINKS)}, faulty:shm:name=value,..., "
+                              "faulty:grpc:name=value,...")  # fmt: skip
+        try:
+            Faults.parse(faults)
+        except ValueError as error:
+            raise ConfigError(f"--kinds: {kind!r}: {error}") from None
+    refuse_many("--kinds", kinds)
+    return kinds
 
 
 def _show_transport(crossings: list[Crossing], bandwidths: list[Bandwidth], console: Console) -> None:

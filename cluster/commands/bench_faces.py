@@ -23,7 +23,7 @@ def counts(flag: str, text: str, least: int, most_each: int, most: int = 32) -> 
         if not part.strip().isdecimal() or not least <= int(part) <= most_each:
             raise ConfigError(f"{flag}: {part!r}; accepted: whole numbers from {least} to {most_each}")
         values.append(int(part))
-    _refuse_many(flag, values, most)
+    refuse_many(flag, values, most)
     return values
 
 
@@ -32,11 +32,12 @@ def chosen(flag: str, text: str, accepted: Sequence[str], most: int = 32) -> lis
     for name in names:
         if name not in accepted:
             raise ConfigError(f"{flag}: {name!r}; accepted: {', '.join(accepted)}")
-    _refuse_many(flag, names, most)
+    refuse_many(flag, names, most)
     return names
 
 
-def _refuse_many(flag: str, values: Sequence[T], most: int) -> None:
+def refuse_many(flag: str, values: Sequence[T], most: int = 32) -> None:
+    """Raises ConfigError."""
     if len(values) > most or len(set(values)) < len(values):
         raise ConfigError(f"{flag}: {len(values)} values; accepted: at most {most}, none twice")
 

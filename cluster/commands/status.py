@@ -75,9 +75,16 @@ def fetch(url: str, api_key: str | None) -> dict[str, Any]:
 
 
 def fetch_document(
-    url: str, api_key: str | None, path: str, key: str, body: dict[str, Any] | None = None
+    url: str,
+    api_key: str | None,
+    path: str,
+    key: str,
+    body: dict[str, Any] | None = None,
+    method: str | None = None,
+    timeout_s: float = _TIMEOUT_S,
 ) -> dict[str, Any]:
-    """What the gateway at `url` has at `path`, or answers to `body`: a JSON object that has `key`.
+    """What the gateway at `url` has at `path`, or answers to `body`: a JSON object that has `key`. `method`: GET,
+    or POST with a body, if not told otherwise.
 
     Raises Refused or Unreachable."""
     if not url.startswith(("http://", "https://")):
@@ -87,8 +94,8 @@ def fetch_document(
     if sent is not None:
         headers["Content-Type"] = "application/json"
     try:
-        request = urllib.request.Request(f"{url.rstrip('/')}{path}", sent, headers)
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=_tls(url)) as answer:
+        request = urllib.request.Request(f"{url.rstrip('/')}{path}", sent, headers, method=method)
+        with urllib.request.urlopen(request, timeout=timeout_s, context=_tls(url)) as answer:
             document = json.load(answer)
     except urllib.error.HTTPError as error:
         if error.code == 400:
@@ -151,6 +158,8 @@ def show(document: dict[str, Any], console: Console) -> None:
             console.print(f"{worker['id']}: links {told}", highlight=False)
         if worker["gauges"].get("microbatches"):
             console.print(f"{worker['id']}: {_waits(worker['gauges'])}", highlight=False)
+    if (imbalance := document["balance"]["imbalance"]) is not None:
+        console.print(f"experts: {_balance(document['balance'], imbalance)}", highlight=False)
     gauges = (document["scheduler"] or {}).get("gauges", {})
     told = ", ".join(f"{gauges[name]:g} {name}" for name in ("running", "waiting") if name in gauges)
     console.print(f"scheduler: {told or 'not there'}")
@@ -198,6 +207,15 @@ def _waits(gauges: dict[str, float]) -> str:
         f"steps wait for experts {100 * gauges['exposed_wait_share']:.0f} % of their time (exchange "
         f"{100 * gauges['exchange_share']:.0f} %), {gauges['microbatches']:g} microbatch(es) in the last one"
     )
+
+
+def _balance(balance: dict[str, Any], imbalance: float) -> str:
+    """Of late, since the placement last changed."""
+    total = sum(balance["loads"].values())
+    shares = ", ".join(f"{worker} {load / total:.0%}" for worker, load in balance["loads"].items())
+    preparing = balance["preparing"]
+    then = f"; epoch {preparing['term']}.{preparing['number']} is being prepared" if preparing else ""
+    return f"the busiest has {imbalance:.2f} of the mean load ({shares}){then}"
 
 
 def _headline(document: dict[str, Any]) -> Text:

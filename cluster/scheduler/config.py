@@ -36,8 +36,8 @@ class SchedulerConfig(BaseModel):
     """How long the next in turn waits for room before sequences of lower priority give way to it."""
 
     yields_max: int = Field(2, ge=0)
-    """How often a sequence gives way to a higher priority, or is moved for other reasons, before nobody may ask it
-    any more. 0: nobody gives way."""
+    """How often a sequence gives way to a higher priority, or is moved or lost for other reasons, before nobody
+    may ask it any more, nor move it because its worker is dry. 0: nobody gives way, or is moved for that."""
 
     victims_max: int = Field(8, ge=1)
     """Sequences that give way to one, at most."""

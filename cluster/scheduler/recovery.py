@@ -13,12 +13,19 @@ class Recovery:
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s
         self._expected: frozenset[Incarnation] | None = None  # None: the controller has not said
+        self._newest: dict[str, int] = {}  # life of each id that was ever expected; ids are used again
         self._began_s: float | None = None
         self._unheard: frozenset[Incarnation] = frozenset()  # when it was over
         self.over = False
 
     def expect(self, workers: frozenset[Incarnation]) -> None:
         self._expected = workers
+        for worker in workers:
+            self._newest[worker.id] = max(worker.number, self._newest.get(worker.id, 0))
+
+    def has_lost(self, worker: Incarnation) -> bool:
+        """Whether the controller expected this life, or a later one, and does so no more."""
+        return not self.expects(worker) and worker.number <= self._newest.get(worker.id, 0)
 
     def expects(self, worker: Incarnation) -> bool:
         """False only when the controller has said who lives, and it is not among them."""

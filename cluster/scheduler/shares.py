@@ -20,14 +20,12 @@ class Shares:
 
     def enter(self, tenant: str) -> None:
         """It begins to wait."""
-        self._accounts[tenant] = max(self.account(tenant), self._served)
-        if len(self._accounts) > self._remembered_max:
-            self._forget()
+        self._set(tenant, max(self.account(tenant), self._served))
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         before = self.account(tenant)
         self._served = max(self._served, before)
-        self._accounts[tenant] = before + num_tokens
+        self._set(tenant, before + num_tokens)
 
     def give_back(self, tenant: str, num_tokens: int) -> None:
         if tenant in self._accounts:
@@ -36,7 +34,9 @@ class Shares:
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def _forget(self) -> None:
-        """Keep those who are furthest ahead: they would gain by being forgotten."""
-        ahead = sorted(self._accounts.items(), key=lambda item: (-item[1], item[0]))
-        self._accounts = dict(ahead[: self._remembered_max // 2])
+    def _set(self, tenant: str, account: float) -> None:
+        """Where that is one too many, keep those who are furthest ahead: they would gain by being forgotten."""
+        self._accounts[tenant] = account
+        if len(self._accounts) > self._remembered_max:
+            ahead = sorted(self._accounts.items(), key=lambda item: (-item[1], item[0]))
+            self._accounts = dict(ahead[: self._remembered_max // 2])

@@ -152,9 +152,12 @@ class WaitingQueue:
 
     def call(self, entry: Waiting) -> None:
         """It goes before all others: they give way to it."""
-        self.remove(entry.attempt)
+        name = entry.line
+        line = self._lines[name]
+        del line[bisect_left(line, entry.key)]
+        self._tidy({name})
         entry.is_called, entry.due_s = True, -math.inf
-        self.add(entry)
+        insort(self._lines[entry.line], entry.key)
 
     def remove_all(self, entries: Collection[Waiting]) -> None:
         """At the cost of one pass over their lines, however many they are."""

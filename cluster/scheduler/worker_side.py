@@ -62,6 +62,10 @@ class WorkerSide:
             reason = f"fingerprint {event.fingerprint!r}, this cluster serves {self._fingerprint!r}"
             yield DropLink(worker, reason)
             return
+        if self._recovery.has_lost(worker):
+            self._counters["refused_incarnation"] += 1
+            yield DropLink(worker, "the controller has lost it")
+            return
         others = [other for other in self._books.workers if other.id == worker.id and other != worker]
         if any(other > worker for other in others):
             self._counters["refused_incarnation"] += 1
@@ -101,8 +105,11 @@ class WorkerSide:
         if book.rows_done > rows_before:
             self._service.rows.add(book.rows_done - rows_before)
         yield from self._settle(book, gone, event.state or (), now_s)
-        # They have lost their blocks already, so nothing more is lost.
-        yield from self._move_off(book, book.named(event.paused), now_s)
+        # They have lost their blocks already, so nothing more is lost. A bounded number of times each: a gateway
+        # opens no more than so many attempts.
+        paused = [held for held in book.named(event.paused) if held.attempt.number <= self._config.yields_max]
+        if paused:
+            yield from self._move_off(book, paused, now_s)
 
     def members_expected(self, event: MembersExpected, _now_s: float) -> Iterator[Command]:
         """The controller's word is final: whoever is not expected is lost now, also where its stream has not
@@ -180,7 +187,7 @@ class WorkerSide:
         self._counters["workers_lost"] += 1
         book = self._books.workers.pop(worker)
         for held in sorted(book.held.values(), key=lambda held: held.attempt):
-            self._books.shares.give_back(held.tenant, held.max_tokens - held.num_accepted)
+            self._give_back(held)
             if not held.stopping:
                 yield from self._close(held.attempt, CloseReason.WORKER_LOST, detail)
 
@@ -215,6 +222,7 @@ class WorkerSide:
             self._counters.update({name: count for name, count in found.items() if count})
         for held in book.named(report.undelivered):
             book.release(held.handle)
+            self._give_back(held)
             if not held.stopping:
                 detail = "its worker could not reach its gateway"
                 yield from self._close(held.attempt, CloseReason.WORKER_LOST, detail)
@@ -224,6 +232,7 @@ class WorkerSide:
     ) -> Iterator[Command]:
         """Bring the books to what the worker says it runs."""
         for held in gone:
+            self._give_back(held)
             if self._books.live(held.attempt) is held:
                 yield from self._close(held.attempt, CloseReason.WORKER_LOST, f"{book.worker} does not run it")
         for running in state:
@@ -248,6 +257,10 @@ class WorkerSide:
                 self._counters["moved"] += 1
                 self._counters[f"ended_{CloseReason.PREEMPTED.name.lower()}"] += 1
                 yield from self._books.move(held, book, to, now_s)
+
+    def _give_back(self, held: Held) -> None:
+        """What was charged for an answer of which its worker will say no more."""
+        self._books.shares.give_back(held.tenant, held.max_tokens - held.num_accepted)
 
     def _close(self, attempt: AttemptId, reason: CloseReason, detail: str) -> Iterator[Command]:
         self._counters[f"ended_{reason.name.lower()}"] += 1

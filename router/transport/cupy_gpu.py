@@ -6,6 +6,7 @@ a handle for other processes, and NCCL's two-sided calls. Not run on hardware ye
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from router.errors import GpuError
+
+_log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "NCCL_MAX_CTAS": "1",  # one channel for each communicator: one block of threads while it carries rows
@@ -89,7 +92,12 @@ class CupyGpu:
     def allocate(self, nbytes: int) -> CupyMemory:
         with _as_gpu_error(), cupy.cuda.Device(self.device.index):
             pointer = runtime.malloc(nbytes)
-            handle = _PROCESS + pointer.to_bytes(8, "little") + runtime.ipcGetMemHandle(pointer)
+            try:
+                shared = runtime.ipcGetMemHandle(pointer)
+            except _ERRORS:
+                runtime.free(pointer)
+                raise
+        handle = _PROCESS + pointer.to_bytes(8, "little") + shared
         return CupyMemory(pointer, nbytes, handle, self.device, lambda: runtime.free(pointer))
 
     def open(self, handle: bytes, nbytes: int) -> CupyMemory:
@@ -148,7 +156,8 @@ class CupyComm:
 
     def send(self, rows: Tensor, done: Callable[[], None]) -> None:
         computed = torch.cuda.current_stream(self._gpu.device).record_event()
-        runtime.streamWaitEvent(self._stream.ptr, computed.cuda_event)
+        with _as_gpu_error():
+            runtime.streamWaitEvent(self._stream.ptr, computed.cuda_event)
         self._enqueue(self._comm.send, rows, done)
 
     def receive(self, rows: Tensor, done: Callable[[], None]) -> None:
@@ -178,5 +187,8 @@ class CupyComm:
             if self._aborted:
                 return
             self._aborted = True
-        self._comm.abort()
-        self._stream.synchronize()
+        try:
+            self._comm.abort()
+            self._stream.synchronize()
+        except _ERRORS as error:  # the peer may be why, and nobody waits for this
+            _log.warning("a communicator ended with %s", error)

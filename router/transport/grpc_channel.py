@@ -21,6 +21,7 @@ SCHEME = "grpc:"
 
 Handler: TypeAlias = "grpc.GenericRpcHandler[bytes, bytes]"
 Options = list[tuple[str, int]]
+CONNECTIONS_PER_PEER = 8  # of `peers_max`: a link has one, the others are of strangers
 _WINDOW_BYTES_MAX = (1 << 31) - 1
 
 
@@ -49,6 +50,7 @@ def listen(
         # A stranger who connects and then says nothing, or nothing that asks for us, does not stay.
         ("grpc.server_handshake_timeout_ms", _milliseconds(config.connect_timeout_s)),
         ("grpc.max_connection_idle_ms", _milliseconds(config.connect_timeout_s)),
+        ("grpc.max_allowed_incoming_connections", CONNECTIONS_PER_PEER * config.peers_max),
     ]
     server = grpc.server(
         executor, [handler], options=_options(config) + own, maximum_concurrent_rpcs=2 * config.peers_max

@@ -176,7 +176,7 @@ class FrameStream:
                     break
         except grpc.RpcError as error:
             self.gone = _why(error)
-        self.gone = self.gone or "the peer has closed the stream"
+        self.gone = self.gone or f"the peer has left the stream, or sent over {self._bytes_max} bytes at once"
         self.hang_up()
         self.ring()
 
@@ -202,8 +202,8 @@ def join_all(threads: list[threading.Thread], timeout_s: float) -> None:
 
 def _why(error: grpc.RpcError) -> str:
     code, details = getattr(error, "code", None), getattr(error, "details", None)
-    if code is None or details is None:
-        return "the peer has left the stream"
+    if code is None or details is None:  # gRPC does not say which
+        return ""
     if code() is REFUSED:
         return str(details())
     return f"the peer's stream: {code().name}, {details()}"

@@ -134,7 +134,8 @@ class LocalAttentionEnd:
                 peer, link = prepared.links.popitem()
                 self._links[peer] = link
             lost = {peer.member: link.lost for peer, link in self._links.items() if link.lost}
-            return prepared.failed | lost
+            absent = {peer.member: "not prepared" for peer in prepared.peers if peer not in self._links}
+            return absent | prepared.failed | lost
 
     def _drop(self, peer: Peer, why: str) -> None:
         self._links.pop(peer).leave(why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from router.config import RouterConfig
+from router.errors import TransportError
 from router.transport.attention_end import LinkedAttentionEnd
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity
 from router.transport.cuda import GPU_KINDS, Gpu
@@ -14,7 +15,7 @@ from router.transport.faulty import FaultyAttentionEnd, FaultyExpertEnd
 from router.transport.grpc_dialer import GrpcDialer
 from router.transport.grpc_door import GrpcDoor
 from router.transport.lane import Lanes, Pairs
-from router.transport.link import HOST
+from router.transport.link import HOST, Door
 from router.transport.local import LocalAttentionEnd, LocalExpertEnd, LocalHub
 from router.transport.mirror_lane import MirrorLanes
 from router.transport.pair_lane import PairLanes
@@ -65,10 +66,15 @@ def expert_end(
         return FaultyExpertEnd(expert_end(wrapped, identity, config, hub, host, gpu), identity, config, faults)
     if kind == "local":
         return LocalExpertEnd(_required(hub), identity, config)
-    doors = [
-        ShmDoor(identity, config, lanes) if is_shm else GrpcDoor(identity, config, host, lanes)
-        for is_shm, lanes in _ways(kind, identity, config, gpu)
-    ]
+    doors: list[Door] = []
+    try:
+        for is_shm, lanes in _ways(kind, identity, config, gpu):
+            doors.append(ShmDoor(identity, config, lanes) if is_shm else GrpcDoor(identity, config, host, lanes))
+    except TransportError:
+        for door in doors:
+            door.close()
+            door.let_go()
+        raise
     return LinkedExpertEnd(identity, config, doors, gpu.device if gpu and kind not in ("shm", "grpc") else HOST)
 
 

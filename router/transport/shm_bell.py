@@ -1,6 +1,9 @@
 """Bells of a shared-memory link: eventfds that one side rings and the other watches for edges, never reads.
 
-Both sides hold both, so a peer may do with them what it likes: none of it may stop us, or make us wait.
+Both sides hold both, so a peer may do with them what it likes, and loses its link by it. One thing no check
+prevents, as a descriptor's flags are shared, too: who makes a bell blocking and then fills its count has our next
+ring wait. That is somebody with our user id, who could stop us outright; in either case the other peers find us
+silent, and plan again.
 """
 
 from __future__ import annotations

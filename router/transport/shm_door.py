@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from router.config import RouterConfig
-from router.errors import LinkRefused, TransportError
+from router.errors import LinkRefused
 from router.placement import Member
 from router.transport.base import LinkIdentity
 from router.transport.complaints import Complaints
@@ -57,7 +57,9 @@ class ShmDoor:
         except BlockingIOError:
             return  # it left again
         except OSError as error:
-            raise TransportError(f"accept at {self.address!r}: {error}") from error
+            # No descriptor is left, as when strangers at another door took them. This one waits outside meanwhile.
+            self._complaints.note(f"accept: {error}")
+            return
         sock.setblocking(False)
         try:
             refuse_other_user(sock)  # first: nobody else's strangers take the places of our own

@@ -29,25 +29,27 @@ class Watch:
         self._in_vain = 0  # as many as after the last try
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None] | None] = {}
+        self._removed: set[int] = set()  # since the wait's events were told
 
     def add(self, descriptor: int, events: int, on_event: Callable[[], None] | None = None) -> None:
-        """Without `on_event` it only ends the wait. `on_event` may find nothing: a number may be another's by
-        then."""
+        """Without `on_event` it only ends the wait."""
         self._epoll.register(descriptor, events)
         self._handlers[descriptor] = on_event
 
     def remove(self, descriptor: int) -> None:
         """Before it is closed."""
         del self._handlers[descriptor]
+        self._removed.add(descriptor)
         self._epoll.unregister(descriptor)
 
     def wait(self, wait_s: float) -> bool:
         """At most so long for anything at all, and see to it. False: nothing happened."""
         happened = self._awake(wait_s) if self._stay_awake_s else []
         happened = happened or self._epoll.poll(wait_s, _EVENTS_MAX)
+        self._removed.clear()
         for descriptor, _ in happened:
             on_event = self._handlers.get(descriptor)
-            if on_event is not None:
+            if on_event is not None and descriptor not in self._removed:  # else the number may be another's by now
                 on_event()
         return bool(happened)
 

@@ -193,6 +193,14 @@ class LinkSuite(ExchangeStage):
         assert isinstance(reply, Reply)
         assert end.transports().keys() == {other.member}
 
+    def test_a_peer_dropped_while_it_was_prepared_again_is_told(self) -> None:
+        """It was linked when the handshakes were made, and needed none: nobody must think that it still is."""
+        one, other = self.expert(), self.expert(who=identity("expert-1"))
+        end = self.attention(identity(), one, other)
+        prepared = end.prepare([one.peer, other.peer], PATIENCE_S)
+        assert connect(end, [one.peer]) == {}
+        assert end.adopt(prepared) == {other.member: "not prepared"}
+
     @pytest.mark.parametrize(
         ("field", "me", "incarnation"),
         [

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from router.config import RouterConfig
+from router.errors import TransportError
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Reply
 from router.transport.select import attention_end, expert_end
+from tests.contracts.exchange_link_suite import assert_nothing_left, footprint
 from tests.contracts.exchange_parties import CONFIG, PATIENCE_S, computed, connect, identity, parcel
 from tests.contracts.exchange_suite import ExchangeSuite
 
@@ -58,3 +61,11 @@ class TestAutoExchange(ExchangeSuite):
         assert reason.startswith("unix-abstract:")
         reason = connect(end, [replace(expert.peer, address="carrier-pigeon:1")])[expert.member]
         assert "'unix-abstract:' or 'grpc:'" in reason
+
+    def test_a_host_that_is_not_ours_leaves_no_other_door_open(self) -> None:
+        """The first door listens when the second finds that it cannot."""
+        before = footprint()
+        with pytest.raises(TransportError, match=r"host: '192\.0\.2\.1' cannot be listened on") as refused:
+            expert_end("auto", identity("expert-0"), CONFIG, host="192.0.2.1")
+        assert_nothing_left(before)
+        del refused  # whose traceback held all that was made

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from router.config import PAGE_BYTES, RouterConfig
 from router.transport import frame
 from router.transport.base import AttentionEnd, ExpertEnd, LinkIdentity, Refusal, RefusalReason, Reply
 from router.transport.complaints import TOLD_MAX
-from router.transport.grpc_channel import METHOD
+from router.transport.grpc_channel import CONNECTIONS_PER_PEER, METHOD
 from router.transport.handshake import hello
 from router.transport.select import attention_end, expert_end
 from router.transport.shm_bell import new_bell
@@ -25,8 +26,26 @@ from router.transport.shm_handshake import ShmDialer
 from router.transport.shm_ring import create_segment
 from router.transport.wire import hello_to_bytes
 from tests.contracts.exchange_link_suite import assert_nothing_left, footprint
-from tests.contracts.exchange_parties import CONFIG, PATIENCE_S, ExpertThread, computed, connect, identity, parcel
+from tests.contracts.exchange_parties import (
+    CONFIG,
+    PATIENCE_S,
+    ExpertThread,
+    answer,
+    computed,
+    connect,
+    identity,
+    parcel,
+)
 from tests.contracts.exchange_stage import ExchangeStage
+from tests.contracts.exchange_strangers import (
+    END_STREAM,
+    address_of,
+    call_without_window,
+    http2_frames,
+    knocking,
+    no_descriptor_left,
+)
+from tests.contracts.exchange_strangers import HEADERS as HEADERS_FRAME
 from tests.contracts.exchange_vandals import (
     HEADERS,
     Words,
@@ -246,16 +265,65 @@ class TestBadShmPeers(BadPeers):
                     break
             assert end.transports() == {expert.member: "shm"}
 
+    def test_without_a_descriptor_left_strangers_wait_and_the_linked_go_on(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Strangers of another door may take them all for a while: no reason to end."""
+        end = self.expert_end(identity("expert-0"), CONFIG)
+        self.stack.callback(end.close)
+        expert = ExpertThread(end, identity("expert-0"), answer)
+        with knocking(expert) as stranger:
+            with no_descriptor_left():
+                assert end.receive(0.0) is None
+            stranger.send(b"")
+            while "0 descriptors" not in caplog.text:
+                assert end.receive(0.01) is None
+        assert "accept: [Errno 24]" in caplog.text
+        with expert:
+            self.attention(identity(), expert)
+
 
 class TestBadGrpcPeers(BadPeers):
     kind = "grpc"
 
-    @pytest.mark.parametrize("words", [[b""], [b"x" * (1 << 20)], [b"\0" * 16_000] * 4])
-    def test_empty_giant_and_too_many_bytes(self, words: list[bytes]) -> None:
+    def test_more_connections_than_the_bound_are_not_taken(self) -> None:
+        """Each holds a descriptor and memory of ours until it is cut off; those linked do not notice."""
+        config = replace(CONFIG, peers_max=1, connect_timeout_s=30 * PATIENCE_S)  # nobody is cut off meanwhile
+        expert = self.expert(config=config)
+        with self.busy(expert), ExitStack() as strangers:
+            where = address_of(expert)
+            taken = [
+                strangers.enter_context(socket.create_connection(where)) for _ in range(4 * CONNECTIONS_PER_PEER)
+            ]
+            waiting = select.poll()
+            for stranger in taken:
+                waiting.register(stranger, select.POLLRDHUP)
+            refused: set[int] = set()
+            while len(refused) <= 3 * CONNECTIONS_PER_PEER:  # one is that of the busy one
+                gone = waiting.poll(PATIENCE_S / 4 * 1000)
+                assert gone, f"{len(refused)} refused"
+                for descriptor, _ in gone:
+                    waiting.unregister(descriptor)
+                    refused.add(descriptor)
+            assert len(refused) == 3 * CONNECTIONS_PER_PEER + 1
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            ([b""], "a header alone has"),
+            ([b"x" * (1 << 20)], "or sent over 32768 bytes at once"),  # gRPC tells only that it has ended
+            ([b"\0" * 16_000] * 4, "begins with"),
+        ],
+    )
+    def test_empty_giant_and_too_many_bytes(
+        self, words: list[bytes], reason: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """What is no frame at all."""
+        caplog.set_level("INFO")
         expert = self.expert()
         with self.busy(expert):
             rude_attention("grpc", expert.peer, "attention-rude", words)
+        assert reason in caplog.text
 
     def test_a_flood_of_empty_messages_takes_no_memory(self, caplog: pytest.LogCaptureFixture) -> None:
         """Nothing is smaller; and it is a frame all the same."""
@@ -275,59 +343,19 @@ class TestBadGrpcPeers(BadPeers):
         """Silence or noise on a raw connection: a descriptor of ours is not held for ever."""
         config = replace(CONFIG, connect_timeout_s=0.3)
         expert = self.expert(config=config)
-        with self.busy(expert):
-            host, port = expert.end.address.removeprefix("grpc:").rsplit(":", 1)
-            with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as stranger:
-                if words:
-                    stranger.send(words)
-                while stranger.recv(4096):  # its settings, perhaps; then the end
-                    continue
+        with self.busy(expert), socket.create_connection(address_of(expert), timeout=PATIENCE_S) as stranger:
+            if words:
+                stranger.send(words)
+            while stranger.recv(4096):  # its settings, perhaps; then the end
+                continue
 
     def test_a_stranger_who_takes_no_message_holds_no_place(self) -> None:
         """A window of nothing: a message of refusal would wait for it for ever, the end of the call does not."""
         expert = self.expert()
-        host, port = expert.end.address.removeprefix("grpc:").rsplit(":", 1)
-        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as stranger:
+        with socket.create_connection(address_of(expert), timeout=PATIENCE_S) as stranger:
             stranger.sendall(call_without_window(METHOD))
-            first = next(flags for kind, flags in http2_frames(stranger) if kind == HEADERS)
+            first = next(flags for kind, flags in http2_frames(stranger) if kind == HEADERS_FRAME)
         assert first & END_STREAM  # nothing of the answer waits behind it
-
-
-HEADERS, SETTINGS = 1, 4  # HTTP/2 frames, RFC 9113
-END_STREAM, END_HEADERS = 1, 4
-
-
-def call_without_window(method: str) -> bytes:
-    """How a client begins a call on stream 1, for whose answer it leaves no room."""
-    fields = {":method": "POST", ":scheme": "http", ":authority": "x", ":path": method, "te": "trailers",
-              "content-type": "application/grpc"}  # fmt: skip
-    literals = b"".join(
-        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-        for name, value in fields.items()
-    )  # RFC 7541, without indexing
-
-    def framed(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-    no_window = (4).to_bytes(2, "big") + bytes(4)  # SETTINGS_INITIAL_WINDOW_SIZE: 0
-    hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + framed(SETTINGS, 0, 0, no_window)
-    return hello + framed(HEADERS, END_HEADERS, 1, literals)
-
-
-def http2_frames(sock: socket.socket) -> Iterator[tuple[int, int]]:
-    """Kind and flags of each, until the peer closes."""
-    with sock.makefile("rb") as stream:
-        while len(head := stream.read(9)) == 9:
-            stream.read(int.from_bytes(head[:3], "big"))
-            yield head[3], head[4]
-
-
-@contextmanager
-def knocking(expert: ExpertThread) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-        stranger.settimeout(PATIENCE_S)
-        stranger.connect("\0" + expert.end.address.removeprefix("unix-abstract:"))
-        yield stranger
 
 
 def segment(ring_bytes: int = CONFIG.link_bytes_max) -> int:

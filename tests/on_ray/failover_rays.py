@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
 from tests.on_ray.failover_story import Seen, lose_worker, until_whole
 
@@ -28,6 +27,8 @@ class OneRay:
     """A Ray of as many nodes that `serve` joins, and whose head keeps its state on disk."""
 
     def __init__(self, num_nodes: int) -> None:
+        from ray.cluster_utils import Cluster  # only now: Ray reads its authentication when it is imported
+
         self._cluster = Cluster()
         self._nodes = [self._add() for _ in range(num_nodes)]
         self._cluster.wait_for_nodes()

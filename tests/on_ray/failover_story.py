@@ -67,12 +67,12 @@ def asked(i: int, max_tokens: int) -> tuple[str, dict[str, Any]]:
 
 
 class Gap(NamedTuple):
-    """Between two words to one client, of which asking is the first."""
+    """Between two tokens of one answer, or from asking to its first."""
 
     began_s: float  # by time.monotonic
     seconds: float
     client: int
-    is_first: bool = False  # until the first word of an answer
+    is_first: bool = False
 
 
 @dataclass
@@ -87,22 +87,32 @@ class Seen:
     gaps: list[Gap] = field(default_factory=list)
 
     def worst(self, since_s: float = 0.0, until_s: float = math.inf, begins_after_s: float = 0.0) -> Gap:
-        """Of those that reach into this time, and began after that."""
+        """Between two tokens, of those gaps that reach into this time and began after that."""
         within = (
             gap
             for gap in self.gaps
-            if gap.began_s + gap.seconds > since_s and begins_after_s <= gap.began_s < until_s
+            if not gap.is_first and gap.began_s + gap.seconds > since_s and begins_after_s <= gap.began_s < until_s
         )
         return max(within, key=lambda gap: gap.seconds, default=Gap(since_s, 0.0, -1))
 
+    def longest_first_s(self, since_s: float = 0.0, until_s: float = math.inf) -> float:
+        """Wait for a first token, of those who asked in this time."""
+        return max(
+            (gap.seconds for gap in self.gaps if gap.is_first and since_s <= gap.began_s < until_s), default=0.0
+        )
+
     def percentile_s(self, share: float) -> float:
-        """Of all gaps."""
-        lengths = sorted(gap.seconds for gap in self.gaps)
+        """Of all gaps between two tokens."""
+        lengths = sorted(gap.seconds for gap in self.gaps if not gap.is_first)
         return lengths[min(len(lengths) - 1, int(share * len(lengths)))] if lengths else 0.0
 
 
 class Failed(Exception):
-    """An answer that was an error, or none."""
+    """An answer that was an error."""
+
+
+class NotReady(OSError):
+    """As a gateway says that has just been started."""
 
 
 class Clients:
@@ -171,10 +181,11 @@ class Clients:
                     f"Content-Length: {len(text)}\r\nConnection: close\r\n\r\n{text}".encode()
                 )
                 async for event in _events(reader):
-                    now_s = time.monotonic()
                     limit.reschedule(asyncio.get_running_loop().time() + STUCK_S)
-                    seen.gaps.append(Gap(heard_s, now_s - heard_s, i, is_first=not choices))
-                    heard_s = now_s
+                    if any(choice.get("token_ids") for choice in event.get("choices", ())):
+                        now_s = time.monotonic()
+                        seen.gaps.append(Gap(heard_s, now_s - heard_s, i, is_first=not any(choices.values())))
+                        heard_s = now_s
                     for choice in event.get("choices", ()):
                         said = choices.setdefault(choice["index"], [])
                         ids = choice.get("token_ids") or []
@@ -193,6 +204,8 @@ async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]
     if head.split()[1:2] != [b"200"]:
         if not head:
             raise asyncio.IncompleteReadError(b"", None)
+        if head.split()[1:2] == [b"503"]:
+            raise NotReady(f"{head!r}")
         raise Failed(f"{head!r}: {(await reader.read(1 << 16)).decode(errors='replace')}")
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
@@ -233,7 +246,7 @@ class Incident:
     gap_s: float  # worst that reaches into the loss
     later_gap_s: float  # worst of those that began after SOON_S, until all was whole again
     later_at_s: float  # when that began
-    later: str  # whose it was
+    first_token_s: float  # longest wait for one, of those who asked meanwhile
     started_s: float  # until its successor was ordered, registered, and all was whole
     registered_s: float
     whole_s: float
@@ -288,14 +301,12 @@ async def lose_worker(client: httpx.AsyncClient, seen: Seen, worker: dict[str, A
     watching.cancel()
     first = seen.worst(since_s, since_s + SOON_S)
     later = seen.worst(since_s, since_s + whole_s, begins_after_s=since_s + SOON_S)
-    late = (gap for gap in seen.gaps if gap.began_s > since_s + SOON_S and gap.seconds > later.seconds / 2)
-    num_late = len({gap.client for gap in late})
     return Incident(
         who=f"{worker['id']} {signal.Signals(number).name}",
         gap_s=first.seconds,
         later_gap_s=later.seconds,
         later_at_s=later.began_s - since_s,
-        later=f"client {later.client}, {'first word' if later.is_first else 'midst'}, {num_late} clients",
+        first_token_s=seen.longest_first_s(since_s, since_s + whole_s),
         started_s=reached["started"],
         registered_s=reached["registered"],
         whole_s=whole_s,

@@ -24,10 +24,16 @@ STUCK_S = 60.0  # without a token, a loss included: then a stream is stuck
 
 @pytest.fixture(scope="module")
 def cluster(tiny, tmp_path_factory):
-    """One holder per expert; `experts_wait_s` far below what a holder's successor takes to start."""
+    """One holder per expert and room for more; `experts_wait_s` far below what a holder's successor takes to
+    start. Any gain is worth a rebalancing, which takes a moment at so few bytes a second."""
     folder = tmp_path_factory.mktemp("losses")
     config = folder / "config.yaml"
-    config.write_text("attention: {experts_wait_s: 0.2}\ncluster: {bind_wait_s: 0.3, companion_deadline_s: 5}\n")
+    config.write_text(
+        "attention: {experts_wait_s: 0.2}\n"
+        "cluster: {bind_wait_s: 0.3, companion_deadline_s: 5}\n"
+        "balancer: {spare_slots: 2, slack: 0, gain_min: 0.001}\n"
+        "expert: {load_bytes_per_s: 1000000}\n"
+    )
     with Served(tiny, "--config", str(config), log=folder / "log") as served:
         yield served
 
@@ -80,6 +86,34 @@ def wait_until_logged(text, within_s=60.0):
             return
         assert time.monotonic() < deadline, f"{text!r} was not logged within {within_s} s"
         threading.Event().wait(0.2)
+
+
+def test_rebalancing_under_load_changes_no_token_and_a_dry_run_changes_nothing(cluster):
+    """Experts move and are copied between workers while six streams use them."""
+
+    def ask(dry_run):
+        answer = cluster.client.post("/v1/admin/rebalance", params={"dry_run": dry_run})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def slots(status):
+        return [worker["slots"] for worker in status["workers"] if worker["role"] == "expert"]
+
+    cluster.complete([3, 4, 5], max_tokens=200, ignore_eos=True)
+    before = cluster.wait_for_status(lambda status: status["balance"]["imbalance"] is not None)
+    would = ask(dry_run=True)
+    assert would["epoch"] is None
+    assert would["moves"]
+    assert would["imbalance_after"] < would["imbalance_before"]
+    assert cluster.status()["epoch"] == before["epoch"]
+    done = []
+    alone, disturbed = asyncio.run(undisturbed_and_with(cluster, lambda: done.append(ask(dry_run=False))))
+    assert disturbed == alone
+    after = cluster.wait_for_status(lambda status: status["epoch"] == done[0]["epoch"])
+    assert done[0]["epoch"]["number"] == before["epoch"]["number"] + 1
+    copies = sum(move["from"] is None for move in done[0]["moves"])
+    assert sum(slots(after)) == sum(slots(before)) + copies - done[0]["dropped"]
+    assert [w["pid"] for w in after["workers"]] == [w["pid"] for w in before["workers"]]
 
 
 def test_losing_the_only_holder_of_experts_fails_no_request(cluster):

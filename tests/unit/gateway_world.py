@@ -195,7 +195,16 @@ def state_of(card: ModelCard, **limits: Any) -> tuple[GatewayState, EchoEngine]:
     async def resize(asked: control_pb2.ResizeRequest) -> control_pb2.ResizeReply:
         raise AssertionError(f"no controller is here to be asked for {asked}")
 
-    return GatewayState(config, card, engine, ledger, metrics, status, trace, resize, "0.1.0"), engine
+    async def rebalance(dry_run: bool) -> dict[str, Any]:
+        epoch = None if dry_run else {"term": 1, "number": 2}
+        moves = [{"layer": 3, "expert": 5, "to": "expert-1", "from": source} for source in ("expert-0", None)]
+        return {
+            "epoch": epoch, "moves": moves, "dropped": 1, "bytes": 64, "imbalance_before": 1.5,
+            "imbalance_after": 1.25,
+        }  # fmt: skip
+
+    state = GatewayState(config, card, engine, ledger, metrics, status, trace, resize, rebalance, "0.1.0")
+    return state, engine
 
 
 async def settled() -> None:

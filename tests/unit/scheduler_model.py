@@ -61,6 +61,7 @@ class Model:
         self.workers: dict[ev.Incarnation, Worker] = {}
         self.draining: frozenset[ev.Incarnation] = frozenset()
         self.expected: frozenset[ev.Incarnation] | None = None
+        self.expected_once: set[ev.Incarnation] = set()
         self.ever_started: set[int] = set()
         self.unclaimed: dict[str, float] = {}
         self.fairness = Fairness()
@@ -153,7 +154,9 @@ class Model:
 
     def _WorkerJoined(self, event, commands, now_s, dropped) -> None:
         is_stale = any(w.id == event.worker.id and w > event.worker for w in self.workers)
-        assert dropped == is_stale, f"{event.worker} joins"
+        is_past = any(w.id == event.worker.id and w >= event.worker for w in self.expected_once)
+        is_lost = is_past and event.worker not in (self.expected or ())
+        assert dropped == (is_stale or is_lost), f"{event.worker} joins"
         if dropped:
             return
         for other in [w for w in self.workers if w.id == event.worker.id and w != event.worker]:
@@ -192,6 +195,7 @@ class Model:
             self._end_at(name, handle, is_finish=reason in (1, 2))
         for attempt in report.undelivered:
             for handle in [h for h, held in worker.holds.items() if held.attempt == attempt]:
+                self._give_back(worker.holds[handle], 0)
                 self._end_at(name, handle, is_finish=False)
         for handle in report.prompts_done:
             if handle in worker.holds:
@@ -203,6 +207,7 @@ class Model:
         said = {running.handle: running for running in state}
         for handle, held in list(worker.holds.items()):
             if handle not in said and held.plan <= applied:
+                self._give_back(held, 0)
                 self._end_at(name, handle, is_finish=False)
             elif handle in said and applied == 1 << 62:
                 held.prompt_done |= said[handle].prompt_done
@@ -238,6 +243,7 @@ class Model:
 
     def _MembersExpected(self, event, commands, now_s, dropped) -> None:
         self.expected, self.draining = event.workers, event.draining
+        self.expected_once |= event.workers
         for name in [n for n, w in self.workers.items() if w.lost_s is not None and n not in event.workers]:
             self._lose(name)
 

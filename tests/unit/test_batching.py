@@ -18,6 +18,10 @@ class Prompt:
     pending: int
     is_paused: bool = False
 
+    @property
+    def arrival(self) -> int:
+        return self.order
+
 
 def measured(promised_s: float, decode_s: float, row_s: float) -> Pace:
     pace = Pace()
@@ -140,3 +144,18 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_nor_the_long_one_for_ever()
         steps += 1
         assert steps <= 160 // 4 + 2  # a quarter of the rows are its own
     assert max(waits[f"s{n}"] for n in range(steps - 1)) <= 1
+
+
+def test_a_prompt_of_low_priority_is_computed_though_higher_ones_keep_coming() -> None:
+    """Each of them takes a whole step's rows, and more of them wait than a step computes."""
+    b = book(blocks=400, block_tokens=4, model_len_max=1024, sequences_max=64)
+    limits = {"step_tokens_max": 16, "chunk_tokens_max": 16}
+    low = start("low", prompt=160, max_tokens=1, priority=1)
+    first = [start(f"f{n}", prompt=16, max_tokens=1, arrival=1, salt=f"f{n}") for n in range(8)]
+    b.apply(plan(1, [low, *first], **limits), StepResult())
+    for step in range(160 // 3 + 2):
+        high = start(f"h{step}", prompt=16, max_tokens=1, arrival=step + 2, salt=f"h{step}")
+        b.apply(plan(step + 2, [high], **limits), StepResult())
+        run_step(b)
+    assert low.attempt not in b.sequences
+    assert len(b.sequences) > 4  # the others wait for their turn

@@ -47,6 +47,9 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         "serve",
         "status",
+        "scale",
+        "drain",
+        "rebalance",
         "trace",
         "make-checkpoint",
         "bench",
@@ -127,6 +130,13 @@ def test_bad_flags_are_refused_before_anything_is_started(
     ("argv", "words"),
     [
         ("transport --kinds shm,pigeon", "--kinds: 'pigeon'; accepted: local, shm, grpc"),
+        ("transport --kinds nccl", "--kinds: 'nccl'; accepted: local, shm, grpc, faulty:shm:name=value,..."),
+        ("transport --kinds faulty:KIND", "--kinds: 'faulty:KIND'; accepted: local, shm, grpc, faulty:shm:"),
+        (
+            "transport --kinds faulty:shm:loss=2,delay_s=1",
+            "--kinds: 'faulty:shm:loss=2,delay_s=1': loss: 2.0; must be",
+        ),
+        ("transport --kinds faulty:shm:weather=3", "'weather=3'; must be name=value, the name one of seed, loss"),
         ("transport --rows 8,0", "--rows: '0'; accepted: whole numbers from 1 to 4096"),
         ("transport --dtype int8", "--dtype: 'int8'; accepted: bfloat16, float32"),
         ("decode --topologies 1x2,2y2", "--topologies: '2y2'; accepted: AxE"),
@@ -255,6 +265,8 @@ DOCUMENT = {
                     "kv_sliding_block_bytes": 24576.0}},
     ],
     "scheduler": {"gauges": {"running": 3.0, "waiting": 1.0}},
+    "balance": {"imbalance": 1.2, "loads": {"expert-0": 30.0, "expert-1": 20.0},
+                "preparing": {"term": 1, "number": 3}},
     "gateways": [{"id": "gateway-0", "address": "http://127.0.0.1:8000", "state": "ready"}],
     "scaling_failed": "expert-1: its memory is full",
     "failures": [{"id": "expert-0", "incarnation": 1, "reason": "silent for 5.1 s", "ago_s": 9.0}],
@@ -309,6 +321,7 @@ def test_status_for_people_shows_workers_and_what_was_lost(
         "4.0 MiB bfloat16",
         "3 running, 1 waiting",
         "silent for 5.1 s",
+        "1.20 of the mean load (expert-0 60%, expert-1 40%); epoch 1.3 is being prepared",
         "not scaled: expert-1: its memory is full",
     ):
         assert words in shown

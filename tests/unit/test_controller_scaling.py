@@ -10,7 +10,6 @@ import random
 
 import pytest
 
-from cluster.arrangement import num_moves
 from cluster.controller import ControllerConfig, Phase
 from cluster.events import (
     WORKER_ROLES,
@@ -31,6 +30,7 @@ from cluster.roster import Patience
 from router.membership import Health, HealthState
 from router.placement import Member
 from tests.unit.controller_world import NO_SPARES, SHAPE, TWO_BY_THREE, World, ready, state
+from tests.unit.placement_table import num_moves
 
 ONE_BY_ONE = ControllerConfig(attention_workers=1, expert_workers=1)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from router.transport.watch import RUNG, Watch
+from router.transport.watch import READABLE, RUNG, Watch
 
 MOMENT_S = 1e-3
 WAITS = 2000
@@ -77,3 +77,29 @@ def test_without_a_moment_it_sleeps_at_once(monkeypatch: pytest.MonkeyPatch, bel
     assert not watch.wait(1e-3)
     assert clock.yields == 0
     watch.close()
+
+
+def test_an_event_of_who_was_removed_is_nobody_elses(bell: int) -> None:
+    """A descriptor closed by one handler may be given at once to a stranger let in by the next: what happened to
+    the old one is no word of the new."""
+    watch, removed, told = Watch(), os.eventfd(1, os.EFD_NONBLOCK), list[str]()
+
+    def replace() -> None:
+        nonlocal removed
+        os.eventfd_read(bell)
+        watch.remove(removed)
+        os.close(removed)
+        old, removed = removed, os.eventfd(0, os.EFD_NONBLOCK)
+        assert removed == old, "the kernel gives the lowest number that is free"
+        watch.add(removed, READABLE, lambda: told.append("stranger"))
+
+    os.eventfd_write(bell, 1)
+    watch.add(bell, READABLE, replace)
+    watch.add(removed, READABLE, lambda: told.append("removed"))
+    assert watch.wait(0.0)
+    assert told == []
+    os.eventfd_write(removed, 1)
+    assert watch.wait(0.0)
+    assert told == ["stranger"]
+    watch.close()
+    os.close(removed)

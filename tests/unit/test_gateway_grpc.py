@@ -291,3 +291,22 @@ async def test_a_draining_gateway_finishes_what_runs(card: ModelCard) -> None:
             await asyncio.open_connection("127.0.0.1", face.server.port)
     assert refused.code() == grpc.StatusCode.UNAVAILABLE
     assert refused.details() == "this gateway is draining"
+
+
+async def test_a_call_that_is_cancelled_while_it_begins_to_stream_is_told(card: ModelCard) -> None:
+    """At whatever moment: headers that were cut off would be sent again with the status, and then neither."""
+    async with facing(card) as face:
+
+        async def stream() -> grpc.StatusCode:
+            request = pb.GenerateStreamRequest(tokens=pb.TokenIds(ids=[5, 6]), request_id="one")
+            return await end_of(face.inference.GenerateStream(request))
+
+        async def cancel() -> grpc.StatusCode:
+            code: grpc.StatusCode = await face.inference.Cancel(pb.CancelRequest(request_id="one")).code()
+            return code
+
+        for _ in range(40):
+            async with asyncio.timeout(30):
+                codes = await asyncio.gather(stream(), cancel(), stream(), cancel(), cancel())
+            assert {code.name for code in codes} <= {"OK", "CANCELLED", "ALREADY_EXISTS", "NOT_FOUND"}
+        assert face.is_idle

@@ -34,8 +34,8 @@ from cluster.events import (
     Role,
     SendTrace,
 )
-from cluster.member_link import ControllerUnreachable, MemberLink, fetch_placement, fetch_status
-from router.membership import Adopted, Health, HealthState, PeerLost, Prepared, Traced, Unprepared
+from cluster.member_link import ControllerUnreachable, MemberLink, ask_rebalance, fetch_placement, fetch_status
+from router.membership import Adopted, ExpertLoad, Health, HealthState, PeerLost, Prepared, Traced, Unprepared
 from router.placement import EpochId, Member, spread
 from tests.unit.served_controller import SHAPE, WAIT_S, Cluster, ListedStarts
 
@@ -177,6 +177,20 @@ def test_placement_is_told_once_it_is_published(cluster: Cluster, join: object) 
     assert [worker.worker.id for worker in table.workers] == ["expert-0"]
 
 
+def test_rebalancing_is_asked_over_the_wire_once_a_placement_is_in_use(cluster: Cluster, join: object) -> None:
+    def asked(dry_run: bool) -> dict[str, object]:
+        return cluster.thread.call(ask_rebalance(cluster.address, "token", WAIT_S, dry_run), WAIT_S)
+
+    with pytest.raises(ControllerUnreachable, match="not now: a placement is being prepared, or none is in use"):
+        asked(dry_run=True)
+    serve_one_epoch(cluster, join)
+    for dry_run in (True, False):  # one worker has nobody to share with
+        assert asked(dry_run) == {
+            "epoch": None, "moves": [], "dropped": 0, "bytes": 0, "imbalance_before": None,
+            "imbalance_after": None,
+        }  # fmt: skip
+
+
 def test_lost_peer_is_killed_and_started_again(cluster: Cluster, join: object) -> None:
     attention, _ = serve_one_epoch(cluster, join)
     attention.link.report(PeerLost(Member("expert-0", 1)))
@@ -225,9 +239,12 @@ def test_second_server_on_one_address_is_an_error(cluster: Cluster) -> None:
 names = st.text(min_size=1, max_size=8)
 members = st.builds(Member, names, st.integers(1, 2**40))
 epochs = st.builds(EpochId, st.integers(0, 2**40), st.integers(0, 2**40))
+loads = st.lists(st.tuples(st.integers(0, 2**31), *[st.integers(0, 2**60)] * 2), min_size=1, max_size=3).map(
+    lambda entries: ExpertLoad(*zip(*entries, strict=True))
+)
 healths = st.builds(
     Health, st.sampled_from(HealthState), st.integers(0, 2**60), st.integers(0, 2**60), names,
-    st.dictionaries(names, st.floats(allow_nan=False), max_size=3),
+    st.dictionaries(names, st.floats(allow_nan=False), max_size=3), load=loads,
 )  # fmt: skip
 registers = st.builds(
     Register, st.sampled_from(Role), st.integers(0, 2**31), names, names, names, st.none() | epochs,
@@ -251,7 +268,7 @@ placements = st.builds(
     epochs, st.lists(names, min_size=1, max_size=3, unique=True), st.integers(1, 3), st.integers(1, 5),
 )  # fmt: skip
 orders = (
-    st.builds(Prepare, placements) | st.builds(Publish, placements) | st.builds(Retire, epochs)
+    st.builds(Prepare, placements, st.booleans()) | st.builds(Publish, placements) | st.builds(Retire, epochs)
     | st.builds(Exit, st.text()) | st.builds(Members, st.lists(members).map(tuple))
     | st.builds(SendTrace, st.integers(0, 2**60), st.floats(0, 60), st.integers(0, 2**60))
 )  # fmt: skip
@@ -272,6 +289,12 @@ def test_messages_that_cannot_be_are_refused_by_field() -> None:
     nobody = wire.encode_report(Report(Member("", 0), "f", 1, Prepared(EpochId(1, 1))))
     with pytest.raises(wire.Malformed, match="incarnation"):
         wire.decode_report(nobody)
+    uneven = wire.encode_report(
+        Report(sender, "f", 1, Health(HealthState.READY, load=ExpertLoad((1,), (2,), (3,))))
+    )
+    uneven.heartbeat.load.rows.append(4)
+    with pytest.raises(wire.Malformed, match="1 slots, 1 reads, 2 rows; accepted: as many of each"):
+        wire.decode_report(uneven)
     placement = spread(EpochId(1, 1), "f", [(sender, "@")], 1, 2, 1)
     beyond = wire.encode_order(Order(1, "f", Prepare(placement)))
     beyond.prepare.workers[0].experts[0] = 2

@@ -196,6 +196,17 @@ def test_a_new_life_of_a_worker_ends_the_old_one_at_once_and_for_good() -> None:
     assert refused == DropLink(W0, "attention-0#2 has joined since")
 
 
+def test_a_worker_that_the_controller_has_lost_does_not_come_back() -> None:
+    """It may have been cut off while it could not be killed: its loss is final, though nobody took its place yet."""
+    story = Story(W0, W1)
+    story.tell(MembersExpected(frozenset({W1})))
+    (refused,) = story.join(W0)
+    assert refused == DropLink(W0, "the controller has lost it")
+    story.submit("a")
+    story.submit("b")
+    assert story.started(story.round()) == {W1: ["a", "b"]}
+
+
 def test_the_controllers_word_that_a_worker_is_gone_ends_the_wait() -> None:
     story = two_running()
     story.tell(WorkerLost(W0))

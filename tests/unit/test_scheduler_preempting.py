@@ -139,3 +139,15 @@ def test_who_is_paused_loses_nothing_and_is_asked_first() -> None:
     story.report(W0, prompts_done=[attempt(n) for n in "abc"], paused=(attempt("b"),), num_paused=1)
     story.submit("urgent")
     assert after_a_while(story) == [("b/0@1", CloseReason.PREEMPTED)]
+
+
+def test_who_is_called_waits_no_longer_than_anybody() -> None:
+    """Though nobody has given way yet: it is still the one that has waited longest."""
+    story = full(("a", 1), ("b", 1), queue_wait_s_max=10.0, preempt_after_s=5.0)
+    story.submit("urgent", priority=0)
+    for _ in range(5):
+        story.round(after_s=0.9)
+    story.submit("later", priority=1)
+    ended = [closed(story.round(after_s=0.9)) for _ in range(7)]
+    assert ended[0] == [("a/0@1", CloseReason.PREEMPTED)]
+    assert ended[-1] == [("urgent/0@1", CloseReason.FAILED)]

@@ -12,8 +12,10 @@ from cluster.scheduler.config import SchedulerConfig
 from cluster.scheduler.events import (
     Accept,
     AttemptId,
+    CancelRequested,
     CloseReason,
     FinishReason,
+    MembersExpected,
     Reject,
     RejectCode,
     Sibling,
@@ -85,9 +87,14 @@ def test_nobody_overtakes_who_came_so_long_before(seed: int) -> None:
             assert came[taken] - longest <= 300.0
 
 
-def test_who_was_away_has_saved_nothing_up() -> None:
+@pytest.mark.parametrize("is_known", [False, True])
+def test_who_was_away_has_saved_nothing_up(is_known: bool) -> None:
+    """Nor has who was served before, and then went away."""
     shares = Shares(100)
     queue = WaitingQueue(shares)
+    if is_known:
+        queue.add(waiting("early", 99, tenant="late"))
+        serve_next(queue, shares)
     for n in range(50):
         queue.add(waiting(f"busy{n}", n, tenant="busy"))
     for _ in range(20):
@@ -115,12 +122,56 @@ def test_what_an_answer_did_not_take_is_given_back() -> None:
     assert abs(order.count("long") - order.count("short")) <= 2
 
 
+@pytest.mark.parametrize(
+    ("said", "served"),
+    [
+        ({"completions": [(attempt("a"), FinishReason.STOP, "", 40)]}, 40),
+        ({"completions": [(attempt("a"), FinishReason.FAILED, "", 7)]}, 7),
+        ({"completions": [(attempt("a"), FinishReason.CANCELLED, "", 7)]}, 7),
+        ({"undelivered": (attempt("a"),)}, 0),
+        ({"state": ()}, 0),
+    ],
+)
+def test_however_a_sequence_ends_its_tenant_has_paid_for_what_it_was_served(said: dict, served: int) -> None:
+    """The prompt and what its worker says it generated; where it can say nothing, nothing."""
+    story = Story(W0)
+    story.submit("a", num_prompt=100, max_tokens=400, tenant="t")
+    story.round()
+    assert story.scheduler._books.shares.account("t") == 500
+    story.report(W0, **said)
+    assert story.scheduler._books.shares.account("t") == 100 + served
+
+
+def test_what_is_stopped_or_computed_again_is_paid_once() -> None:
+    story = Story(W0)
+    shares = story.scheduler._books.shares
+    story.submit("a", num_prompt=100, max_tokens=400, tenant="t")
+    story.round()
+    story.report(W0, completions=[(attempt("a"), FinishReason.CANCELLED, "", 30)])
+    story.resume("a", attempt=2, num_accepted=30, num_prompt=100, max_tokens=400, tenant="t")
+    story.round()
+    assert shares.account("t") == 500
+    story.tell(CancelRequested(G, "a"))
+    story.round()
+    story.report(W0, completions=[(attempt("a", 2), FinishReason.CANCELLED, "", 50)])
+    assert shares.account("t") == 150
+
+
+def test_a_worker_that_is_lost_takes_no_tenants_share_with_it() -> None:
+    story = Story(W0)
+    story.submit("a", num_prompt=100, max_tokens=400, tenant="t")
+    story.round()
+    story.tell(MembersExpected(frozenset()))
+    assert story.scheduler._books.shares.account("t") == 100
+
+
 def test_accounts_are_bounded() -> None:
     shares = Shares(10)
     for n in range(1000):
         shares.enter(str(n))
         shares.charge(str(n), n)
-        assert len(shares) <= 10 + 1
+        shares.charge(f"goes on {n}", n)
+        assert len(shares) <= 10
 
 
 def test_a_tenants_flood_does_not_delay_another() -> None:
@@ -171,6 +222,21 @@ def test_a_paused_sequence_moves_to_a_worker_with_room_for_all_of_it() -> None:
     assert story.started(story.round()) == {W1: ["a"]}
     assert story.plans[W0].stops == (attempt("a"),)
     assert story.plans[W1].starts[0].accepted == (1, 2)
+
+
+def test_a_sequence_is_moved_for_a_dry_worker_a_bounded_number_of_times() -> None:
+    """Each time is an attempt, and gateways open so many of them and no more."""
+    story = Story(W0, W1)
+    story.submit("a", num_prompt=100, max_tokens=200)
+    (at,) = story.started(story.round())
+    number = 1
+    while closed(story.report(at, num_paused=1, paused=(attempt("a", number),))):
+        story.complete(at, attempt("a", number))
+        number += 1
+        assert number <= 3
+        story.resume("a", attempt=number, num_accepted=2, num_prompt=100, max_tokens=200)
+        (at,) = story.started(story.round())
+    assert number == 3
 
 
 def test_a_sequence_is_not_moved_where_it_would_run_dry_again() -> None:

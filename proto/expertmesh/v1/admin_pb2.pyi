@@ -249,3 +249,36 @@ class WatchEventsResponse(_message.Message):
     scaling_failed: str
     unreachable: str
     def __init__(self, status: _Optional[_Union[GetStatusResponse, _Mapping]] = ..., phase: _Optional[_Union[ClusterPhase, str]] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., worker: _Optional[_Union[Worker, _Mapping]] = ..., worker_left: _Optional[str] = ..., pool: _Optional[_Union[Pool, _Mapping]] = ..., failure: _Optional[_Union[WorkerFailure, _Mapping]] = ..., scaling_failed: _Optional[str] = ..., unreachable: _Optional[str] = ...) -> None: ...
+
+class RebalanceRequest(_message.Message):
+    __slots__ = ("dry_run",)
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    def __init__(self, dry_run: _Optional[bool] = ...) -> None: ...
+
+class ExpertMove(_message.Message):
+    __slots__ = ("layer", "expert", "to")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    expert: int
+    to: str
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., to: _Optional[str] = ..., **kwargs) -> None: ...
+
+class RebalanceResponse(_message.Message):
+    __slots__ = ("epoch", "moves", "dropped", "bytes", "imbalance_before", "imbalance_after")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    IMBALANCE_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    IMBALANCE_AFTER_FIELD_NUMBER: _ClassVar[int]
+    epoch: _identity_pb2.Epoch
+    moves: _containers.RepeatedCompositeFieldContainer[ExpertMove]
+    dropped: int
+    bytes: int
+    imbalance_before: float
+    imbalance_after: float
+    def __init__(self, epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ..., moves: _Optional[_Iterable[_Union[ExpertMove, _Mapping]]] = ..., dropped: _Optional[int] = ..., bytes: _Optional[int] = ..., imbalance_before: _Optional[float] = ..., imbalance_after: _Optional[float] = ...) -> None: ...

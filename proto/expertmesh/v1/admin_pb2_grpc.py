@@ -69,6 +69,11 @@ class AdminServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_admin__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_admin__pb2.WatchEventsResponse.FromString,
                 _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/expertmesh.v1.AdminService/Rebalance',
+                request_serializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -125,6 +130,14 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rebalance(self, request, context):
+        """Experts moved and copied to where the busiest workers are relieved. Returns when the new placement is
+        ordered; it is in use once GetStatus shows its epoch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +175,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=expertmesh_dot_v1_dot_admin__pb2.WatchEventsRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_admin__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_admin__pb2.RebalanceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -353,6 +371,33 @@ class AdminService:
             '/expertmesh.v1.AdminService/WatchEvents',
             expertmesh_dot_v1_dot_admin__pb2.WatchEventsRequest.SerializeToString,
             expertmesh_dot_v1_dot_admin__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.AdminService/Rebalance',
+            expertmesh_dot_v1_dot_admin__pb2.RebalanceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_admin__pb2.RebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,8 +39,18 @@ class Register(_message.Message):
     epoch: _identity_pb2.Epoch
     def __init__(self, role: _Optional[_Union[_identity_pb2.Role, str]] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., device: _Optional[str] = ..., address: _Optional[str] = ..., epoch: _Optional[_Union[_identity_pb2.Epoch, _Mapping]] = ...) -> None: ...
 
+class ExpertLoad(_message.Message):
+    __slots__ = ("slots", "reads", "rows")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    READS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    reads: _containers.RepeatedScalarFieldContainer[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., reads: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Heartbeat(_message.Message):
-    __slots__ = ("state", "bytes_loaded", "bytes_total", "detail", "gauges", "bytes_kept", "kept_as", "links")
+    __slots__ = ("state", "bytes_loaded", "bytes_total", "detail", "gauges", "bytes_kept", "kept_as", "links", "load")
     class GaugesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +73,7 @@ class Heartbeat(_message.Message):
     BYTES_KEPT_FIELD_NUMBER: _ClassVar[int]
     KEPT_AS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     state: MemberState
     bytes_loaded: int
     bytes_total: int
@@ -71,7 +82,8 @@ class Heartbeat(_message.Message):
     bytes_kept: int
     kept_as: str
     links: _containers.ScalarMap[str, str]
-    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., detail: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ..., bytes_kept: _Optional[int] = ..., kept_as: _Optional[str] = ..., links: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    load: ExpertLoad
+    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., detail: _Optional[str] = ..., gauges: _Optional[_Mapping[str, float]] = ..., bytes_kept: _Optional[int] = ..., kept_as: _Optional[str] = ..., links: _Optional[_Mapping[str, str]] = ..., load: _Optional[_Union[ExpertLoad, _Mapping]] = ...) -> None: ...
 
 class EpochReport(_message.Message):
     __slots__ = ("epoch",)
@@ -172,7 +184,7 @@ class Exit(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class MemberOrder(_message.Message):
-    __slots__ = ("term", "fingerprint", "prepare", "publish", "retire", "members", "exit", "send_trace")
+    __slots__ = ("term", "fingerprint", "prepare", "publish", "retire", "members", "exit", "send_trace", "unhurried")
     TERM_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PREPARE_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +193,7 @@ class MemberOrder(_message.Message):
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     EXIT_FIELD_NUMBER: _ClassVar[int]
     SEND_TRACE_FIELD_NUMBER: _ClassVar[int]
+    UNHURRIED_FIELD_NUMBER: _ClassVar[int]
     term: int
     fingerprint: str
     prepare: PlacementTable
@@ -189,7 +202,8 @@ class MemberOrder(_message.Message):
     members: Members
     exit: Exit
     send_trace: SendTrace
-    def __init__(self, term: _Optional[int] = ..., fingerprint: _Optional[str] = ..., prepare: _Optional[_Union[PlacementTable, _Mapping]] = ..., publish: _Optional[_Union[PlacementTable, _Mapping]] = ..., retire: _Optional[_Union[EpochReport, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., exit: _Optional[_Union[Exit, _Mapping]] = ..., send_trace: _Optional[_Union[SendTrace, _Mapping]] = ...) -> None: ...
+    unhurried: bool
+    def __init__(self, term: _Optional[int] = ..., fingerprint: _Optional[str] = ..., prepare: _Optional[_Union[PlacementTable, _Mapping]] = ..., publish: _Optional[_Union[PlacementTable, _Mapping]] = ..., retire: _Optional[_Union[EpochReport, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., exit: _Optional[_Union[Exit, _Mapping]] = ..., send_trace: _Optional[_Union[SendTrace, _Mapping]] = ..., unhurried: _Optional[bool] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()
@@ -224,6 +238,18 @@ class TraceReply(_message.Message):
     traces: _containers.RepeatedScalarFieldContainer[bytes]
     silent: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, traces: _Optional[_Iterable[bytes]] = ..., silent: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class BalanceRequest(_message.Message):
+    __slots__ = ("dry_run",)
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    dry_run: bool
+    def __init__(self, dry_run: _Optional[bool] = ...) -> None: ...
+
+class BalanceReply(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
 
 class ResizeRequest(_message.Message):
     __slots__ = ("attention", "experts", "drain")

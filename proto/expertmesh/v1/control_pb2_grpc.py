@@ -59,6 +59,11 @@ class ControllerServiceStub:
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.ResizeRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.ResizeReply.FromString,
                 _registered_method=True)
+        self.Balance = channel.unary_unary(
+                '/expertmesh.v1.ControllerService/Balance',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.BalanceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.BalanceReply.FromString,
+                _registered_method=True)
 
 
 class ControllerServiceServicer:
@@ -94,6 +99,12 @@ class ControllerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Balance(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -121,6 +132,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.Resize,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.ResizeRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.ResizeReply.SerializeToString,
+            ),
+            'Balance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Balance,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.BalanceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.BalanceReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -258,6 +274,33 @@ class ControllerService:
             '/expertmesh.v1.ControllerService/Resize',
             expertmesh_dot_v1_dot_control__pb2.ResizeRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.ResizeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Balance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControllerService/Balance',
+            expertmesh_dot_v1_dot_control__pb2.BalanceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.BalanceReply.FromString,
             options,
             channel_credentials,
             insecure,
