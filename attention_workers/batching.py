@@ -99,9 +99,9 @@ class Pace:
 
 
 def in_turn(prompts: Sequence[P]) -> list[P]:
-    """Of prompts in order those that this step computes, in order: the first; the first to come, so that none waits
-    for ever behind higher priorities; and the shortest of the others, so that none waits for a long one. In strict
-    order while one waits for blocks."""
+    """Of prompts in order those that this step computes, in order: the first; the first to come, so that none
+    waits for ever behind higher priorities; and the shortest of the others, so that none waits for a long one. In
+    strict order while one waits for blocks."""
     if len(prompts) <= 1 + SHORTEST or any(sequence.is_paused for sequence in prompts):
         return list(prompts)
     oldest = min(range(len(prompts)), key=lambda number: prompts[number].arrival)

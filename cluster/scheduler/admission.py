@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.scheduler.config import SchedulerConfig
-from cluster.scheduler.events import RejectCode, Submission, WorkerLimits
+from cluster.scheduler.events import RejectCode, Submission
 from cluster.scheduler.waiting import Waiting, WaitingQueue
+from cluster.scheduler.workers import Starting
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,34 @@ class Rate:
 
 
 class Service:
-    """How fast sequences get their first tokens and end."""
+    """How fast sequences get their first tokens and end: while some wait for room, and while none does."""
 
     def __init__(self, window_s: float) -> None:
-        self.ended = Rate(window_s)  # sequences
-        self.rows = Rate(window_s)  # of prompts
+        self.is_full = False  # as the last round left it: some wait for room
+        self.ended = Rate(window_s)  # sequences, while full: else they end as they come
+        self._rows = Rate(window_s)  # of prompts, while full: as many as room is found for
+        self._rows_alone = Rate(window_s)  # while not: as many as are computed
 
     def wait(self, elapsed_s: float) -> None:
-        """So long some waited."""
-        self.ended.wait(elapsed_s)
-        self.rows.wait(elapsed_s)
+        """So long some waited for their first token."""
+        for rate in (self.ended, self._rows) if self.is_full else (self._rows_alone,):
+            rate.wait(elapsed_s)
+
+    def add_ended(self, num: int) -> None:
+        if self.is_full:
+            self.ended.add(num)
+
+    def add_rows(self, num: int) -> None:
+        (self._rows if self.is_full else self._rows_alone).add(num)
 
     def wait_s(self, num_ahead: int, rows_ahead: float) -> float:
-        """For the first token of one behind so many sequences and rows of their prompts: the shorter of what the
-        two rates say, for sequences that end now may be longer, or shorter, than those ahead. 0: not known."""
-        ended, rows = self.ended.per_second(), self.rows.per_second()
-        waits_s = [num / rate for num, rate in ((num_ahead, ended), (rows_ahead, rows)) if rate > 0]
-        return min(waits_s, default=0.0) if ended > 0 else 0.0
+        """For the first token of one behind so many sequences and rows of their prompts. While full, the shorter
+        of what the two rates say, for sequences that end now may be longer, or shorter, than those ahead. While
+        not, or before it is known how fast they end, only prompts are waited for. 0: not known."""
+        ended, rows, alone = self.ended.per_second(), self._rows.per_second(), self._rows_alone.per_second()
+        if ended > 0 and (self.is_full or not alone):
+            return min(num_ahead / ended, rows_ahead / rows if rows > 0 else math.inf)
+        return rows_ahead / alone if alone > 0 else 0.0
 
 
 class Appointments:
@@ -82,11 +93,10 @@ class Appointments:
         return self._last_s - now_s
 
 
-def retry_after_s(queue: WaitingQueue, per_second: float, config: SchedulerConfig) -> float:
-    """How long what waits now will take to be served at the measured rate, within the bounds."""
-    if per_second <= 0:
-        return config.retry_after_s_max
-    return min(max(len(queue) / per_second, config.retry_after_s_min), config.retry_after_s_max)
+def retry_after_s(queue: WaitingQueue, service: Service, config: SchedulerConfig) -> float:
+    """How long what waits now will take to be served at the measured rates, within the bounds."""
+    wait_s = service.wait_s(len(queue), queue.num_tokens) or config.retry_after_s_max
+    return min(max(wait_s, config.retry_after_s_min), config.retry_after_s_max)
 
 
 def too_large(submission: Submission, tokens_max: int) -> str:
@@ -100,21 +110,19 @@ def too_large(submission: Submission, tokens_max: int) -> str:
 def refusal(
     entry: Waiting,
     queue: WaitingQueue,
-    workers: Iterable[WorkerLimits],
-    starting: tuple[int, int],
+    tokens_max: int,
+    starting: Starting,
     service: Service,
     config: SchedulerConfig,
 ) -> Refusal | None:
-    """None: it may enter. `workers` may be empty while they are expected: then size is not judged.
-    `starting`: sequences that were placed and have no token yet, and what rows are left of their prompts."""
-    num_starting, rows_starting = starting
+    """None: it may enter. `tokens_max`: of the longest sequence that some worker can run; 0 while none has joined:
+    then size is not judged. `starting`: what was placed and has no token yet."""
     submission = entry.submission
     num_prompt, total = len(submission.prompt), entry.tokens_total
-    tokens_max = max((limits.tokens_max for limits in workers), default=total)
-    if total > tokens_max:
+    if 0 < tokens_max < total:
         return Refusal(RejectCode.TOO_LARGE, too_large(submission, tokens_max))
     if not len(queue):
-        return _too_late(num_starting, rows_starting, submission.time_left_s, service, config)
+        return _too_late(starting.num, starting.rows, submission.time_left_s, service, config)
     num_requests = queue.num_requests + 1
     waiting_after = num_prompt * len(submission.siblings) + queue.num_tokens
     for name, value, bound in (
@@ -126,11 +134,11 @@ def refusal(
                 RejectCode.OVERLOADED,
                 f"{queue.num_requests} requests with {queue.num_tokens} prompt tokens are waiting; "
                 f"this one would make {value}, {name} is {bound}",
-                retry_after_s(queue, service.ended.per_second(), config),
+                retry_after_s(queue, service, config),
             )
     num_ahead = queue.ahead_of(entry)
-    rows_ahead = rows_starting + queue.num_tokens * num_ahead / len(queue)  # about
-    return _too_late(num_starting + num_ahead, rows_ahead, submission.time_left_s, service, config)
+    rows_ahead = starting.rows + queue.num_tokens * num_ahead / len(queue)  # about
+    return _too_late(starting.num + num_ahead, rows_ahead, submission.time_left_s, service, config)
 
 
 def _too_late(
@@ -145,7 +153,6 @@ def _too_late(
         return None
     return Refusal(
         RejectCode.OVERLOADED,
-        f"{num_ahead} sequences wait before this one, {service.ended.per_second():.3g} end in a second: it would "
-        f"wait {wait_s:.1f} s, {name} is {bound_s:g} s",
+        f"{num_ahead} sequences wait before this one: it would wait {wait_s:.1f} s, {name} is {bound_s:g} s",
         min(max(wait_s - bound_s, config.retry_after_s_min), config.retry_after_s_max),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.scheduler.config import SchedulerConfig
@@ -27,7 +27,7 @@ from cluster.scheduler.events import (
 from cluster.scheduler.placing import choose
 from cluster.scheduler.shares import Shares
 from cluster.scheduler.waiting import Waiting, WaitingQueue, due
-from cluster.scheduler.workers import Held, WorkerBook
+from cluster.scheduler.workers import Held, Starting, WorkerBook
 
 DEADLINES_SLACK = 1024  # of requests that have ended, before they are swept out
 COUNT_BITS = 40  # of an arrival or a handle, for the count within one term
@@ -48,6 +48,8 @@ class Books:
         self.shares = Shares(config.tenants_remembered_max)
         self.queue = WaitingQueue(self.shares)
         self.workers: dict[Incarnation, WorkerBook] = {}
+        self.starting = Starting()  # at all of them
+        self.tokens_max = 0  # of the longest sequence that some worker can run; 0: none has joined
         self.unclaimed: dict[str, float] = {}  # requests without a gateway: since when
         # By (request id, index): number and arrival of the last attempt that ended.
         self._ended: OrderedDict[SequenceKey, tuple[int, int]] = OrderedDict()
@@ -56,6 +58,27 @@ class Books:
         self._ended_max = config.ended_remembered_max
         self._config = config
         self._arrivals = self._handles = term << COUNT_BITS  # of one term follow all of the terms before
+
+    def book_of(self, worker: Incarnation) -> WorkerBook:
+        """What is known of it, or nothing yet."""
+        config = self._config
+        return self.workers.get(worker) or WorkerBook(
+            worker, config.chunk_tokens_max, config.prefix_hints_max, self.starting
+        )
+
+    def add_worker(self, book: WorkerBook) -> None:
+        """It has linked, perhaps not for the first time."""
+        self.workers[book.worker] = book
+        self._measure()
+
+    def lose_worker(self, worker: Incarnation) -> WorkerBook:
+        book = self.workers.pop(worker)
+        self.starting.add(-book.num_starting, -book.rows_ahead)
+        self._measure()
+        return book
+
+    def _measure(self) -> None:
+        self.tokens_max = max((book.limits.tokens_max for book in self.workers.values()), default=0)
 
     def live(self, attempt: AttemptId) -> Waiting | Held | None:
         """The newest attempt of this attempt's sequence."""
@@ -186,21 +209,28 @@ class Books:
         """
         if isinstance(self.requests[attempt.request_id].sequences[attempt.index], Waiting):
             self.queue.remove(attempt)
-        request = self.finish(attempt)
+        request = self.requests.pop(attempt.request_id)
+        self._forget(attempt.request_id, request, attempt.index)
         self.remember(attempt, request.arrival)
         return request.gateway
 
-    def finish(self, attempt: AttemptId) -> Request:
-        """A live attempt at a worker has finished. Not remembered: its gateway has all of it (a completion means
-        that), and would be given it again if it asked."""
-        request_id = attempt.request_id
-        request = self.requests.pop(request_id)  # not a look and a deletion: one walk through cold memory
+    def finish(self, sequences: Iterable[Held]) -> None:
+        """These, each the live attempt at its worker, have finished. Not remembered: their gateways have all of
+        them (a completion means that), and would be given them again if they asked."""
+        pop = self.requests.pop  # not a look and a deletion: one walk through cold memory
+        for held in sequences:
+            request_id = held.attempt[0]
+            request = pop(request_id)
+            if len(request.sequences) > 1 or request.gateway is None:
+                self._forget(request_id, request, held.attempt.index)
+
+    def _forget(self, request_id: str, request: Request, index: int) -> None:
+        """One sequence of a request that was taken out."""
         if len(request.sequences) > 1:
-            del request.sequences[attempt.index]
+            del request.sequences[index]
             self.requests[request_id] = request
         elif request.gateway is None:
             del self.unclaimed[request_id]
-        return request
 
     def move(self, held: Held, by: WorkerBook, to: WorkerBook, now_s: float) -> Iterator[CloseAttempt]:
         """Take a live attempt off one worker, and keep room for it at another until its gateway has opened the
@@ -258,28 +288,15 @@ class Books:
             for held in book.held.values():
                 is_live = self.live(held.attempt) is held
                 assert held.stopping != is_live, f"{held.attempt} at {book.worker} is nobody's, or two's"
+        assert self.starting.num == sum(book.num_starting for book in self.workers.values())
+        assert self.starting.rows == sum(book.rows_ahead for book in self.workers.values())
         assert self.unclaimed.keys() == {key for key, r in self.requests.items() if r.gateway is None}
         assert len(self._ended) <= self._ended_max
-
-    @property
-    def tokens_max(self) -> int:
-        """The longest sequence some worker can run; 0: none has joined."""
-        return max((book.limits.tokens_max for book in self.workers.values()), default=0)
 
     def what_is_missing(self) -> str:
         """What keeps present workers from taking anything at all, to be added to a refusal."""
         without = [str(worker) for worker, book in sorted(self.workers.items()) if book.experts_missing]
         return f"; experts are missing at {', '.join(without)}" if without else ""
-
-    @property
-    def num_starting(self) -> int:
-        """Sequences that were placed and whose prompt is not done."""
-        return sum(book.num_starting for book in self.workers.values())
-
-    @property
-    def rows_starting(self) -> int:
-        """Rows that are left of those prompts."""
-        return sum(book.rows_ahead for book in self.workers.values())
 
     @property
     def heard(self) -> set[Incarnation]:

@@ -91,6 +91,7 @@ class Scheduler:
         if self._recovery.over:
             self._books.place(self._gateways.address_of, self.config.plan_bytes_max)
             commands.extend(self._workers.preempt(now_s))
+        self._service.is_full = len(self._books.queue) > 0
         commands.extend(self._workers.plans())
         return commands
 
@@ -133,7 +134,7 @@ class Scheduler:
             self._gateways.restart_leases(now_s)
             self._workers.restart_deadlines(now_s)
             self._books.queue.restart_waits(now_s)
-        elif len(self._books.queue) or self._books.num_starting:
+        elif len(self._books.queue) or self._books.starting.num:
             self._service.wait(now_s - before_s)
         self._now_s = now_s
 

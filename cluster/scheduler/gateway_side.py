@@ -183,10 +183,11 @@ class GatewaySide:
             return admission.Refusal(
                 RejectCode.NOT_READY, "no attention worker is ready", self._config.retry_after_s_min
             )
-        limits = [book.limits for book in self._books.workers.values()]
         entry = self._books.waiting(gateway, submission, submission.siblings[0], NEWEST, now_s)
-        starting = (self._books.num_starting, self._books.rows_starting)
-        found = admission.refusal(entry, self._books.queue, limits, starting, self._service, self._config)
+        books = self._books
+        found = admission.refusal(
+            entry, books.queue, books.tokens_max, books.starting, self._service, self._config
+        )
         if found is None or found.code is not RejectCode.OVERLOADED:
             return found
         again_s = self._appointments.after(

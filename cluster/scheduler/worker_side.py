@@ -73,13 +73,11 @@ class WorkerSide:
             return
         for other in others:
             yield from self._lose(other, f"worker {other} was replaced by {worker}")
-        book = self._books.workers.get(worker) or WorkerBook(
-            worker, self._config.chunk_tokens_max, self._config.prefix_hints_max
-        )
+        book = self._books.book_of(worker)
         yield from self._endings(book, event.report)
         gone = book.link(event.limits, event.report, self._term)
         book.is_draining = event.report.draining if self._draining is None else worker in self._draining
-        self._books.workers[worker] = book
+        self._books.add_worker(book)
         yield from self._settle(book, gone, event.report.state or (), now_s)
 
     def lost(self, event: WorkerLost, now_s: float) -> Iterator[Command]:
@@ -103,7 +101,7 @@ class WorkerSide:
         yield from self._endings(book, event)
         gone = book.update(event, self._term)
         if book.rows_done > rows_before:
-            self._service.rows.add(book.rows_done - rows_before)
+            self._service.add_rows(book.rows_done - rows_before)
         yield from self._settle(book, gone, event.state or (), now_s)
         # They have lost their blocks already, so nothing more is lost. A bounded number of times each: a gateway
         # opens no more than so many attempts.
@@ -185,7 +183,7 @@ class WorkerSide:
 
     def _lose(self, worker: Incarnation, detail: str) -> Iterator[Command]:
         self._counters["workers_lost"] += 1
-        book = self._books.workers.pop(worker)
+        book = self._books.lose_worker(worker)
         for held in sorted(book.held.values(), key=lambda held: held.attempt):
             self._give_back(held)
             if not held.stopping:
@@ -193,14 +191,13 @@ class WorkerSide:
 
     def _endings(self, book: WorkerBook, report: WorkerReported) -> Iterator[Command]:
         """Ten thousand in a round: what most of them need is looked up before the loop."""
-        num_finished = num_stopped = num_ignored = 0
-        release, finish = book.release, self._books.finish
+        finished: list[Held] = []
+        num_stopped = num_ignored = 0
         length, failed = int(FinishReason.LENGTH), int(FinishReason.FAILED)  # reasons beyond length: not finished
         unused: dict[str, int] = {}  # tokens that were charged, by tenant
         handles, reasons, counts, details = report.endings
         why = iter(details)
-        for handle, reason, num_tokens in zip(handles, reasons, counts, strict=True):
-            held = release(handle)
+        for held, reason, num_tokens in zip(book.release(handles), reasons, counts, strict=True):
             detail = next(why) if reason == failed else ""
             if held is None:
                 num_ignored += 1
@@ -212,16 +209,16 @@ class WorkerSide:
             elif reason > length:
                 yield from self._close(held.attempt, CLOSED_BY_WORKER[FinishReason(reason)], detail)
             else:
-                num_finished += 1
-                finish(held.attempt)
+                finished.append(held)
+        self._books.finish(finished)
         for tenant, num_unused in unused.items():
             self._books.shares.give_back(tenant, num_unused)
         if handles:
-            self._service.ended.add(len(handles))
-            found = {"ended_finished": num_finished, "stopped": num_stopped, "ignored_completions": num_ignored}
+            self._service.add_ended(len(handles) - num_ignored)
+            found = {"ended_finished": len(finished), "stopped": num_stopped, "ignored_completions": num_ignored}
             self._counters.update({name: count for name, count in found.items() if count})
         for held in book.named(report.undelivered):
-            book.release(held.handle)
+            book.release([held.handle])
             self._give_back(held)
             if not held.stopping:
                 detail = "its worker could not reach its gateway"

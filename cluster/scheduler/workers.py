@@ -61,9 +61,24 @@ class Held:
         self.num_accepted, self.tokens_total = len(entry.sibling.accepted), entry.tokens_total
 
 
+@dataclass(slots=True)
+class Starting:
+    """Sequences that were placed and whose prompt is not done, at all workers together."""
+
+    num: int = 0
+    rows: int = 0  # that are left of those prompts
+
+    def add(self, num: int, rows: int) -> None:
+        self.num += num
+        self.rows += rows
+
+
 class WorkerBook:
-    def __init__(self, worker: Incarnation, chunk_tokens_max: int, prefix_hints_max: int) -> None:
+    def __init__(
+        self, worker: Incarnation, chunk_tokens_max: int, prefix_hints_max: int, starting: Starting
+    ) -> None:
         self.worker = worker
+        self.starting = starting
         self.chunk_tokens_max = chunk_tokens_max
         self.prefixes = Prefixes(prefix_hints_max)
         self.rows_ahead = 0  # of prompts given to it and not yet done
@@ -243,17 +258,19 @@ class WorkerBook:
         self._stopping.add(held.attempt)
         self._stops.add(held.attempt)
 
-    def release(self, handle: int) -> Held | None:
-        """It has ended there. None: it was not there (any more)."""
-        held = self.held.pop(handle, None)
-        if held is not None and (held.stopping or held.blocks_promised is not NONE):
-            self.rows_done += 0 if held.stopping else held.rows_ahead  # done and ended in one report
-            self._prompt_done(held)
-            self._stopping.discard(held.attempt)
-            self._stops.discard(held.attempt)
+    def release(self, handles: Sequence[int]) -> list[Held | None]:
+        """These have ended there. None: it was not there (any more)."""
+        pop = self.held.pop
+        found = [pop(handle, None) for handle in handles]
+        for held in found:
+            if held is not None and (held.stopping or held.blocks_promised is not NONE):
+                self.rows_done += 0 if held.stopping else held.rows_ahead  # done and ended in one report
+                self._prompt_done(held)
+                self._stopping.discard(held.attempt)
+                self._stops.discard(held.attempt)
         if self.paused:
-            self.paused.discard(handle)
-        return held
+            self.paused.difference_update(handles)
+        return found
 
     def named(self, attempts: Sequence[AttemptId]) -> list[Held]:
         """Those of these that are there."""
@@ -326,15 +343,13 @@ class WorkerBook:
         held = self.held[handle] = Held(attempt, self.worker, handle, blocks, rows, since_plan)
         held.num_tokens, held.tokens_then = num_tokens, self.tokens
         self._promised = self._promised.plus(blocks)
-        self.rows_ahead += rows
-        self.num_starting += blocks is not NONE
+        self._count_starting(blocks is not NONE, rows)
         return held
 
     def _prompt_done(self, held: Held) -> None:
         """Or it has ended."""
         self._promised = self._promised.minus(held.blocks_promised)
-        self.rows_ahead -= held.rows_ahead
-        self.num_starting -= held.blocks_promised is not NONE
+        self._count_starting(-(held.blocks_promised is not NONE), -held.rows_ahead)
         held.blocks_promised, held.rows_ahead = NONE, 0
 
     def _count(self, report: WorkerReported) -> None:
@@ -362,13 +377,16 @@ class WorkerBook:
                 num_done += blocks is not none
                 held.blocks_promised, held.rows_ahead = none, 0
         self._promised = self._promised.minus(Blocks(full, sliding))
-        self.rows_ahead -= rows
         self.rows_done += rows
-        self.num_starting -= num_done
+        self._count_starting(-num_done, -rows)
+
+    def _count_starting(self, num: int, rows: int) -> None:
+        self.num_starting += num
+        self.rows_ahead += rows
+        self.starting.add(num, rows)
 
     def _absent(self, state: Iterable[Running], known: Iterable[int]) -> list[Held]:
         present = {running.handle for running in state}
         gone = [self.held[handle] for handle in known if handle not in present]
-        for held in gone:
-            self.release(held.handle)
+        self.release([held.handle for held in gone])
         return sorted(gone, key=lambda held: held.attempt)

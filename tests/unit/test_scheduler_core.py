@@ -80,6 +80,24 @@ def test_a_plan_is_bounded_in_bytes_and_the_rest_goes_with_the_next() -> None:
     assert story.started(story.round()) == {W0: ["c+"]}
 
 
+def test_what_a_plan_stops_counts_as_much_as_what_it_starts() -> None:
+    story = Story(
+        W0,
+        limits=replace(LIMITS, sequences_max=32, blocks_total=640),
+        config=SchedulerConfig(message_bytes_max=4096, plan_bytes_max=8192),
+    )
+    for number in range(12):
+        story.submit(f"r{number}")
+    story.round()
+    for number in range(12):
+        story.tell(CancelRequested(G, f"r{number}"))
+    for name in "ab":
+        story.tell(Submitted(G, replace(submission(name), num_bytes=4000)))
+    assert story.started(story.round()) == {W0: ["a"]}
+    assert len(story.plans[W0].stops) == 12
+    assert story.started(story.round()) == {W0: ["b"]}
+
+
 # --- admission -------------------------------------------------------------------------------------
 
 

@@ -197,7 +197,7 @@ def test_a_new_life_of_a_worker_ends_the_old_one_at_once_and_for_good() -> None:
 
 
 def test_a_worker_that_the_controller_has_lost_does_not_come_back() -> None:
-    """It may have been cut off while it could not be killed: its loss is final, though nobody took its place yet."""
+    """It may have been cut off when it was to be killed. Its loss is final, though nobody took its place yet."""
     story = Story(W0, W1)
     story.tell(MembersExpected(frozenset({W1})))
     (refused,) = story.join(W0)

@@ -141,6 +141,18 @@ def test_who_is_paused_loses_nothing_and_is_asked_first() -> None:
     assert after_a_while(story) == [("b/0@1", CloseReason.PREEMPTED)]
 
 
+def test_who_was_paused_and_runs_again_loses_as_much_as_others() -> None:
+    story = Story(W0)
+    for name, num_prompt in (("long", 200), ("short", 100)):
+        story.submit(name, num_prompt=num_prompt, priority=5)
+    story.round()
+    story.report(W0, prompts_done=[attempt("short")], paused=(attempt("long"),), num_paused=1)
+    story.free[W0] = 2
+    story.report(W0, prompts_done=[attempt("long")])
+    story.submit("urgent", num_prompt=60)
+    assert after_a_while(story) == [("short/0@1", CloseReason.PREEMPTED)]
+
+
 def test_who_is_called_waits_no_longer_than_anybody() -> None:
     """Though nobody has given way yet: it is still the one that has waited longest."""
     story = full(("a", 1), ("b", 1), queue_wait_s_max=10.0, preempt_after_s=5.0)

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.scheduler.admission import Appointments
 from cluster.scheduler.config import SchedulerConfig
-from cluster.scheduler.events import Accept
+from cluster.scheduler.events import Accept, FinishReason
 from tests.unit.scheduler_story import W0, Story, attempt
 
 
@@ -68,3 +68,28 @@ def test_short_prompts_after_long_ones_are_not_taken_for_long() -> None:
     assert all(isinstance(answer, Accept) for answer in answers)
     answers = [story.submit(f"more{n}", num_prompt=400)[0] for n in range(16)]
     assert sum(isinstance(answer, Accept) for answer in answers) <= 4
+
+
+def test_what_ends_while_nobody_waits_does_not_make_the_service_look_fast() -> None:
+    """A burst after a quiet while: not one of those admitted waits much longer than promised. Eight places,
+    answers of five seconds; a quarter of them asked for at first, more than twice as many then."""
+    story = Story(W0, config=SchedulerConfig(first_token_s=15.0))
+    came, ends, waits = {}, [], []
+    for tick in range(1600):
+        story.now_s += 0.25
+        is_burst = tick >= 1200
+        if tick % 10 == 0 or is_burst:
+            name = f"r{tick}"
+            if isinstance(story.submit(name)[0], Accept):
+                came[name] = tick
+        done = [name for at, name in ends if at + 20 == tick]
+        story.report(
+            W0, prompts_done=[attempt(name) for at, name in ends if at + 1 == tick],
+            completions=[(attempt(name), FinishReason.LENGTH, "", 10) for name in done],
+        )  # fmt: skip
+        ends = [(at, name) for at, name in ends if name not in done]
+        started = story.started(story.round()).get(W0, [])
+        ends += [(tick, name) for name in started]
+        waits += [(tick - came[name]) / 4 for name in started]
+    assert max(waits) <= 1.2 * 15.0
+    assert len(came) > 120 + 400 / 4 * 1.6  # eight places were never empty in the burst
