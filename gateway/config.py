@@ -125,6 +125,10 @@ class GatewayConfig(BaseModel):
     """Longest time a client may leave its socket full, or take to send a head or a body; then it counts as hung
     up."""
 
+    client_idle_s: int = Field(default=75, ge=1, le=86400)
+    """Whole seconds that a connection is kept between two calls. Longer than clients keep theirs, which is seldom
+    over a minute: what they send just as it is closed would be lost."""
+
     grpc_rpcs_max: int = Field(default=2048, ge=16, le=2**20)
     """RPCs open at once, health watches included; beyond: RESOURCE_EXHAUSTED. Above `in_flight_max`, so that a
     probe is answered when calls are refused for load."""

@@ -62,6 +62,7 @@ class HttpServer:
             lifespan="off",
             ws="none",
             server_header=False,
+            timeout_keep_alive=limits.client_idle_s,
             timeout_graceful_shutdown=max(1, round(stop_timeout_s)),
             ssl_context_factory=None if context is None else lambda _config, _default: context,
         )

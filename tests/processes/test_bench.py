@@ -24,17 +24,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# As in a terminal: a shell that runs these tests in its background has told its children to ignore Ctrl-C. Said in
+# the child: a fork that runs Python would wake gRPC's threads of this process in it, and close their descriptors.
+HEEDING_INTERRUPTS = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("cluster.cli", run_name="__main__", alter_sys=True)
+"""
+
+
 def start(*argv: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "proto")))
     return subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "bench", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=os.environ | {"PYTHONPATH": paths}, preexec_fn=_heed_interrupts,
+        [sys.executable, "-c", HEEDING_INTERRUPTS, "bench", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | {"PYTHONPATH": paths},
     )  # fmt: skip
-
-
-def _heed_interrupts() -> None:
-    """As in a terminal: a shell that runs these tests in its background has told its children to ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def document(child: subprocess.Popen[str]) -> dict:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gateway.config import GatewayConfig
 from gateway.model_card import ModelCard
 from tests.unit.gateway_world import card_of, serving, until, write_checkpoint
 
@@ -148,3 +149,16 @@ async def test_connections_are_bounded_and_the_bound_is_said(card: ModelCard) ->
             await writer.wait_closed()
         while not await is_well(url):
             continue
+
+
+async def test_an_idle_connection_is_kept_for_as_long_as_said(card: ModelCard) -> None:
+    """Then it is closed; and by default it outlives those of clients, which would else send into its end."""
+    assert GatewayConfig().client_idle_s > 60
+    async with serving(card, client_idle_s=1) as (_, _, url):
+        reader, writer = await connected(url)
+        for _ in range(2):
+            writer.write(HEAD + b"\r\n")
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        async with asyncio.timeout(30):
+            assert await reader.read() == b""
+        writer.close()
