@@ -323,9 +323,11 @@ class Controller:
         return commands
 
     def rebalancing(self) -> Task | None:
-        """What to work out so as to rebalance the placement in use; None: there is none, or another follows."""
+        """What to work out so as to rebalance the placement in use; None: there is none, or another follows, be it
+        because a worker is away."""
         epochs, config = self.epochs, self.config.balancer
-        if epochs.published is None or epochs.preparing is not None:
+        staying = [worker for worker in self.roster.live(Role.EXPERT) if worker.is_wanted]
+        if epochs.published is None or epochs.preparing is not None or not self._all_here(staying):
             return None
         return self.balancer.task(self.shape.fingerprint, self._experts_here(), epochs.published, config.moves_max)
 

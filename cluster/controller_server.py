@@ -183,7 +183,7 @@ class ControllerServer(control_pb2_grpc.ControllerServiceServicer):
         async with self._balancing:
             task = self._controller.rebalancing()
             if task is None:
-                why = "a placement is being prepared, or none is in use; accepted: once one is"
+                why = "a placement is being prepared, a worker is away, or none is in use; accepted: once one is"
                 await context.abort(grpc.StatusCode.ABORTED, why)
             assert task is not None
             proposal = await asyncio.to_thread(task.propose)

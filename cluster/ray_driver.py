@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -37,6 +37,9 @@ _OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; we put nothing into it
 _ACTOR_ANSWER_S = 10.0
 _CLOSE_S = 5.0
 _LAUNCH_WAIT_S = 60.0
+_REPLICA_LOOK_S = 0.01
+"""How often Serve looks whether calls are open, before it ends a replica. There are none: a gateway that is to end
+has drained. Serve's own 2 s every stop had to wait for."""
 _SERVE_NAMESPACE = "serve"
 _RAY_PROCESSES = ("gcs_server", "raylet")  # without either nothing that dies is replaced
 
@@ -220,6 +223,7 @@ class RayHost:
         deploy = serve.deployment(
             name="gateway", num_replicas=1, max_ongoing_requests=1 << 20, ray_actor_options=options,
             health_check_period_s=self._config.cluster.heartbeat_s,  # how soon Serve misses one that has died
+            graceful_shutdown_wait_loop_s=_REPLICA_LOOK_S,
         )  # fmt: skip
         for index, name in enumerate(self._applications):
             try:
@@ -252,23 +256,19 @@ class RayHost:
     def _applications(self) -> list[str]:
         return [f"{namespace(self._config.cluster.name)}-{i}" for i in range(self._config.pools.gateways)]
 
-    def close(self, is_hurried: bool) -> None:
-        """End everything of this cluster that is left, and Ray if we started it: by asking, or killing at once.
+    def close(self) -> None:
+        """End everything of this cluster that is left, and Ray if we started it.
 
-        Ray is not asked while a launch is still calling it, nor when parts of it have ended (that would end this
-        process too): our own is killed, one that was joined has to wait.
+        Our own is killed: nobody else is on it, and what the cluster wanted to finish it has. (Ray would give each
+        of its processes a second to end by itself, one after another.) One that was joined has to wait until a
+        launch has ended that still calls it.
         """
-        is_launched = self._launching is None or self._launching.done()
-        if self._owns_ray and (is_hurried or not is_launched or self.ended()):
-            end_children(grace_s=0.0)
+        if self._owns_ray:
+            end_children()
             return
         if self._launching is not None:
             wait([self._launching], _LAUNCH_WAIT_S)
-        if self._owns_ray:
-            family = psutil.Process().children(recursive=True)
-            ray.shutdown()
-            end_children(_CLOSE_S, family)
-        elif self._spec is not None:
+        if self._spec is not None:
             self._remove(self._spec.cluster_id)
             ray.shutdown()
 
@@ -296,16 +296,13 @@ def _named_actors() -> list[dict[str, str]]:
     return actors
 
 
-def end_children(grace_s: float, family: Sequence[psutil.Process] = ()) -> None:
-    """Every process that this one has started, and theirs, ends: by itself within the grace, or killed.
-
-    `family`: some of them, noted while their parents still lived.
-    """
-    _, alive = psutil.wait_procs({*family, *psutil.Process().children(recursive=True)}, grace_s)
-    for process in alive:
+def end_children() -> None:
+    """Kill every process that this one has started, and theirs."""
+    family = psutil.Process().children(recursive=True)
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(alive, _CLOSE_S)
+    psutil.wait_procs(family, _CLOSE_S)
 
 
 def _in_background(work: Callable[[], None]) -> Future[None]:

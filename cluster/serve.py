@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -70,7 +70,7 @@ class Stop:
 
 
 def serve(config: Config) -> int:
-    """Blocks until the cluster has ended."""
+    """Blocks until the cluster has ended, and then ends this process. Returns 2: something is to be corrected."""
     console, stop, began_s = Console(), Stop(), time.monotonic()
     stop.install()
     try:
@@ -79,6 +79,7 @@ def serve(config: Config) -> int:
         print(f"expertmesh serve: {error}", file=sys.stderr)
         return 2
     spec = ClusterSpec(secrets.token_hex(4), secrets.token_urlsafe(24), fitted, facts)
+    code = 0
     try:
         with _ray(spec, stop, console) as (spec, host, launching), asyncio.Runner() as runner:
             cluster = _Cluster(spec, host, stop, console, runner)
@@ -87,18 +88,14 @@ def serve(config: Config) -> int:
             cluster.watch()
             cluster.drain()
     except StartFailed as error:
-        _leave(1, str(error))
+        code = 1
+        print(f"expertmesh serve: {error}", file=sys.stderr)
     except (KeyboardInterrupt, SystemExit):
-        _leave(130, "ended at once")
-    return 0
-
-
-def _leave(code: int, why: str) -> NoReturn:
-    """Without Ray's own exit, which would wait for processes that have been killed."""
-    print(f"expertmesh serve: {why}", file=sys.stderr)
+        code = 130
+        print("expertmesh serve: ended at once", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code)  # without Ray's own exit, which would wait for processes that have been killed
 
 
 @contextmanager
@@ -115,7 +112,6 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[Clus
     guardian = Guardian(temp_dir)
     joined = spec.config.cluster.ray_address
     host: RayHost | None = None
-    is_hurried = False
     try:
         console.print(f"joining Ray at {joined}" if joined else "starting Ray", highlight=False)
         host = RayHost(spec.config, temp_dir)
@@ -125,15 +121,12 @@ def _ray(spec: ClusterSpec, stop: Stop, console: Console) -> Iterator[tuple[Clus
         yield spec, host, host.launch(spec, actors.ControllerActor, actors.SchedulerActor, actors.GatewayReplica)
     except (ClusterExists, TooFewGpus, LaunchFailed, ConnectionError) as error:
         raise StartFailed(str(error)) from error
-    except (KeyboardInterrupt, SystemExit):
-        is_hurried = True
-        raise
     finally:
         try:
             if host is not None:
-                host.close(is_hurried)
+                host.close()
         finally:
-            end_children(grace_s=0.0)
+            end_children()
             guardian.close()  # removes the folder
 
 

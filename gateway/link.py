@@ -49,7 +49,8 @@ class SchedulerLink:
         self._keeper: asyncio.Task[None] | None = None
         self._session: asyncio.Task[None] | None = None
         self._term = 0
-        self._model_len_max = 0
+        self._has_workers = False
+        self._model_len_max = 0  # the last that was known
         self._trouble = "the scheduler has not been reached yet"
 
     # --- SchedulerPort -------------------------------------------------------------------------
@@ -58,7 +59,7 @@ class SchedulerLink:
     def not_ready(self) -> str:
         if self._outgoing is None:
             return self._trouble
-        return "" if self._model_len_max else "no attention worker has joined yet"
+        return "" if self._has_workers else "no attention worker has joined yet"
 
     @property
     def model_len_max(self) -> int:
@@ -183,7 +184,9 @@ class SchedulerLink:
         self, welcome: schedule_pb2.Welcome, outgoing: asyncio.Queue[schedule_pb2.GatewayMessage]
     ) -> None:
         """The first of a stream opens it and restores what is in flight; a further one brings news of workers."""
-        self._model_len_max = welcome.model_len_max
+        self._has_workers = welcome.model_len_max > 0
+        # A scheduler that has begun anew knows no worker yet: that is no reason to refuse what it will soon take.
+        self._model_len_max = welcome.model_len_max or self._model_len_max
         if self._outgoing is outgoing:
             return
         self._outgoing = outgoing

@@ -39,10 +39,11 @@ class Step:
 
 
 class Found(NamedTuple):
-    """A step, and the levels [W] it would lead to."""
+    """A step, and what it would lead to."""
 
     step: Step
-    levels: Loads
+    amounts: Loads  # [E, W]
+    levels: Loads  # [W]
 
     @property
     def ends(self) -> float:
@@ -76,9 +77,11 @@ class Layer:
         self.amounts = divide(self.load, self.held)
         self.levels = self.amounts.sum(axis=0)
 
-    def apply(self, step: Step) -> None:
+    def apply(self, step: Step, amounts: Loads | None = None) -> None:
+        """amounts [E, W]: what it leads to, where that is known."""
         self._set(step)
-        self.refresh()
+        self.amounts = divide(self.load, self.held) if amounts is None else amounts
+        self.levels = self.amounts.sum(axis=0)
 
     def _set(self, step: Step) -> None:
         self.held[step.expert, step.target] = True
@@ -90,12 +93,12 @@ class Layer:
             self.held[step.other, step.source] = True
 
     def outcome(self, step: Step) -> Loads:
-        """[W]: the levels after this step, which is not taken."""
+        """[E, W]: the amounts after this step, which is not taken."""
         before = self.held.copy()
         self._set(step)
-        levels = divide(self.load, self.held).sum(axis=0)
+        amounts = divide(self.load, self.held)
         self.held[...] = before
-        return np.asarray(levels)
+        return amounts
 
     def cost(self, step: Step) -> int:
         """Experts whose weights must be loaded for it beyond what is to be loaded already; may be negative."""
@@ -140,16 +143,12 @@ class Layer:
     def _least_needed(self) -> NDArray[np.int64]:
         """[W]: of the replicas beyond those each expert should have, the one that each worker is least asked for;
         -1: it has none."""
-        counts = np.count_nonzero(self.held, axis=1)
-        found = np.full(len(self.levels), -1)
-        if counts.max() <= self.replicas:
-            return found
-        for worker in range(len(found)):
-            mine = np.flatnonzero(self.held[:, worker] & (counts > self.replicas))
-            mine = mine[[self.is_spread_without(int(expert), worker) for expert in mine]] if mine.size else mine
-            if mine.size:
-                found[worker] = mine[np.argmin(self.amounts[mine, worker])]
-        return found
+        extra = np.count_nonzero(self.held, axis=1) > self.replicas
+        if not extra.any():
+            return np.full(len(self.levels), -1)
+        amounts = np.where(self.held & extra[:, None] & self._spread_without(), self.amounts, np.inf)
+        least = amounts.argmin(axis=0)
+        return np.where(np.isfinite(amounts[least, np.arange(len(least))]), least, -1)
 
     def best_move(self, source: int, has_room: Flags) -> Step | None:
         """As `best_rearrangement`, of moves alone, and whether or not it helps: for a worker that is too full."""
@@ -198,9 +197,10 @@ class Layer:
             found[: len(equal)] = sorted(equal, key=lambda p: (self.cost(p[1]), self._joined_by(p[1]), p[0]))
         now = float(np.square(self.levels).sum())
         for _, step in found[:_TRIED_MAX]:
-            levels = self.outcome(step)
+            amounts = self.outcome(step)
+            levels = amounts.sum(axis=0)
             if levels.max() <= self.busiest * (1 + _LEAST) and np.square(levels).sum() < now * (1 - _LEAST):
-                return Found(step, levels)
+                return Found(step, amounts, levels)
         return None
 
     # Who may be where.
@@ -242,10 +242,15 @@ class Layer:
 
     def is_spread_without(self, expert: int, worker: int) -> bool:
         """Whether its other holders are on as many hosts as it needs."""
-        left = self.held[expert].copy()
-        left[worker] = False
-        before, after = (len(np.unique(self.hosts[held])) for held in (self.held[expert], left))
-        return after >= min(before, self.replicas)
+        return bool(self._spread_without()[expert, worker])
+
+    def _spread_without(self) -> Flags:
+        """[E, W]: likewise of each."""
+        if self.hosts.max(initial=0) == 0:
+            return np.ones_like(self.held)
+        at_host = self._at_hosts()
+        is_alone = self.held & (at_host[:, self.hosts] == 1)
+        return np.asarray((at_host > 0).sum(axis=1)[:, None] - is_alone >= self._hosts_needed()[:, None])
 
     def is_as_safe(self, held: Flags) -> bool:
         """Whether `held` [E, W] keeps as many holders of each expert as it needs, on as many hosts."""
@@ -290,9 +295,18 @@ def divide(load: Loads, held: Flags) -> Loads:
     levels: list[float] = amounts.sum(axis=0).tolist()
     rows, workers = np.nonzero(held[several])
     ends = np.cumsum(counts[several]).tolist()
-    holders, poured, begin = workers.tolist(), [], 0
+    poured: list[float] = []
+    holders, begin = workers.tolist(), 0
     for amount, end in zip(load[several].tolist(), ends, strict=True):
-        poured += _pour(amount, holders[begin:end], levels)
+        if end - begin == 2:  # most often: written out
+            one, two = holders[begin], holders[begin + 1]
+            first = (amount + levels[two] - levels[one]) / 2
+            first = 0.0 if first < 0 else amount if first > amount else first
+            levels[one] += first
+            levels[two] += amount - first
+            poured += (first, amount - first)
+        else:
+            poured += _pour(amount, holders[begin:end], levels)
         begin = end
     amounts[several[rows], workers] = poured
     return amounts
@@ -300,12 +314,6 @@ def divide(load: Loads, held: Flags) -> Loads:
 
 def _pour(amount: float, holders: list[int], levels: list[float]) -> list[float]:
     """Raise the lowest of the holders' levels until all of `amount` is given: what each was given."""
-    if len(holders) == 2:
-        one, two = holders
-        first = min(amount, max(0.0, (amount + levels[two] - levels[one]) / 2))
-        levels[one] += first
-        levels[two] += amount - first
-        return [first, amount - first]
     order = sorted(holders, key=levels.__getitem__)
     total, surface = amount, math.inf
     for count, holder in enumerate(order, start=1):

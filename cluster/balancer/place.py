@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.balancer.cover import add_copies, cover
-from cluster.balancer.layer import Loads, Step
+from cluster.balancer.layer import Found, Loads
 from cluster.balancer.search import search
 from cluster.balancer.table import Room, Table
 from router.errors import PlacementError
@@ -106,10 +106,10 @@ def improve(table: Table, slack: float, left: int) -> int:
 def _improve_layer(table: Table, index: int, left: int) -> int | None:
     """What it costs in loads; None: nothing was done, for nothing helps enough."""
     layer = table.layers[index]
-    step = _best_step(table, index, left)
-    if step is not None:
-        cost = layer.cost(step)
-        table.apply(index, step)
+    found = _best_step(table, index, left)
+    if found is not None:
+        cost = layer.cost(found.step)
+        table.apply(index, found.step, found.amounts)
         return cost
     better = search(layer, table.slots - table.used, left) if left > 0 else None
     if better is None:
@@ -119,7 +119,7 @@ def _improve_layer(table: Table, index: int, left: int) -> int | None:
     return layer.num_loads - before
 
 
-def _best_step(table: Table, index: int, left: int) -> Step | None:
+def _best_step(table: Table, index: int, left: int) -> Found | None:
     layer = table.layers[index]
     source = int(np.argmax(layer.levels))
     rearranged = layer.best_rearrangement(source, table.has_room, left)
@@ -130,7 +130,7 @@ def _best_step(table: Table, index: int, left: int) -> Step | None:
             best = copied
     if best is None or layer.busiest - best.ends < _WORTH * layer.mean * max(layer.cost(best.step), 0):
         return None
-    return best.step
+    return best
 
 
 def _smoothed(load: Loads) -> Loads:

@@ -78,8 +78,9 @@ class Table:
     def mean(self) -> float:
         return sum(layer.mean for layer in self.layers)
 
-    def apply(self, layer: int, step: Step) -> None:
-        self.layers[layer].apply(step)
+    def apply(self, layer: int, step: Step, amounts: Loads | None = None) -> None:
+        """amounts [E, W]: what it leads to, where that is known."""
+        self.layers[layer].apply(step, amounts)
         self.used[step.target] += step.other < 0 and step.given_up < 0
         self.used[step.source] -= step.other < 0 and not step.stays
 

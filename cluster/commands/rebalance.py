@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.commands.sizes import show_size
-from cluster.commands.status import API_KEY_VARIABLE, Unreachable, fetch_document
+from cluster.commands.status import Unreachable, add_gateway, fetch_document
 
 _TIMEOUT_S = 70.0  # beyond gateway.rebalance_timeout_s
 _SHOWN_MAX = 20
@@ -28,9 +27,7 @@ def add_to(commands: Any) -> None:
         "How many moves at most, and for what gain: --print-config of serve, under balancer.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of its gateway (default: %(default)s)")
-    key = os.environ.get(API_KEY_VARIABLE)
-    parser.add_argument("--api-key", default=key, help=f"if it asks for one (default: ${API_KEY_VARIABLE})")
+    add_gateway(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     parser.add_argument("--json", action="store_true", help="the whole document, for scripts")
     parser.set_defaults(run=run)

@@ -288,9 +288,8 @@ class Books:
             for held in book.held.values():
                 is_live = self.live(held.attempt) is held
                 assert held.stopping != is_live, f"{held.attempt} at {book.worker} is nobody's, or two's"
-        books = self.workers.values()
-        assert self.starting.num == sum(book.num_starting for book in books)
-        assert self.starting.rows == sum(book.rows_ahead for book in books)
+        assert self.starting.num == sum(book.num_starting for book in self.workers.values())
+        assert self.starting.rows == sum(book.rows_ahead for book in self.workers.values())
         assert self.unclaimed.keys() == {key for key, r in self.requests.items() if r.gateway is None}
         assert len(self._ended) <= self._ended_max
 

@@ -91,6 +91,7 @@ class Cluster:
         config = ControllerConfig(
             shape.attention, shape.experts, shape.replicas, companion_deadline_s=settings.COMPANION_DEADLINE_S,
             pid=process.pid, node=process.node, patience=settings.PATIENCE,
+            balancer=settings.balancer(shape.spare),
             pools=self._pools.pools if self._pools else None,
         )  # fmt: skip
         incarnations = {name: n for name, n in self._newest.items() if name.startswith(("attention-", "expert-"))}

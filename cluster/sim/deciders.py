@@ -21,6 +21,7 @@ from cluster.events import (
     Members,
     Order,
     OrderBody,
+    Rebalance,
     Register,
     Remember,
     Report,
@@ -190,6 +191,18 @@ class ControllerShell:
         if refused is None:
             self.process.do(lambda: self._turn(asked))
         return refused
+
+    def rebalance(self, takes_s: float) -> str:
+        """As `controller_server` does: worked out from what there is, and told when that has taken its time. What
+        became of it; empty: it is under way."""
+        task = self.controller.rebalancing()
+        if task is None:
+            return "a placement is being prepared, a worker is away, or none is in use"
+        proposal = task.propose()
+        if proposal.is_empty:
+            return "nothing is worth moving"
+        self.process.after(takes_s, lambda: self._turn(Rebalance(proposal)))
+        return ""
 
     def _tick(self) -> None:
         self._turn(Tick())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+
 from cluster.events import Exit, OrderBody, Prepare, Register, Retire, Role
 from cluster.sim.arithmetic import SHAPE, expert
 from cluster.sim.exchange import Answer, Carried, Pulse, carry
@@ -13,6 +15,7 @@ from cluster.sim.network import EXCHANGE, End, Network
 from cluster.sim.process import Bell, Process, Work
 from cluster.sim.settings import EXPERT, EXPERTS_ROW_S, EXPERTS_S, LOAD_SLOT_S
 from expert_workers.batcher import Batcher
+from expert_workers.tally import Tally
 from expert_workers.worker import why_refused
 from router.config import RouterConfig
 from router.membership import Health, HealthState, Prepared
@@ -41,6 +44,7 @@ class ExpertShell:
         self.batcher = Batcher(
             SHAPE.num_layers, EXPERT.batch_rows_max, EXPERT.batch_parcels_max, EXPERT.join_wait_s
         )
+        self._tally = Tally(SHAPE.num_layers, SHAPE.num_experts)
         self._pulse_s = config.combine_timeout_s / PULSES
         self._wanted: dict[EpochId, frozenset[Slot]] = {}
         self._orders: deque[Placement] = deque()
@@ -58,7 +62,7 @@ class ExpertShell:
 
     def _health(self) -> Health:
         state = HealthState.LOADING if self.epoch is None else HealthState.READY
-        return Health(state, bytes_loaded=len(self.slots))
+        return Health(state, bytes_loaded=len(self.slots), load=self._tally.total())
 
     def _obey(self, order: OrderBody) -> None:
         match order:
@@ -131,6 +135,8 @@ class ExpertShell:
             if left_s > 0:
                 for end in self._links:
                     end.send(Pulse())
+        if taken:
+            self._tally.add(layer, torch.cat([parcel.route_experts for parcel in taken]))
         for parcel in taken:
             out = expert(layer, parcel.rows[parcel.route_rows], parcel.route_experts)  # [r, H]
             if parcel.route_weights is not None:

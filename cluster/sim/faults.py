@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cluster.events import Drain, Resize
+from cluster.sim import settings
 from cluster.sim.attention import AttentionShell
 from cluster.sim.cluster import DECIDERS, Cluster, Shell
 from cluster.sim.member_link import CONTROLLER
@@ -20,7 +21,7 @@ class Faults:
         does: dict[str, Callable[[Fault], None]] = {
             "kill": self._kill, "freeze": self._freeze, "slow": self._slow, "flap": self._flap, "cut": self._cut,
             "lose": self._lose, "usurp": self._usurp, "drop": self._drop, "twice": self._twice,
-            "resize": self._resize, "drain": self._drain, "sever": self._sever,
+            "resize": self._resize, "drain": self._drain, "rebalance": self._rebalance, "sever": self._sever,
         }  # fmt: skip
         for fault in scenario.faults:
             self._world.at(fault.at_s, lambda fault=fault: self._begin(does[fault.verb], fault))  # type: ignore[misc]
@@ -129,6 +130,15 @@ class Faults:
 
     def _drain(self, fault: Fault) -> None:
         self._ask(Drain(fault.target))
+
+    def _rebalance(self, _fault: Fault) -> None:
+        controller = self._cluster.controller
+        takes_s = self._world.between(*settings.BALANCE_S)
+        why = controller.rebalance(takes_s) if controller is not None else "there is no controller"
+        if why:
+            self._world.tell(f"   not rebalanced: {why}")
+        else:
+            self._cluster.counts["rebalanced"] += 1
 
     def _ask(self, asked: Resize | Drain) -> None:
         controller = self._cluster.controller

@@ -23,6 +23,7 @@ class Shape:
     hybrid: int = 0  # 1: half of the layers slide
     sums: int = 0  # 1: experts send sums back, as in fast numerics
     microbatches: int = 1
+    spare: int = 0  # slots of each expert worker and layer for copies
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ VERBS = {
     "usurp": "at T usurp DECIDER: a second scheduler or controller is started beside the first",
     "resize": "at T resize POOL=N: the attention or the experts pool is to have so many workers",
     "drain": "at T drain WORKER: it is to leave, and its pool to be one smaller",
+    "rebalance": "at T rebalance experts: they are moved and copied to where load is least",
     "drop": "at T drop RATE for S: of parcels and replies so many are lost",
     "twice": "at T twice RATE for S: so many come twice",
 }
@@ -190,6 +192,10 @@ def drawn(seed: int) -> Scenario:
     )
     targets = _targets(shape)
     faults = [fault for _ in range(rng.randint(1, 6)) for fault in _drawn_faults(rng, shape, targets)]
+    balancing = random.Random(f"balancing {seed}")
+    shape = replace(shape, spare=balancing.choice([0, 0, 1, 2]))
+    times = sorted(balancing.uniform(FAULTS_FROM_S, FAULTS_TO_S) for _ in range(balancing.choice([0, 1, 2])))
+    faults += [Fault(round(at_s, 2), "rebalance", "experts") for at_s in times]
     return Scenario(
         seed, shape, Load(count=rng.randint(4, 9), over=6.0), tuple(sorted(faults, key=lambda f: f.at_s))
     )

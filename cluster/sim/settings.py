@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cluster.balancer.config import BalancerConfig
 from cluster.roster import Patience
 from cluster.scheduler.config import SchedulerConfig
 from expert_workers.config import ExpertConfig
@@ -52,6 +53,11 @@ SCHEDULER = SchedulerConfig.model_validate({
 })  # fmt: skip
 GATEWAY = GatewayConfig(submit_timeout_s=3.0, connect_timeout_s=1.0, silence_s_max=600.0)
 EXPERT = ExpertConfig(join_wait_s=0.01)
+BALANCE_S = (0.02, 1.0)  # until a rebalancing is worked out
+
+
+def balancer(spare_slots: int) -> BalancerConfig:
+    return BalancerConfig(spare_slots=spare_slots, moves_max=6, gain_min=0.01)
 
 
 def router(replies: Replies) -> RouterConfig:

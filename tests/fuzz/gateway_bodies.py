@@ -79,6 +79,7 @@ MESSAGES: dict[str, tuple[Any, ...]] = {
     _ADMIN + "GetPlacement": (admin_pb2.GetPlacementRequest(page_size=2, page_token="1.2.3"),),
     _ADMIN + "Scale": (admin_pb2.ScaleRequest(attention=2, experts=3),),
     _ADMIN + "Drain": (admin_pb2.DrainRequest(worker="expert-0"),),
+    _ADMIN + "Rebalance": (admin_pb2.RebalanceRequest(dry_run=True),),
     _ADMIN + "GetTrace": (admin_pb2.GetTraceRequest(seconds=1.5),),
 }
 

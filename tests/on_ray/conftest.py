@@ -19,6 +19,7 @@ def ray_environment() -> Iterator[None]:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # as `serve` has it on a Ray of its own
         patch.setenv("OMP_NUM_THREADS", "1")
         with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as short:  # for Ray's sockets
             patch.setenv("RAY_TMPDIR", short)
@@ -34,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One attention worker, two expert workers that both hold everything. `test_refusals` leaves it as it was,
+    """One attention worker, two expert workers that both hold everything. Who shares it leaves it as it was, but
     `test_serve` kills its processes one after the other, and ends it."""
     with Served(tiny, "--replicas", "2", log=tmp_path_factory.mktemp("serve") / "log") as served:
         yield served

@@ -107,12 +107,13 @@ async def freeze_head(client: httpx.AsyncClient, seen: Seen, ray: OneRay, chance
     what: dict[str, Any] = {"who": f"head frozen for {FROZEN_S:g} s", "and": worker["id"]}
     async with _seen(seen, what):
         os.kill(ray.head_pid, signal.SIGSTOP)
-        try:
-            losing = asyncio.create_task(lose_worker(client, seen, worker, signal.SIGKILL))
-            await asyncio.sleep(FROZEN_S)
-        finally:
-            os.kill(ray.head_pid, signal.SIGCONT)
-        what["whole_s"] = (await losing).whole_s
+        async with asyncio.TaskGroup() as tasks:
+            losing = tasks.create_task(lose_worker(client, seen, worker, signal.SIGKILL))
+            try:
+                await asyncio.sleep(FROZEN_S)
+            finally:
+                os.kill(ray.head_pid, signal.SIGCONT)
+        what["whole_s"] = losing.result().whole_s
         await asyncio.sleep(CALM_S)
     return what
 

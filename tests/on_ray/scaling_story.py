@@ -17,8 +17,8 @@ import psutil
 
 from tests.on_ray.served import Served, ours_left
 
-STUCK_S = 60.0  # without a token: then a stream is stuck
-SCALED_WITHIN_S = 120.0
+STUCK_S = 120.0  # without a token: then a stream is stuck
+SCALED_WITHIN_S = 240.0
 
 
 @dataclass

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 from cluster.address import quiet_ports
+from cluster.guardian import MARK
 
-READY_WITHIN_S = 180.0
-END_WITHIN_S = 60.0
+READY_WITHIN_S = 300.0
+END_WITHIN_S = 120.0
 ANNOUNCED = "Ctrl-C ends it."  # the last line that serve prints when it is ready
 
 
@@ -32,7 +34,7 @@ def folders() -> list[str]:
 class Served:
     """`with Served(checkpoint, "--expert-workers", "3") as cluster: cluster.post("/v1/completions", {...})`"""
 
-    def __init__(self, model: Path, *flags: str, log: Path) -> None:
+    def __init__(self, model: Path, *flags: str | Path, log: Path) -> None:
         self.port, self.grpc_port = quiet_ports("127.0.0.1", 2)
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = log
@@ -47,11 +49,11 @@ class Served:
             str(self.port),
             "--grpc-port",
             str(self.grpc_port),
-            *flags,
+            *map(str, flags),
         ]
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-        self.client = httpx.Client(base_url=self.url, timeout=120)
+        self.client = httpx.Client(base_url=self.url, timeout=300)
 
     def __enter__(self) -> Served:
         try:
@@ -106,7 +108,7 @@ class Served:
         body = {"prompt": list(prompt), "return_token_ids": True, **options}
         return self.post("/v1/completions", body)["choices"][0]
 
-    def wait_for_status(self, is_wanted, within_s: float = 15.0) -> dict:
+    def wait_for_status(self, is_wanted, within_s: float = 60.0) -> dict:
         """Poll until the status document is as wanted; heartbeats carry its gauges."""
         deadline = time.monotonic() + within_s
         while not is_wanted(status := self.status()):
@@ -116,6 +118,11 @@ class Served:
             except subprocess.TimeoutExpired:
                 continue
         return status
+
+    def folder(self) -> Path:
+        """Ray's sockets and logs, if the cluster has a Ray of its own."""
+        [gcs] = [p for p in psutil.Process(self.process.pid).children() if p.name() == "gcs_server"]
+        return Path(gcs.environ()[MARK])
 
     def cluster_id(self) -> str:
         return re.search(r"expertmesh-([0-9a-f]+)-", self.status()["scheduler"]["address"]).group(1)

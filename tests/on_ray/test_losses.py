@@ -7,19 +7,18 @@ import signal
 import socket
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from tests.on_ray.served import Served, folders
+from tests.on_ray.served import Served
 
 pytestmark = pytest.mark.ray
 
 NUM_STREAMS = 6
 MAX_TOKENS = 300
-STUCK_S = 60.0  # without a token, a loss included: then a stream is stuck
+STUCK_S = 120.0  # without a token, a loss included: then a stream is stuck
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +73,14 @@ def worker(cluster, role):
 
 
 def wait_until_whole(cluster):
-    cluster.wait_for_status(lambda status: status["phase"] == "ready", within_s=60)
+    cluster.wait_for_status(lambda status: status["phase"] == "ready", within_s=120)
 
 
-def wait_until_logged(text, within_s=60.0):
-    """By some process of the cluster that runs."""
+def wait_until_logged(cluster, text, within_s=120.0):
+    """By some process of the cluster."""
     deadline = time.monotonic() + within_s
     while True:
-        logs = Path(os.environ["RAY_TMPDIR"]).glob("*/session_latest/logs/**/*.*")
+        logs = (cluster.folder() / "session_latest" / "logs").glob("**/*.*")
         if any(text in log.read_text(errors="replace") for log in logs if log.is_file()):
             return
         assert time.monotonic() < deadline, f"{text!r} was not logged within {within_s} s"
@@ -135,7 +134,7 @@ def test_a_scheduler_that_finds_its_address_taken_is_started_again_until_it_is_f
     process.wait()
     with socket.socket(socket.AF_UNIX) as earlier_life:
         earlier_life.bind("\0" + before["address"].removeprefix("unix-abstract:"))
-        wait_until_logged("scheduler could not begin again")
+        wait_until_logged(cluster, "scheduler could not begin again")
     status = cluster.wait_for_status(
         lambda status: status["phase"] == "ready" and status["scheduler"]["incarnation"] > before["incarnation"],
         60,
@@ -162,7 +161,7 @@ def test_an_attention_worker_frozen_for_a_moment_goes_on_itself(cluster):
     def freeze():
         pid = worker(cluster, "attention")["pid"]
         os.kill(pid, signal.SIGSTOP)
-        threading.Timer(3.0, os.kill, (pid, signal.SIGCONT)).start()
+        threading.Timer(2.0, os.kill, (pid, signal.SIGCONT)).start()
 
     alone, disturbed = asyncio.run(undisturbed_and_with(cluster, freeze))
     assert disturbed == alone
@@ -190,7 +189,7 @@ def test_a_gateway_that_finds_its_port_taken_is_started_again_until_it_is_free(c
     process.kill()
     process.wait()
     with socket.create_server(("127.0.0.1", cluster.port)):
-        wait_until_logged("the port is in use")
+        wait_until_logged(cluster, "the port is in use")
     cluster.wait_until_ready()
     wait_until_whole(cluster)
     assert cluster.status()["gateways"][0]["incarnation"] >= before["incarnation"] + 2
@@ -201,9 +200,10 @@ def test_kill_9_of_serve_leaves_no_process_and_no_folder(cluster):
     """Last of this cluster: Ray's own helpers would outlive it by a minute, its folder for ever."""
     family = psutil.Process(cluster.process.pid).children(recursive=True)
     assert len(family) >= 8
-    assert len(folders()) == 1
+    folder = cluster.folder()
+    assert folder.is_dir()
     cluster.process.kill()
     _, alive = psutil.wait_procs(family, 45)
     assert not alive
-    while folders():  # the test's own time limit bounds it
+    while folder.exists():  # the test's own time limit bounds it
         pass

@@ -1,7 +1,6 @@
 """Bad input to a running server and to `serve` itself: named errors, and the server goes on."""
 
 import json
-import socket
 import subprocess
 import sys
 
@@ -182,17 +181,6 @@ def test_a_missing_shard_is_named(broken):
 def test_an_unknown_scoring_function_is_named_with_what_is_accepted(broken):
     set_config(broken, scoring_func="softplus")
     assert all(word in refusal(broken) for word in ("scoring_func", "softplus", "sigmoid"))
-
-
-def test_a_port_in_use_is_named(broken):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        ran = serve("--model", broken, "--port", port)
-    assert ran.returncode == 2
-    assert str(port) in ran.stderr
-    assert "in use" in ran.stderr
 
 
 def test_more_weights_than_memory_are_refused_with_both_numbers(broken):

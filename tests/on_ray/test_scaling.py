@@ -1,6 +1,7 @@
 """Both pools grow and shrink under streams: nothing fails, no token changes, and nobody who left is left over."""
 
 import asyncio
+import contextlib
 
 import psutil
 import pytest
@@ -32,10 +33,18 @@ def test_pools_scale_up_and_down_under_streams_that_do_not_notice(cluster):
     ]
     assert not status["failures"]
     assert status["epoch"]["number"] >= before["epoch"]["number"] + 2
-    family = psutil.Process(cluster.process.pid).children(recursive=True)
-    names = [" ".join(p.cmdline()) for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    assert sum("ray::AttentionActor" in name or "ray::ExpertActor" in name for name in names) == 2
+    while num_workers(cluster) > 2:  # who has left ends a moment later; the test's own time limit bounds it
+        continue
     assert left(cluster)["worker_segments"] > 0
+
+
+def num_workers(cluster):
+    """Living processes of either pool."""
+    titles = []
+    for process in psutil.Process(cluster.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            titles += process.cmdline()[:1]  # a zombie's is empty
+    return sum("ray::AttentionActor" in title or "ray::ExpertActor" in title for title in titles)
 
 
 def test_a_worker_drained_by_name_is_not_replaced_and_a_new_controller_knows(cluster):

@@ -1,8 +1,9 @@
 """Every topology, through REST: what users get is what Transformers computes, and one request has one answer.
 
-All these clusters join one Ray, each when the one before has ended.
+A cluster serves one model and takes several sizes, one after another; all join one Ray.
 """
 
+import json
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -10,23 +11,24 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from cluster.cli import main
 from model.checkpoint import Checkpoint
 from model.reference import Reference
 from tests.on_ray.served import Served
 
 pytestmark = pytest.mark.ray
 
-CHUNKS_OF_16 = "scheduler:\n  chunk_tokens_max: 16\n  step_tokens_max: 64\n"
-TOPOLOGIES = {
-    "1x1": ((1, 1), "transport: shm\n"),
-    "1x3 in chunks of 16": ((1, 3), "transport: shm\n" + CHUNKS_OF_16),
-    "2x3 in chunks of 16, replicas 2": ((2, 3), "transport: shm\n" + CHUNKS_OF_16 + "pools:\n  replicas: 2\n"),
-    "1x2 over grpc": ((1, 2), "transport: grpc\n"),
-    "1x1 with 2 threads": ((1, 1), "attention:\n  threads: 2\nexpert:\n  threads: 2\n"),
+PATIENT = {"first_token_s": 600}  # on a slow machine strangers wait for long, and nobody is refused for it
+CHUNKS_OF_16 = PATIENT | {"chunk_tokens_max": 16, "step_tokens_max": 64}
+OVER_SHM = {"transport": "shm", "scheduler": PATIENT}
+TWO_REPLICAS = {"transport": "shm", "scheduler": CHUNKS_OF_16, "pools": {"replicas": 2}}
+LIKE_NO_OTHER = TWO_REPLICAS | {"transport": "grpc", "attention": {"threads": 2}, "expert": {"threads": 2}}
+CASES = {
+    "a quarter rotates": (0.25, OVER_SHM, [(1, 1), (1, 3), (2, 3)]),
+    "half rotates, in chunks of 16, two replicas": (0.5, TWO_REPLICAS, [(1, 2), (2, 3)]),
+    "all rotates": (1.0, OVER_SHM, [(1, 1), (1, 3), (2, 3)]),
+    "all rotates, over grpc, in chunks of 16, two replicas, two threads": (1.0, LIKE_NO_OTHER, [(1, 2)]),
 }
-OVER_SHM = [name for name, (_, settings) in TOPOLOGIES.items() if "shm" in settings]
-CASES = [(fraction, name) for fraction in (0.25, 0.5, 1.0) for name in OVER_SHM]
-CASES += [(1.0, name) for name in TOPOLOGIES if name not in OVER_SHM]
 LENGTHS = (1, 2, 15, 16, 31, 32, 33, 64, 97, 130)
 GAP = 1e-4
 ROUTER_TIE = 1e-5  # closer than this, rounding alone decides which expert runs
@@ -51,22 +53,42 @@ def answers():
     return {}
 
 
-@pytest.mark.parametrize(("fraction", "topology"), CASES)
-def test_a_topology_answers_as_transformers_and_as_every_other(
-    oracles, answers, shared_ray, fraction, topology, tmp_path
-):
+@pytest.mark.parametrize("case", CASES)
+def test_every_size_answers_as_transformers_and_as_every_other(oracles, answers, shared_ray, case, tmp_path):
     """Logprobs within 1e-4; greedy tokens equal, teacher-forced, wherever no two candidates are that close. And
     alone or among 32 strangers: token ids, logprobs and likeliest tokens identical, bit for bit."""
+    fraction, settings, sizes = CASES[case]
     path, model = oracles[fraction]
-    (attention, experts), settings = TOPOLOGIES[topology]
-    (tmp_path / "cluster.yaml").write_text(settings)
+    (tmp_path / "cluster.yaml").write_text(json.dumps(settings))
+    (attention, experts), *later = sizes
     flags = ["--attention-workers", str(attention), "--expert-workers", str(experts), *shared_ray]
-    with Served(path, *flags, "--config", str(tmp_path / "cluster.yaml"), log=tmp_path / "log") as cluster:
-        assert_equal(cluster, path, model)
-        answer = assert_one_answer(cluster)
+    flags += ["--config", str(tmp_path / "cluster.yaml")]
+    with Served(path, *flags, log=tmp_path / "log") as cluster:
         assert_text_is_refused(cluster)
+        assert_answers(cluster, path, model, answers.setdefault(fraction, []))
+        for attention, experts in later:
+            scale(cluster, attention, experts)
+            assert_answers(cluster, path, model, answers[fraction])
+
+
+def scale(cluster, attention, experts):
+    """As a user does; until every worker is in use."""
+    sizes = ["--attention", str(attention), "--experts", str(experts)]
+    assert main(["scale", "--url", cluster.url, *sizes, "--wait", "--timeout", "180"]) == 0
+    status = cluster.wait_for_status(
+        lambda status: all(worker["epoch"] == status["epoch"] for worker in status["workers"]), within_s=60
+    )
+    assert [worker["role"] for worker in status["workers"]] == ["attention"] * attention + ["expert"] * experts
+    assert all(worker["slots"] > 0 for worker in status["workers"] if worker["role"] == "expert")
+
+
+def assert_answers(cluster, path, model, first):
+    """`first`: what the first topology of this model said; of the first itself, nothing yet."""
+    assert_equal(cluster, path, model)
+    answer = assert_one_answer(cluster)
     assert len(set(answer[0])) > 10
-    assert answers.setdefault(fraction, answer) == answer
+    first.append(answer)
+    assert answer == first[0]
 
 
 def test_a_hybrid_equals_transformers_parts(shared_ray, tmp_path):

@@ -98,6 +98,16 @@ async def test_readiness_follows_the_scheduler_and_its_workers() -> None:
     await stage.link.stop()
 
 
+async def test_a_scheduler_that_has_begun_anew_and_knows_no_worker_yet_is_given_requests_all_the_same() -> None:
+    """It queues them until its workers are back: nobody is refused for its restart."""
+    async with staged() as stage:
+        stage.scheduler.say(Order(welcome=schedule_pb2.Welcome(model_len_max=0)))
+        await until(lambda: stage.link.not_ready == "no attention worker has joined yet")
+        assert stage.link.model_len_max == 128
+        await stage.ledger.open([ask()])
+        assert len(stage.scheduler.submits()) == 1
+
+
 async def test_a_closed_attempt_is_followed_by_the_next() -> None:
     """With the tokens accepted so far; a failed one ends at the client."""
     async with staged() as stage:

@@ -181,7 +181,9 @@ def test_rebalancing_is_asked_over_the_wire_once_a_placement_is_in_use(cluster: 
     def asked(dry_run: bool) -> dict[str, object]:
         return cluster.thread.call(ask_rebalance(cluster.address, "token", WAIT_S, dry_run), WAIT_S)
 
-    with pytest.raises(ControllerUnreachable, match="not now: a placement is being prepared, or none is in use"):
+    with pytest.raises(
+        ControllerUnreachable, match="not now: a placement is being prepared, a worker is away, or none is in use"
+    ):
         asked(dry_run=True)
     serve_one_epoch(cluster, join)
     for dry_run in (True, False):  # one worker has nobody to share with

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -14,54 +13,23 @@ import pytest
 from anthropic import AsyncAnthropic
 from anthropic.types import Message
 
-import model.synthetic_tokenizer
-from gateway.config import GatewayConfig
-from gateway.errors import BadRequest, NotReady, Overloaded
-from gateway.messages.body import call_of
+from gateway.errors import NotReady, Overloaded
 from gateway.messages.dialect import complete_ones
 from gateway.model_card import ModelCard
-from gateway.validate import Validator
-from tests.unit.gateway_world import EchoEngine, card_of, serving, write_checkpoint
+from tests.unit.gateway_world import EchoEngine, serving
+from tests.unit.turns import ANSWER, ARGUMENTS, CALL, PARAMETERS, THOUGHT, thinking_card, tokens_of
 
 USER: Any = {"role": "user", "content": "Weather in Köln?"}
 TOOL: Any = {
     "name": "weather",
     "description": "Says the weather.",
-    "input_schema": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-        "required": ["city"],
-    },
+    "input_schema": PARAMETERS,
 }
-CALL = (
-    '<invoke name="weather">\n<parameter name="city">Köln "Süd"</parameter>\n'
-    '<parameter name="days">2</parameter>\n</invoke>\n'
-)
-THOUGHT = "The user wants\nweather."
-ANSWER = (
-    f'{THOUGHT}\n</think>\n\nLet me look.\n<minimax:tool_call>\n{CALL}<invoke name="weather">\n</invoke>\n'
-    "</minimax:tool_call>"
-)
-INPUTS = [{"city": 'Köln "Süd"', "days": 2}, {}]
 
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
-    """With the family's template: a prompt ends inside a thought."""
-    template = Path(model.synthetic_tokenizer.CHAT_TEMPLATE).read_text()
-    return card_of(
-        write_checkpoint(tmp_path_factory.mktemp("checkpoint"), template, temperature=0.0), context=2048
-    )
-
-
-@pytest.fixture(scope="module")
-def validator(card: ModelCard) -> Validator:
-    return Validator(card, GatewayConfig(), 2048)
-
-
-def tokens_of(card: ModelCard, text: str) -> tuple[int, ...]:
-    assert card.tokens is not None
-    return tuple(card.tokens.encode(text))
+    return thinking_card(tmp_path_factory.mktemp("checkpoint"))
 
 
 @asynccontextmanager
@@ -84,17 +52,7 @@ def shown(content: Any) -> list[tuple[str, Any]]:
     return [(block.type, getattr(block, values[block.type])) for block in content]
 
 
-def said_by_user(*blocks: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": list(blocks)}]}
-
-
-def called_with(arguments: Any) -> dict[str, Any]:
-    """A conversation in which a tool was used and has no result."""
-    block = {"type": "tool_use", "id": "t", "name": "f", "input": arguments}
-    return {"messages": [USER, {"role": "assistant", "content": [block]}, USER]}
-
-
-WHOLE = [("thinking", THOUGHT), ("text", "Let me look."), *(("tool_use", value) for value in INPUTS)]
+WHOLE = [("thinking", THOUGHT), ("text", "Let me look."), *(("tool_use", value) for value in ARGUMENTS)]
 
 
 async def test_a_message_has_thought_text_and_tools_to_use(card: ModelCard) -> None:
@@ -131,7 +89,7 @@ async def test_a_stream_says_the_same_by_anthropics_own_reckoning(card: ModelCar
     assert [kinds.count(f"content_block_{what}") for what in ("start", "stop")] == [4, 4]
     pieces = [e.delta.partial_json for e in events if e.type == "content_block_delta" and e.index == 2]  # type: ignore[union-attr]
     assert len(pieces) > 10
-    assert json.loads("".join(pieces)) == INPUTS[0]
+    assert json.loads("".join(pieces)) == ARGUMENTS[0]
 
 
 async def test_the_bytes_of_a_stream(card: ModelCard) -> None:
@@ -309,50 +267,6 @@ async def test_tokens_are_counted_as_they_are_billed(card: ModelCard) -> None:
         without = await client.messages.count_tokens(**fields, tool_choice={"type": "none"})  # type: ignore[arg-type]
         assert len(engine.submissions) == 1
     assert counted.input_tokens == answer.usage.input_tokens > without.input_tokens
-
-
-@pytest.mark.parametrize(
-    ("fields", "sentence"),
-    [
-        ({"messages": []}, "messages is a list of 0 items; accepted: a list of at least one message"),
-        ({"messages": [{"role": "robot"}]}, 'messages[0].role is "robot"; accepted: user, assistant, system'),
-        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, 'messages[1].role is "assistant"'),
-        (said_by_user({"type": "image"}), 'messages[0].content[0].type is "image"'),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content is 3"),
-        (
-            said_by_user({"type": "tool_result", "tool_use_id": "t"}),
-            'messages[0].content[0].tool_use_id is "t"; accepted: the id of a tool_use in the message before',
-        ),
-        (
-            called_with({}),
-            'accepted: a tool_result for each tool_use before it, "t" too',
-        ),
-        (
-            called_with("x"),
-            'messages[1].content[0].input is "x"; accepted: a JSON object',
-        ),
-        ({"system": 3}, "system is 3; accepted: a string, or a list of text parts"),
-        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 'tools[0].type is "bash_20250124"'),
-        ({"tools": [{"name": "a b", "input_schema": {}}]}, 'tools[0].name is "a b"; accepted: 1 to 128'),
-        ({"tools": [{"name": "f"}]}, "tools[0].input_schema is null"),
-        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "g"}}, 'tool_choice.name is "g"; accepted:'),
-        ({"tool_choice": {"type": "must"}}, 'tool_choice.type is "must"; accepted: auto, any, tool or none'),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1000}}, "at least 0 and below max_tokens, 1000"),
-        ({"thinking": {"type": "deep"}}, 'thinking.type is "deep"; accepted: enabled, disabled or adaptive'),
-        ({"stop_sequences": [""]}, 'stop_sequences[0] is ""; accepted: a string of 1 to'),
-        ({"output_config": {"format": {"type": "json_schema", "schema": 3}}}, "output_config.format.schema is 3"),
-        ({"max_tokens": 0}, "max_tokens is 0; accepted: an integer of at least 1"),
-        ({"metadata": {"user_id": 3}}, "metadata.user_id is 3; accepted: a string"),
-        ({"mcp_servers": [{}]}, "mcp_servers is a list of 1 items, which is not supported here"),
-        ({"max_tokens": 9999}, "max_tokens is 9999; accepted: at most"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_said_in_anthropics_names(
-    validator: Validator, fields: dict[str, Any], sentence: str
-) -> None:
-    with pytest.raises(BadRequest) as caught:
-        call_of(validator, asked(**fields))
-    assert sentence in caught.value.message
 
 
 async def test_refusals_of_every_kind_are_anthropics_exceptions(card: ModelCard) -> None:

@@ -101,6 +101,17 @@ def test_a_worker_lost_while_a_rebalancing_is_prepared_ends_it() -> None:
     assert {worker.member for worker in published.workers} == {p.member for p in world.live(Role.EXPERT)}
 
 
+def test_while_a_worker_is_away_there_is_nothing_to_rebalance() -> None:
+    """Its experts are loaded by its next life, and by nobody else meanwhile; all may be away."""
+    world = loaded_world()
+    for name in ("expert-0", "expert-1"):
+        world.kill(world.one(name).member)
+        world.run(0.1)
+        assert world.controller.rebalancing() is None
+    world.run(30)
+    assert world.controller.rebalancing() is not None
+
+
 def test_what_waits_for_lost_experts_is_never_loaded_at_a_bounded_rate() -> None:
     world = ready(NO_SPARES)
     world.kill(world.one("expert-0").member)

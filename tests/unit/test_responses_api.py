@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,55 +14,32 @@ from openai import AsyncOpenAI
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-import model.synthetic_tokenizer
 from gateway.config import GatewayConfig
 from gateway.errors import BadRequest, Overloaded
 from gateway.model_card import ModelCard
 from gateway.responses.body import call_of
 from gateway.validate import Validator
-from tests.unit.gateway_world import EchoEngine, card_of, serving, write_checkpoint
+from tests.unit.gateway_world import EchoEngine, serving
+from tests.unit.turns import ANSWER, ARGUMENTS, CONTEXT, PARAMETERS, THOUGHT, thinking_card, tokens_of
 
 TOOL: Any = {
     "type": "function",
     "name": "weather",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-        "required": ["city"],
-    },
+    "parameters": PARAMETERS,
     "strict": None,
 }
-CALL = (
-    '<invoke name="weather">\n<parameter name="city">Köln "Süd"</parameter>\n'
-    '<parameter name="days">2</parameter>\n</invoke>\n'
-)
-THOUGHT = "The user wants\nweather."
-ANSWER = (
-    f'{THOUGHT}\n</think>\n\nLet me look.\n<minimax:tool_call>\n{CALL}<invoke name="weather">\n</invoke>\n'
-    "</minimax:tool_call>"
-)
-ARGUMENTS = [{"city": 'Köln "Süd"', "days": 2}, {}]
 ASKED: dict[str, Any] = {"model": "tiny", "input": "Weather in Köln?"}
 WHOLE = [("reasoning", THOUGHT), ("message", "Let me look."), *(("function_call", one) for one in ARGUMENTS)]
 
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory: pytest.TempPathFactory) -> ModelCard:
-    """With the family's template: a prompt ends inside a thought."""
-    template = Path(model.synthetic_tokenizer.CHAT_TEMPLATE).read_text()
-    return card_of(
-        write_checkpoint(tmp_path_factory.mktemp("checkpoint"), template, temperature=0.0), context=2048
-    )
+    return thinking_card(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 def validator(card: ModelCard) -> Validator:
-    return Validator(card, GatewayConfig(), 2048)
-
-
-def tokens_of(card: ModelCard, text: str) -> tuple[int, ...]:
-    assert card.tokens is not None
-    return tuple(card.tokens.encode(text))
+    return Validator(card, GatewayConfig(), CONTEXT)
 
 
 @asynccontextmanager

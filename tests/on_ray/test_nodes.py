@@ -45,15 +45,13 @@ def links(status: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def test_pools_span_two_nodes_and_nobody_can_tell(
-    tiny: Path, shared_ray: list[str], two_nodes: str, tmp_path: Path
+    tiny: Path, server: Served, two_nodes: str, tmp_path: Path
 ) -> None:
     """Workers of both pools on both nodes, deciders and gateway met over TCP, links over gRPC alone."""
-    flags = ["--attention-workers", "2", "--expert-workers", "2"]
-    with Served(tiny, *flags, *shared_ray, "--transport", "shm", log=tmp_path / "one") as cluster:
-        expected = answers(cluster)
-        cluster.wait_for_status(lambda status: links(status) == [{"expert-0": "shm", "expert-1": "shm"}] * 2)
-    spanning = ["--ray-address", two_nodes, "--transport", "grpc"]
-    with Served(tiny, *flags, *spanning, log=tmp_path / "two") as cluster:
+    expected = answers(server)
+    server.wait_for_status(lambda status: links(status) == [{"expert-0": "shm", "expert-1": "shm"}])
+    flags = ["--attention-workers", "2", "--expert-workers", "2", "--ray-address", two_nodes]
+    with Served(tiny, *flags, "--transport", "grpc", log=tmp_path / "log") as cluster:
         assert answers(cluster) == expected
         over_grpc = [{"expert-0": "grpc", "expert-1": "grpc"}] * 2
         status = cluster.wait_for_status(lambda status: links(status) == over_grpc)
