@@ -12,7 +12,8 @@ class Fairness:
         self.most = 0  # the largest sequence that was served in its turn
         self._charged: dict[str, int] = defaultdict(int)
         self._out_of_turn: dict[str, int] = defaultdict(int)  # given back, or taken to go on
-        self._waiting_since: dict[str, dict[str, int]] = {}  # tenant to what each had been charged when it began
+        self._waiting_since: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
+        """Of a tenant that waits: what both of the above were when it began to."""
 
     def in_turn(self, tenant: str, cost: int) -> None:
         self._charged[tenant] += cost
@@ -29,14 +30,16 @@ class Fairness:
         """These wait now."""
         self._waiting_since = {tenant: was for tenant, was in self._waiting_since.items() if tenant in waiting}
         for tenant in waiting - self._waiting_since.keys():
-            self._waiting_since[tenant] = dict(self._charged)
+            self._waiting_since[tenant] = (dict(self._charged), dict(self._out_of_turn))
 
     def judge(self) -> None:
         """Of two that both keep waiting, neither is served more than two sequences beyond the other, and what they
         were given back or took out of turn."""
         for a, since_a in self._waiting_since.items():
             for b, since_b in self._waiting_since.items():
-                began = {t: max(since_a.get(t, 0), since_b.get(t, 0)) for t in (a, b)}
-                served = {t: self._charged[t] - began[t] for t in (a, b)}
-                bound = 2 * self.most + self._out_of_turn[a] + self._out_of_turn[b]
+                served, moved = (
+                    {t: now[t] - max(was_a.get(t, 0), was_b.get(t, 0)) for t in (a, b)}
+                    for now, was_a, was_b in zip((self._charged, self._out_of_turn), since_a, since_b, strict=True)
+                )
+                bound = 2 * self.most + moved[a] + moved[b]
                 assert served[a] - served[b] <= bound, f"{a} was served {served[a]}, {b} {served[b]}"

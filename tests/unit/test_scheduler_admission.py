@@ -127,3 +127,18 @@ def test_the_completion_rate_of_a_young_window_is_not_too_low() -> None:
             rate.wait(0.1 if tick else 0.0)
             rate.add(1)
         assert rate.per_second() == pytest.approx(10, rel=0.06)
+
+
+def test_nobody_is_told_to_come_back_later_than_the_bound() -> None:
+    """Though nothing has ended yet, and prompts take long."""
+    config = SchedulerConfig(queued_tokens_max=300, first_token_s=0, retry_after_s_max=5.0)
+    story = Story(W0, limits=NO_ROOM, config=config)
+    story.submit("runs")
+    story.round()
+    for _ in range(10):
+        story.round(after_s=0.9)
+    story.report(W0, prompts_done=[attempt("runs")])
+    story.submit("waits", num_prompt=290)
+    (refused,) = story.submit("late", num_prompt=20)
+    assert "queued_tokens_max is 300" in refused.message
+    assert refused.retry_after_s == 5.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.scheduler.config import SchedulerConfig
-from cluster.scheduler.events import CloseReason, MembersExpected
+from cluster.scheduler.events import CloseReason, MembersExpected, WorkerLost
 from tests.unit.scheduler_story import LIMITS, W0, W1, Story, attempt, closed, running, two_running
 
 ROOM_FOR_TWO = replace(LIMITS, sequences_max=2)
@@ -100,6 +100,19 @@ def test_a_new_scheduler_drains_on() -> None:
     silent.join(W0, draining=True)
     silent.round()
     assert silent.plans[W0].draining
+
+
+def test_a_worker_whose_link_broke_is_told_again_that_it_drains() -> None:
+    """The plan that said so may have been lost with it."""
+    story = Story(W0, W1)
+    drain(story, W0)
+    story.round()
+    assert story.plans[W0].draining
+    story.tell(WorkerLost(W0))
+    del story.plans[W0]
+    story.join(W0, term=1, plan_number=1, draining=False)
+    story.round()
+    assert story.plans[W0].draining
 
 
 def test_two_draining_workers_keep_what_they_have() -> None:

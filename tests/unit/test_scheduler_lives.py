@@ -187,6 +187,16 @@ def test_a_worker_that_returns_too_late_is_told_to_stop_what_went_on_without_it(
     assert story.plans[W0].stops == (attempt("a"),)
 
 
+def test_a_gateway_ends_nothing_of_anothers() -> None:
+    story = two_running()
+    other = Incarnation("gateway-1", 1)
+    story.tell(GatewayJoined(other, "unix:g1"))
+    story.tell(FinishRequested(other, attempt("a")))
+    story.tell(CancelRequested(other, "b"))
+    assert story.round() == []
+    assert story.scheduler.snapshot()["requests"] == 2
+
+
 def test_a_new_life_of_a_worker_ends_the_old_one_at_once_and_for_good() -> None:
     """Loss is final per incarnation."""
     story = two_running()

@@ -174,6 +174,15 @@ def test_accounts_are_bounded() -> None:
         assert len(shares) <= 10
 
 
+def test_who_was_served_most_gains_nothing_by_being_forgotten() -> None:
+    shares = Shares(10)
+    shares.charge("greedy", 1000)
+    for n in range(100):
+        shares.enter(str(n))
+        shares.charge(str(n), 10)
+    assert shares.account("greedy") == 1000
+
+
 def test_a_tenants_flood_does_not_delay_another() -> None:
     story = Story(W0, limits=ONE)
     story.submit("runs", tenant="flood")
