@@ -14,10 +14,8 @@ import dataclasses
 import json
 import os
 import random
-import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -28,7 +26,7 @@ import httpx
 from model.synthetic import make_checkpoint
 from tests.on_ray.failover_rays import freeze_head, lose_node, ray_of, restart_head
 from tests.on_ray.failover_story import Clients, Seen, lose_worker, status_of, until_whole
-from tests.on_ray.served import Served
+from tests.on_ray.served import Served, soaking
 
 NUM_CLIENTS = 24
 MAX_TOKENS = 120
@@ -46,13 +44,9 @@ def main() -> int:
     names = [*STORIES, *OF_RAY]
     parser.add_argument("stories", nargs="*", choices=[*names, []], help=f"of {', '.join(names)}; none: all")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp") as folder:  # short: Ray's sockets lie there
-        os.environ |= {
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1", "RAY_TMPDIR": folder,
-        }  # fmt: skip
-        make_checkpoint("demo", Path(folder) / "demo", seed=0)
-        codes = [run(name, Path(folder), arguments) for name in arguments.stories or names]
+    with soaking() as folder:
+        make_checkpoint("demo", folder / "demo", seed=0)
+        codes = [run(name, folder, arguments) for name in arguments.stories or names]
     return max(codes)
 
 

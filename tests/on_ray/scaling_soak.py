@@ -11,15 +11,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import secrets
 import sys
-import tempfile
-from pathlib import Path
 
 from model.synthetic import make_checkpoint
 from tests.on_ray.scaling_story import left, undisturbed_and_with
-from tests.on_ray.served import Served
+from tests.on_ray.served import Served, soaking
 
 NUM_CLIENTS = 12
 MAX_TOKENS = 80
@@ -35,13 +31,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.cycles <= WARM_CYCLES:
         parser.error(f"--cycles: {arguments.cycles}; accepted: more than {WARM_CYCLES}")
-    with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp") as folder:  # short: Ray's sockets lie there
-        os.environ |= {
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1", "RAY_TMPDIR": folder,
-        }  # fmt: skip
-        make_checkpoint("tiny", Path(folder) / "tiny", seed=11)
-        with Served(Path(folder) / "tiny", "--expert-workers", "1", log=Path(folder) / "log") as cluster:
+    with soaking() as folder:
+        make_checkpoint("tiny", folder / "tiny", seed=11)
+        with Served(folder / "tiny", "--expert-workers", "1", log=folder / "log") as cluster:
             return soak(cluster, arguments.cycles)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -29,6 +33,17 @@ def ours_left(cluster_id: str) -> list[str]:
 def folders() -> list[str]:
     """Ray's sockets and logs, of clusters that `serve` hosts in this test run."""
     return [name for name in os.listdir(os.environ["RAY_TMPDIR"]) if name.startswith("em-")]
+
+
+@contextlib.contextmanager
+def soaking() -> Iterator[Path]:
+    """A folder for a soak and its Rays, which are told by the environment."""
+    with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp") as folder:  # short: Ray's sockets lie there
+        os.environ |= {
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1", "RAY_TMPDIR": folder,
+        }  # fmt: skip
+        yield Path(folder)
 
 
 class Served:

@@ -17,14 +17,9 @@ from gateway.errors import NotReady, Overloaded
 from gateway.messages.dialect import complete_ones
 from gateway.model_card import ModelCard
 from tests.unit.gateway_world import EchoEngine, serving
-from tests.unit.turns import ANSWER, ARGUMENTS, CALL, PARAMETERS, THOUGHT, thinking_card, tokens_of
-
-USER: Any = {"role": "user", "content": "Weather in Köln?"}
-TOOL: Any = {
-    "name": "weather",
-    "description": "Says the weather.",
-    "input_schema": PARAMETERS,
-}
+from tests.unit.turns import ANSWER, ARGUMENTS, CALL, THOUGHT, thinking_card, tokens_of
+from tests.unit.turns import ANTHROPIC_TOOL as TOOL
+from tests.unit.turns import ANTHROPIC_USER as USER
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,9 @@ from gateway.errors import BadRequest
 from gateway.messages.body import call_of
 from gateway.model_card import ModelCard
 from gateway.validate import Validator
-from tests.unit.turns import CONTEXT, PARAMETERS, thinking_card
-
-USER: Any = {"role": "user", "content": "Weather in Köln?"}
-TOOL: Any = {
-    "name": "weather",
-    "description": "Says the weather.",
-    "input_schema": PARAMETERS,
-}
+from tests.unit.turns import ANTHROPIC_TOOL as TOOL
+from tests.unit.turns import ANTHROPIC_USER as USER
+from tests.unit.turns import CONTEXT, thinking_card
 
 
 @pytest.fixture(scope="module")

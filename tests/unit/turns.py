@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import model.synthetic_tokenizer
 from gateway.model_card import ModelCard
@@ -24,6 +25,8 @@ PARAMETERS = {
     "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
     "required": ["city"],
 }
+ANTHROPIC_USER: Any = {"role": "user", "content": "Weather in Köln?"}
+ANTHROPIC_TOOL: Any = {"name": "weather", "description": "Says the weather.", "input_schema": PARAMETERS}
 
 
 def thinking_card(folder: Path) -> ModelCard:
